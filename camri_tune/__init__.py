@@ -1,0 +1,27 @@
+"""camri-tune: raise the recall of the class that must not be missed, keep accuracy, and prove both."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from camri_tune.config import StudyConfig
+    from camri_tune.pipeline import run
+    from camri_tune.records import Result
+
+__all__ = ["Result", "StudyConfig", "run"]
+
+
+def __getattr__(name: str) -> object:
+    # Importing the package must not cost the seconds that torch takes: the command's help does not need it.
+    if name == "run":
+        from camri_tune.pipeline import run  # noqa: PLC0415
+
+        return run
+    if name == "StudyConfig":
+        from camri_tune.config import StudyConfig  # noqa: PLC0415
+
+        return StudyConfig
+    if name == "Result":
+        from camri_tune.records import Result  # noqa: PLC0415
+
+        return Result
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

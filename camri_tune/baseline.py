@@ -1,0 +1,76 @@
+"""The cross-entropy baseline: its learning rate is tuned too, so that CAMRI wins no prize for being the only one tuned."""
+
+import math
+from collections.abc import Sequence
+
+from camri_tune.errors import InputError
+from camri_tune.records import Baseline, TrialRecord
+
+START_FACTORS = (0.5, 1.0, 2.0)
+MAX_LEARNING_RATES = 5
+
+
+def next_learning_rates(tried: Sequence[TrialRecord], default: float) -> list[float]:
+    """Learning rates to try next: first half, once and twice `default`; then outward while the best is at an edge."""
+    if not tried:
+        return [default * factor for factor in START_FACTORS]
+    rates = sorted(record.params["learning_rate"] for record in tried)
+    if len(rates) >= MAX_LEARNING_RATES:
+        return []
+    best = best_learning_rate(tried, default)
+    if best is None or best == rates[0]:
+        return [rates[0] / 2]
+    return [rates[-1] * 2] if best == rates[-1] else []
+
+
+def best_learning_rate(tried: Sequence[TrialRecord], default: float) -> float | None:
+    """The rate of highest validation accuracy, of equals the one nearest `default`; None where every training failed."""
+    complete = [r for r in tried if r.state == "complete" and r.accuracy is not None]
+    if not complete:
+        return None
+    rate = "learning_rate"
+    nearest = max(complete, key=lambda r: (r.accuracy or 0.0, -abs(math.log(r.params[rate] / default))))
+    return nearest.params[rate]
+
+
+def resolve_important(tokens: Sequence[str], classes: Sequence[str], baseline: Baseline) -> tuple[int, ...]:
+    """Class indices of the important classes: names, indices, and ranks by the baseline's validation recall.
+
+    `worst1` is the class with the lowest recall, `median` the middle one; ties go to the lower index.
+    """
+    recalls = baseline.recall_per_class
+    ranked = sorted(range(len(classes)), key=lambda c: (recalls[c], c))
+    found = []
+    for token in tokens:
+        rank = rank_of(token, len(classes))
+        found.append(class_index(token, classes) if rank is None else ranked[rank])
+    return tuple(dict.fromkeys(c for c in found if c is not None))
+
+
+def check_important(tokens: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise InputError for a token that no baseline could resolve: before hours are spent, not after."""
+    for token in tokens:
+        if rank_of(token, len(classes)) is None and class_index(token, classes) is None:
+            raise InputError(
+                f"--important {token!r} is no class here: give an index from 0 to {len(classes) - 1}, a class name "
+                f"(such as {classes[0]!r}), worst1 to worst{len(classes)}, or median"
+            )
+
+
+def rank_of(token: str, num_classes: int) -> int | None:
+    """The place that `worstK` or `median` means in an ascending ranking; None for other tokens."""
+    if token == "median":
+        return num_classes // 2
+    if token.startswith("worst") and token.removeprefix("worst").isdigit():
+        place = int(token.removeprefix("worst")) - 1
+        return place if 0 <= place < num_classes else None
+    return None
+
+
+def class_index(token: str, classes: Sequence[str]) -> int | None:
+    """The index of a class given by its name (any case) or its index; None where there is no such class."""
+    for names in (list(classes), [name.lower() for name in classes]):
+        for text in (token, token.lower()):
+            if text in names:
+                return names.index(text)
+    return int(token) if token.isdigit() and int(token) < len(classes) else None

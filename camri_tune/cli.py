@@ -1,0 +1,217 @@
+"""The commands: parse, call, print. What they do lives in the modules they call.
+
+Heavy imports (torch, optuna) wait until a command needs them, so that help and usage errors come at once.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from camri_tune.config import StudyConfig, read_study_file
+from camri_tune.errors import CamriTuneError
+
+if TYPE_CHECKING:
+    from camri_tune.records import Result
+
+INTERRUPTED_EXIT_CODE = 130
+NO_MODEL_EXIT_CODE = 3
+
+app = typer.Typer(
+    name="camri-tune",
+    help="Raise the recall of the class that must not be missed, keep accuracy at the cross-entropy baseline's.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output; nothing else there.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Where built-in data sets lie or are downloaded to (default: $CAMRI_DATA, else ./data)."),
+]
+
+
+@app.command()
+def run(
+    study: Annotated[Path | None, typer.Argument(help="A study file (.toml); options given here win over it.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="digits, gtsrb, or a folder of class folders.")] = None,
+    data_dir: DataDirOption = None,
+    important: Annotated[
+        str | None,
+        typer.Option(help="Class that must not be missed: index, name, worst1, worst2, median; several with commas."),
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="camri, l2, arcface, cosface-i or ce.")] = None,
+    model: Annotated[str | None, typer.Option(help="Network: compact.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trainings of the search.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Points of test accuracy: the certificate's margin.")] = None,
+    finalists: Annotated[int | None, typer.Option(help="Best trials that are retrained on fresh seeds.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most N training images: for trying things out.")] = None,
+    skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Database URL (default: SQLite in the study's folder).")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study and of its folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Tune, select and export: the whole job. The same command again resumes."""
+    options = dict(locals())
+    for key in ("study", "as_json", "quiet"):
+        del options[key]
+    values = {key: value for key, value in options.items() if value is not None}
+    if workers is not None and workers.lstrip("-").isdigit():
+        values["workers"] = int(workers)
+    config = _config(study, values)
+
+    from camri_tune.console import Console  # noqa: PLC0415
+    from camri_tune.pipeline import run as run_study  # noqa: PLC0415
+
+    result = run_study(config, Console(quiet=quiet))
+    _show(result, as_json)
+    if result.best is None:
+        raise typer.Exit(NO_MODEL_EXIT_CODE)
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Option(help="Name of the study to join.")],
+    storage: Annotated[str | None, typer.Option(help="Its database URL (or set $CAMRI_STORAGE).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data_dir: DataDirOption = None,
+) -> None:
+    """Join a study with one more process, on any machine that reaches its storage and its files."""
+    from camri_tune.errors import InputError  # noqa: PLC0415
+    from camri_tune.storage import STORAGE_VARIABLE  # noqa: PLC0415
+    from camri_tune.worker import work  # noqa: PLC0415
+
+    url = storage or os.environ.get(STORAGE_VARIABLE)
+    if not url:
+        raise InputError(f"no storage: give --storage URL, or set {STORAGE_VARIABLE}")
+    # Numbers past those of the run's own workers, so that no two samplers share a seed.
+    work(storage_url=url, name=study, device=device, threads=None, data_dir=data_dir, index=os.getpid())
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="An exported model, such as runs/NAME/best.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder of class folders, a data set's name, or where one lies (default: as trained)."),
+    ] = None,
+    data_dir: DataDirOption = None,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an exported model; on its own test part this reproduces the stored figures."""
+    from camri_tune.pipeline import evaluate_bundle  # noqa: PLC0415
+
+    figures = evaluate_bundle(bundle, data, data_dir=data_dir or _default_data_dir(), skip_corrupt=skip_corrupt)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    low, high = figures["accuracy_interval"]
+    print(f"{figures['images']:,} images: {figures['data']}")
+    print(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}] (exact 95 % interval)")
+    for c in figures["important"]:
+        recall = figures["recall_per_class"][c]
+        print(f"recall of {c} ({figures['classes'][c]}): {'no such images' if recall is None else f'{recall:.4f}'}")
+    print(f"the stored test figures are {'reproduced exactly' if figures['matches_stored'] else 'other than these'}")
+
+
+@app.command()
+def datasets() -> None:
+    """What can be trained on."""
+    print("digits    1,797 handwritten digits, 8x8, 10 classes; comes with scikit-learn, no download")
+    print("gtsrb     51,839 traffic signs at 32x32, 43 classes; from DATA_DIR/gtsrb, else downloaded")
+    print("PATH      a folder: PATH/train/CLASS/*, optional PATH/val and PATH/test; or PATH/CLASS/*, split by us")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine offers: devices, precision, versions."""
+    import torch  # noqa: PLC0415
+
+    from camri_tune.pipeline import versions  # noqa: PLC0415
+    from camri_tune.training import has_fast_bfloat16  # noqa: PLC0415
+
+    for name, version in versions().items():
+        print(f"{name:12} {version}")
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        label = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        print(f"{device!s:12} {label}, trains in {'bfloat16' if has_fast_bfloat16(device) else 'float32'}")
+
+
+def main() -> NoReturn:
+    """Entry point. Errors made on purpose are one line; an interrupt says how to resume."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        _fail(error.format_message(), error.exit_code)
+    except CamriTuneError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command resumes", INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _config(study: Path | None, options: dict[str, Any]) -> StudyConfig:
+    options.setdefault("data_dir", _default_data_dir())
+    if study is None:
+        return StudyConfig.build(options)
+    values = read_study_file(study)
+    StudyConfig.build(values, source=f"study file {str(study)!r}")  # an error names the file it stands in
+    if "data_dir" in values and options["data_dir"] == _default_data_dir():
+        del options["data_dir"]
+    return StudyConfig.build({**values, **options})
+
+
+def _default_data_dir() -> Path:
+    return Path(os.environ.get("CAMRI_DATA", "data"))
+
+
+def _show(result: "Result", as_json: bool) -> None:
+    from rich.console import Console as RichConsole  # noqa: PLC0415
+
+    from camri_tune.console import result_table  # noqa: PLC0415
+    from camri_tune.pipeline import without_nan  # noqa: PLC0415
+
+    if as_json:
+        print(json.dumps(without_nan(result.as_json()), indent=2))
+    # Where standard output is not a terminal, its width is nobody's: let no figure be cut.
+    console = RichConsole(stderr=as_json, highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+    console.print(result_table(result))
+    console.print(result.sentence, soft_wrap=True)
+    for notice in result.notices:
+        console.print(notice, soft_wrap=True)
+    where = f"{result.folder}/best" if result.best else f"nothing; {result.folder}/result.json has the figures"
+    console.print(f"Exported: {where}", soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"camri-tune: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The typed record of a study: one source for command-line flags, study files and what is stored with the study."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from camri_tune.errors import InputError
+
+Loss = Literal["ce", "camri", "l2", "arcface", "cosface-i"]
+BUILT_IN_DATASETS = ("digits", "gtsrb")
+
+# What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
+EXECUTION_FIELDS = frozenset({"trials", "workers", "device", "storage", "name", "out", "data_dir"})
+
+
+class StudyConfig(BaseModel):
+    """What is tuned, on what, and how it is judged.
+
+    `tolerance` and `epsilon` are percentage points of accuracy. `important` holds class names, class indices as
+    text, or ranks by the baseline's validation recall: `worst1`, `worst2`, …, `median`. `epochs` and `image_size`
+    default to what suits the data set.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field("digits", min_length=1)
+    data_dir: Path = Path("data")
+    important: tuple[str, ...] = Field(("worst1",), min_length=1)
+    loss: Loss = "camri"
+    model: Literal["compact"] = "compact"
+    trials: int = Field(20, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    seeds: int = Field(3, ge=1)
+    tolerance: float = Field(0.0, ge=0.0, le=100.0)
+    epsilon: float = Field(0.5, ge=0.0, le=100.0)
+    finalists: int = Field(3, ge=1, le=5)
+    image_size: int | None = Field(None, ge=8, le=512)
+    limit: int | None = Field(None, ge=1)
+    skip_corrupt: bool = False
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int | Literal["auto"] = "auto"
+    device: str = "auto"
+    storage: str | None = None
+    name: str | None = None
+    out: Path = Path("runs")
+
+    @field_validator("important", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            value = str(value)
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(str(part) for part in value) if isinstance(value, list) else value
+
+    @field_validator("workers")
+    @classmethod
+    def _at_least_one_worker(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or 'auto'")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("must be auto, cpu, cuda or cuda:N")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+            raise ValueError("must be letters, digits, '.', '_' and '-', and start with a letter or digit")
+        return value
+
+    @property
+    def study_name(self) -> str:
+        """The study's name and the name of its folder: `--name`, or data set, loss and important classes."""
+        if self.name:
+            return self.name
+        source = self.dataset if self.dataset in BUILT_IN_DATASETS else Path(self.dataset).resolve().name
+        text = "-".join((source, self.loss, *self.important))
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:100]
+
+    @property
+    def folder(self) -> Path:
+        """Where this study's files go."""
+        return self.out / self.study_name
+
+    @property
+    def tolerance_fraction(self) -> float:
+        return self.tolerance / 100
+
+    @classmethod
+    def build(cls, values: dict[str, Any], source: str = "command line") -> Self:
+        """Check `values`; an error is one line that names the key, the value, the rule and where it stands."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise InputError(_one_line(error, cls, source)) from None
+
+    def absolute(self) -> Self:
+        """The same study with absolute paths, so that workers may run elsewhere on this machine."""
+        known = self.dataset in BUILT_IN_DATASETS or not Path(self.dataset).exists()
+        dataset = self.dataset if known else str(Path(self.dataset).resolve())
+        return self.model_copy(
+            update={"dataset": dataset, "data_dir": self.data_dir.resolve(), "out": self.out.resolve()}
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that give the study's trials their meaning; these must be equal when a study is resumed."""
+        return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS))
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """Read a `studies/*.toml` file into keyword values for `StudyConfig.build`."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise InputError(f"study file {str(path)!r} does not exist; give the path of a .toml file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"study file {str(path)!r} cannot be read as TOML: {error}") from None
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    first = error.errors()[0]
+    key = str(first["loc"][0]) if first["loc"] else "?"
+    where = f"{source}: " if source != "command line" else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}unknown key {key!r}; the keys are {', '.join(sorted(model.model_fields))}"
+    option = f"--{key.replace('_', '-')}" if source == "command line" else key
+    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input should ")
+    return f"{where}{option} is {first['input']!r}, but should be {rule}".replace("should be must be", "must be")

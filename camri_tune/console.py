@@ -1,0 +1,202 @@
+"""What the terminal shows: one live display while it works, plain lines where there is no terminal, a table at the end.
+
+Progress goes to standard error; standard output carries the result alone.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from camri_tune.records import Figure, Result, Side, TrialRecord
+from camri_tune.selection import finalists
+
+STAGE_TITLES = {"baseline": "Baseline (cross-entropy)", "search": "Search", "finalists": "Finalists on fresh seeds"}
+
+
+class Console:
+    """Progress of one run. `live` draws in place; otherwise finished trainings are printed as lines."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._rich = RichConsole(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._reported: set[tuple[str, int]] = set()
+        self._view: _View | None = None
+
+    def __enter__(self) -> Self:
+        if self._rich.is_terminal and not self._rich.quiet:
+            self._live = Live(console=self._rich, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._rich.print(Text(text))
+
+    def reading(self, done: int, total: int) -> None:
+        """Progress of decoding images."""
+        if self._live is not None:
+            self._live.update(Group(Text(f"Reading images: {done:,} of {total:,}"), _bar(done, total)))
+        elif done == total or done % 10_000 == 0:
+            self.say(f"Reading images: {done:,} of {total:,}")
+
+    def plan(self, planned: Mapping[str, int], epochs: int, workers: int) -> None:
+        """What the whole run will train, for the time to go."""
+        self._view = _View(dict(planned), epochs, workers)
+
+    def update(self, stage: str, records: Sequence[TrialRecord], classes: Sequence[str]) -> None:
+        """Show where a stage stands."""
+        for record in records:
+            key = (stage, record.number)
+            if record.state in ("complete", "pruned", "failed") and key not in self._reported:
+                self._reported.add(key)
+                if self._view is not None:
+                    self._view.finished(stage, record)
+                if self._live is None or record.state == "failed":
+                    self.say(self._line(stage, record))
+        if self._live is not None and self._view is not None:
+            self._live.update(self._view.render(stage, records, classes))
+
+    def _line(self, stage: str, record: TrialRecord) -> str:
+        parts = [f"{STAGE_TITLES[stage]} #{record.number}: {record.state}"]
+        if record.accuracy is not None:
+            parts.append(f"accuracy {record.accuracy:.4f}")
+        if record.recall is not None:
+            parts.append(f"recall {record.recall:.4f}")
+        if record.state == "complete" and record.constraint is not None:
+            parts.append("feasible" if record.feasible else "below the floor")
+        if record.failure:
+            parts.append(record.failure)
+        parts.append(_parameters(record.params))
+        if self._view is not None and (left := self._view.seconds_left()) is not None:
+            parts.append(f"about {_duration(left)} to go")
+        return ", ".join(part for part in parts if part)
+
+
+class _View:
+    """The live display's memory: how long trainings take here, and how many are left."""
+
+    def __init__(self, planned: dict[str, int], epochs: int, workers: int) -> None:
+        self._planned = planned
+        self._epochs = epochs
+        self._workers = workers
+        self._started = time.monotonic()
+        self._seconds: list[float] = []
+        self._done = dict.fromkeys(planned, 0)
+        self._running = 0.0
+
+    def finished(self, stage: str, record: TrialRecord) -> None:
+        self._done[stage] += 1
+        if record.seconds and record.state == "complete":
+            self._seconds.append(record.seconds)
+
+    def seconds_left(self) -> float | None:
+        """From the mean time of finished trainings; None before one has finished."""
+        if not self._seconds:
+            return None
+        left = sum(max(0, n - self._done[stage]) for stage, n in self._planned.items()) - self._running
+        return max(0.0, left) * sum(self._seconds) / len(self._seconds) / self._workers
+
+    def render(self, stage: str, records: Sequence[TrialRecord], classes: Sequence[str]) -> Group:
+        running = [r for r in records if r.state == "running"]
+        self._running = sum(r.epoch for r in running) / self._epochs
+        ended = sum(1 for r in records if r.state in ("complete", "pruned", "failed"))
+        total = max(len(records), 1)
+        left = self.seconds_left()
+        time_text = f"about {_duration(left)} to go" if left is not None else "time to go: after the first training"
+        lines = [
+            Text(f"{STAGE_TITLES[stage]}: {ended} of {total} trainings · {time_text}", style="bold"),
+            _bar(ended + self._running, total),
+        ]
+        lines += [Text(f"  #{r.number}  epoch {r.epoch}/{self._epochs}  {_parameters(r.params)}") for r in running]
+        if stage == "search":
+            best = finalists(records, 1)
+            lines.append(
+                Text(
+                    f"  best feasible: #{best[0].number}, recall {best[0].recall:.4f}, accuracy {best[0].accuracy:.4f}"
+                )
+                if best
+                else Text("  best feasible: none yet")
+            )
+        return Group(*lines)
+
+
+def result_table(result: Result) -> Table:
+    """Baseline and best side by side, with what each figure was measured on."""
+    table = Table(title=Text(f"{result.study}: important class {result.important_names}"), title_justify="left")
+    table.add_column("")
+    table.add_column(f"baseline (ce, {result.seeds} seeds)", justify="right")
+    best = result.best
+    table.add_column(f"best ({result.loss}, {result.seeds} seeds)" if best else "best", justify="right")
+    for part in ("test", "validation"):
+        for name in ("recall", "accuracy"):
+            cells = [_cell(_figure(side, part, name)) for side in (result.baseline, best.side if best else None)]
+            table.add_row(f"{name} on {part}, n = {_images(result, part, name):,}", *cells)
+    if best is not None:
+        for c, share in best.exported_recall.items():
+            table.add_row(f"exported model: recall of {c} on test", "", _share(share.value, share.interval))
+        table.add_row(
+            "exported model: accuracy on test",
+            "",
+            _share(best.exported_accuracy.value, best.exported_accuracy.interval),
+        )
+        table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", _parameters(best.params))
+    table.caption = Text(
+        "Mean ± sd over seeds [95 % t interval over seeds]; one model [exact 95 % binomial interval]. Trials were chosen "
+        "on validation; test chose nothing."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _figure(side: Side | None, part: str, name: str) -> Figure | None:
+    if side is None:
+        return None
+    measured = side.test if part == "test" else side.validation
+    return measured.recall if name == "recall" else measured.accuracy
+
+
+def _images(result: Result, part: str, name: str) -> int:
+    return result.images[f"{part}_important" if name == "recall" else part]
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    text = f"{figure.mean:.4f}"
+    if figure.sd is not None and figure.interval is not None:
+        text += f" ± {figure.sd:.4f} [{figure.interval.low:.4f}, {figure.interval.high:.4f}]"
+    return text
+
+
+def _share(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+
+
+def _parameters(params: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))
+
+
+def _bar(done: float, total: float) -> ProgressBar:
+    return ProgressBar(total=total, completed=done, width=50)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

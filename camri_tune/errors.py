@@ -1,0 +1,33 @@
+"""What can go wrong, as one tree. Every message names the value, the rule and the way out."""
+
+
+class CamriTuneError(Exception):
+    """Base of all errors raised on purpose. The command prints the message alone and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(CamriTuneError):
+    """The user can mend it: an option, a study file, a data folder, a bundle. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """A data set that is missing, unreadable, or cannot be split as asked."""
+
+
+class StudyMismatchError(InputError):
+    """A stored study is being resumed with a configuration that would make its trials incomparable."""
+
+
+class BundleError(InputError):
+    """An exported model that is incomplete, altered, or not one of ours."""
+
+
+class TrainingDivergedError(CamriTuneError):
+    """The loss stopped being finite. The trial fails with this reason; it is never counted as pruned."""
+
+
+class WorkerError(CamriTuneError):
+    """The worker processes cannot do the study's work (they keep failing)."""

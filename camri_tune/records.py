@@ -1,0 +1,275 @@
+"""Plain records that the rooms hand to each other. No torch, no Optuna: arithmetic on them is easy to test."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from camri_tune.stats import Interval, binomial_interval, seed_interval
+
+TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
+Verdict = Literal["certified", "feasible", "none"]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One training as it stands in the storage. `constraint` <= 0 means that the accuracy floor was met."""
+
+    number: int
+    state: TrialState
+    params: dict[str, float]
+    seed: int | None = None
+    accuracy: float | None = None
+    recall_per_class: tuple[float, ...] = ()
+    recall: float | None = None
+    constraint: float | None = None
+    checkpoint: str | None = None
+    sha256: str | None = None
+    failure: str | None = None
+    seconds: float | None = None
+    epoch: int = 0
+    source_trial: int | None = None
+
+    @property
+    def feasible(self) -> bool:
+        """Complete, with the constraint recorded and met: what Optuna's `best_trial` does not insist on."""
+        return self.state == "complete" and self.constraint is not None and self.constraint <= 0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured share over seeds: mean, standard deviation, n, the values, and a 95 % t interval over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        if len(self.values) < 2:
+            return None
+        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (len(self.values) - 1))
+
+    @property
+    def interval(self) -> Interval | None:
+        return seed_interval(self.values)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "mean": self.mean,
+            "sd": self.sd,
+            "n": len(self.values),
+            "values": list(self.values),
+            "interval": list(self.interval) if self.interval else None,
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of R models on one part of the data. `recall` is of the important class (the lowest, with several)."""
+
+    accuracy: Figure
+    recall: Figure
+    recall_per_class: tuple[Figure, ...]
+
+    @classmethod
+    def over_seeds(
+        cls, accuracies: Sequence[float], recalls: Sequence[Sequence[float]], important: Sequence[int]
+    ) -> "Measured":
+        """From each seed's accuracy and recalls per class."""
+        return cls(
+            accuracy=Figure(tuple(accuracies)),
+            recall=Figure(tuple(min(row[c] for c in important) for row in recalls)),
+            recall_per_class=tuple(Figure(column) for column in zip(*(tuple(row) for row in recalls), strict=True)),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.accuracy.as_json(),
+            "recall": self.recall.as_json(),
+            "recall_per_class": [figure.as_json() for figure in self.recall_per_class],
+        }
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The cross-entropy baseline on validation: its tuned learning rate and its R models, one per seed."""
+
+    learning_rate: float
+    records: tuple[TrialRecord, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean validation accuracy: the floor, before tolerance."""
+        return Figure(tuple(_known(r.accuracy) for r in self.records)).mean
+
+    @property
+    def recall_per_class(self) -> tuple[float, ...]:
+        """Mean validation recall of each class."""
+        return tuple(
+            sum(column) / len(column) for column in zip(*(r.recall_per_class for r in self.records), strict=True)
+        )
+
+    def measured(self, important: Sequence[int]) -> Measured:
+        return measured_on_validation(self.records, important)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Right answers of one model on n images, with the exact 95 % binomial interval."""
+
+    right: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.n
+
+    @property
+    def interval(self) -> Interval:
+        return binomial_interval(self.right, self.n)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"value": self.value, "right": self.right, "n": self.n, "interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """New model minus old on the same images: `gained` are right in the new alone, `lost` in the old alone, of `n`.
+
+    `interval` is Tango's, at confidence 0.90 two-sided, so that `lower_bound` holds at 95 % one-sided.
+    """
+
+    gained: int
+    lost: int
+    n: int
+    interval: Interval
+
+    @property
+    def estimate(self) -> float:
+        return (self.gained - self.lost) / self.n
+
+    @property
+    def lower_bound(self) -> float:
+        return self.interval.low
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "interval": list(self.interval),
+            "estimate": self.estimate,
+            "lower_bound": self.lower_bound,
+        }
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two things compared: R models on validation and on test."""
+
+    validation: Measured
+    test: Measured
+
+    def as_json(self) -> dict[str, Any]:
+        return {"validation": self.validation.as_json(), "test": self.test.as_json()}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The chosen setting (its trial, its parameters, its R models) and the one model of them that is exported.
+
+    `exported_recall` is per important class, of that one model on test. The differences compare it with the baseline
+    model of the same seed, on the same test images; `recall_difference` on those of the important classes alone.
+    """
+
+    trial: int
+    params: dict[str, float]
+    side: Side
+    exported_seed: int
+    exported_accuracy: Share
+    exported_recall: dict[int, Share]
+    accuracy_difference: PairedDifference
+    recall_difference: PairedDifference
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "trial": self.trial,
+            "params": self.params,
+            **self.side.as_json(),
+            "exported": {
+                "seed": self.exported_seed,
+                "test": {
+                    "accuracy": self.exported_accuracy.as_json(),
+                    "recall": {str(c): share.as_json() for c, share in self.exported_recall.items()},
+                },
+            },
+            "recall_difference": {**self.recall_difference.as_json(), "confidence": CONFIDENCE},
+        }
+
+
+CONFIDENCE = 0.95  # one-sided, of every lower bound
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found, as `result.json` holds it. `best` is None exactly when the verdict is `none`."""
+
+    study: str
+    dataset: str
+    classes: tuple[str, ...]
+    important: tuple[int, ...]
+    loss: str
+    tolerance: float
+    epsilon: float
+    seeds: int
+    verdict: Verdict
+    sentence: str
+    notices: tuple[str, ...]
+    images: dict[str, int]
+    baseline: Side
+    baseline_learning_rate: float
+    best: Best | None
+    trials: dict[str, int]
+    wall_seconds: float
+    versions: dict[str, str]
+    folder: str
+
+    @property
+    def important_names(self) -> str:
+        return ", ".join(f"{c} ({self.classes[c]})" if self.classes[c] != str(c) else str(c) for c in self.important)
+
+    def as_json(self) -> dict[str, Any]:
+        best = self.best
+        return {
+            "schema": 1,
+            "study": self.study,
+            "dataset": self.dataset,
+            "classes": list(self.classes),
+            "important": list(self.important),
+            "loss": self.loss,
+            "tolerance": self.tolerance,
+            "seeds": self.seeds,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "notices": list(self.notices),
+            "images": self.images,
+            "baseline": {"params": {"learning_rate": self.baseline_learning_rate}, **self.baseline.as_json()},
+            "best": best.as_json() if best else None,
+            "accuracy_difference": {
+                **best.accuracy_difference.as_json(), "epsilon": self.epsilon / 100, "confidence": CONFIDENCE
+            } if best else None,
+            "trials": self.trials,
+            "wall_seconds": self.wall_seconds,
+            "versions": self.versions,
+        }  # fmt: skip
+
+
+def measured_on_validation(records: Sequence[TrialRecord], important: Sequence[int]) -> Measured:
+    """Figures over the seeds of `records`, all complete."""
+    return Measured.over_seeds([_known(r.accuracy) for r in records], [r.recall_per_class for r in records], important)
+
+
+def _known(value: float | None) -> float:
+    assert value is not None, "a complete trial has its accuracy"
+    return value

@@ -1,0 +1,97 @@
+"""Splits that keep the frames of one object together.
+
+Images of one group (a GTSRB track, a patient) are near duplicates: a random split puts the same sign on both sides and
+measures memory instead of recognition. Every function here moves whole groups.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camri_tune.errors import DataError
+
+IntArray = NDArray[np.int64]
+
+
+class Split(NamedTuple):
+    """Indices into the arrays that were split, ascending."""
+
+    kept: IntArray
+    held_out: IntArray
+
+
+def hold_out_groups(
+    labels: IntArray, groups: IntArray, *, fraction: float, seed: int, classes: Sequence[str], purpose: str
+) -> Split:
+    """Hold out about `fraction` of every class, in whole groups, chosen by `seed`.
+
+    `labels` and `groups` are (N,). Each class gives at least one group and keeps at least one. Raises DataError, naming
+    the class, where a class has fewer than two groups or where groups that span classes make that impossible;
+    `purpose` says in the message what the held-out part is for.
+    """
+    rng = np.random.default_rng(seed)
+    held: set[int] = set()
+    kept: set[int] = set()
+    # Classes with the fewest groups choose first: with groups that span classes, they have the least choice.
+    members = {c: rng.permutation(np.unique(groups[labels == c])) for c in range(len(classes))}
+    for c in sorted(members, key=lambda c: len(members[c])):
+        in_class = labels == c
+        sizes = {int(g): int(np.sum(in_class & (groups == g))) for g in members[c]}
+        if len(sizes) < 2:
+            what = f"{np.sum(in_class)} image(s) in {len(sizes)} group(s)"
+            raise DataError(
+                f"class {classes[c]!r} has {what}, but needs at least 2 groups (or ungrouped images) to set some aside "
+                f"for {purpose}: add images, provide a folder for {purpose}, or leave the class out"
+            )
+        wanted = fraction * sum(sizes.values())
+        have = sum(size for g, size in sizes.items() if g in held)
+        free = [g for g in sizes if g not in held and g not in kept]
+        spare = len([g for g in sizes if g not in held]) - 1  # one group stays
+        for g in free:
+            # Stop where one more group would overshoot by more than stopping falls short.
+            if spare == 0 or (have > 0 and have + sizes[g] / 2 > wanted):
+                break
+            held.add(g)
+            have += sizes[g]
+            spare -= 1
+        kept.update(g for g in sizes if g not in held)
+    mask = np.isin(groups, list(held))
+    for c, name in enumerate(classes):
+        if not mask[labels == c].any() or mask[labels == c].all():
+            raise DataError(
+                f"class {name!r} cannot have images both for training and for {purpose}, because its groups are shared "
+                f"with other classes: provide a folder for {purpose}"
+            )
+    return Split(np.flatnonzero(~mask), np.flatnonzero(mask))
+
+
+def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, classes: Sequence[str]) -> IntArray:
+    """Indices of at most `limit` images: whole groups, classes in about their own proportions, two groups of each.
+
+    Raises DataError with the smallest possible limit where `limit` cannot keep two groups of every class.
+    """
+    if limit >= len(labels):
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    rank: dict[int, float] = {}
+    for c in range(len(classes)):
+        in_class = rng.permutation(np.unique(groups[labels == c]))
+        for place, g in enumerate(in_class):
+            key = -1.0 if place < 2 else place / len(in_class)
+            rank[int(g)] = min(key, rank.get(int(g), 1.0))
+    sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
+    smallest = sum(sizes[g] for g, key in rank.items() if key < 0)
+    if limit < smallest:
+        raise DataError(
+            f"--limit {limit} is too few: two groups of each of {len(classes)} classes are {smallest} images; "
+            f"give at least {smallest}"
+        )
+    chosen: list[int] = []
+    total = 0
+    for g in sorted(rank, key=lambda g: rank[g]):
+        if total + sizes[g] <= limit:
+            chosen.append(g)
+            total += sizes[g]
+    return np.flatnonzero(np.isin(groups, chosen))

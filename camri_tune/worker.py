@@ -1,0 +1,176 @@
+"""A worker: a process that joins a study through its storage and trains what is queued until nothing is left.
+
+Workers hold no state of their own. `run` starts local ones; `camri-tune worker` joins from any machine.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.errors import StudyMismatchError, WorkerError
+from camri_tune.search import Plan, make_sampler, run_trial
+from camri_tune.storage import STAGES, STORAGE_VARIABLE, StudyStore, open_storage
+from camri_tune.training import pick_device
+
+IDLE_SECONDS = 0.2
+MAX_RESTARTS = 3
+
+
+def work(
+    *, storage_url: str, name: str, device: str, threads: int | None, data_dir: Path | None = None, index: int = 0
+) -> None:
+    """Serve study `name` until its run is done. Raises StudyMismatchError where this machine's data differ."""
+    store = StudyStore.existing(open_storage(storage_url), name)
+    config = store.config if data_dir is None else store.config.model_copy(update={"data_dir": data_dir})
+    torch.set_flush_denormal(True)  # tiny activations late in training would slow a CPU down
+    if threads is not None:
+        torch.set_num_threads(threads)
+    data = open_dataset(config)
+    _require_same_data(store, data)
+    sampler = make_sampler(config, seed=config.seed * 1_000 + index)
+    target = pick_device(device)
+    parent = os.getppid()
+    while store.attributes.get("stage") != "done" and os.getppid() == parent:
+        for stage in STAGES:
+            trial = store.claim(stage, sampler if stage == "search" else None)
+            if trial is not None:
+                run_trial(trial, stage, _plan(store, config, data, target), store)
+                break
+        else:
+            time.sleep(IDLE_SECONDS)
+
+
+def _plan(store: StudyStore, config: StudyConfig, data: Dataset, device: torch.device) -> Plan:
+    baseline = store.attributes.get("baseline")
+    if baseline is None:
+        return Plan(config, data, device)
+    return Plan(
+        config,
+        data,
+        device,
+        important=tuple(baseline["important"]),
+        floor=baseline["floor"],
+        baseline_learning_rate=baseline["learning_rate"],
+    )
+
+
+def _require_same_data(store: StudyStore, data: Dataset) -> None:
+    stored = store.attributes["identity"]["dataset"]
+    if f"({data.fingerprint})" not in stored:
+        raise StudyMismatchError(
+            f"study {store.name!r} is on data set {stored}, but here it is {data.name} ({data.fingerprint}): bring the "
+            f"same files, or name their folder with --data-dir"
+        )
+
+
+class LocalWorkers:
+    """Worker processes of one run on this machine; a dead one is replaced, a repeatedly failing one ends the run."""
+
+    def __init__(self, *, storage_url: str, name: str, device: torch.device, count: int, log_folder: Path) -> None:
+        self._storage_url = storage_url
+        self._name = name
+        self._device = device
+        self._count = count
+        self._log_folder = log_folder
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._restarts = 0
+
+    def __enter__(self) -> Self:
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        for index in range(self._count):
+            self._start(index)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def wait(self, finished: Callable[[], bool], on_tick: Callable[[], None], seconds: float = 0.5) -> None:
+        """Wait until `finished()`, calling `on_tick` every `seconds` and replacing workers that died."""
+        while not finished():
+            self._replace_the_dead()
+            on_tick()
+            time.sleep(seconds)
+        on_tick()
+
+    def _start(self, index: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // self._count) if self._device.type == "cpu" else None
+        command = [
+            sys.executable,
+            "-m",
+            "camri_tune.worker",
+            self._name,
+            str(self._device),
+            str(index),
+            str(threads or 0),
+        ]
+        environment = {**os.environ, STORAGE_VARIABLE: self._storage_url}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with self._log(index).open("ab") as log:
+            self._processes[index] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _log(self, index: int) -> Path:
+        return self._log_folder / f"worker-{index}.log"
+
+    def _replace_the_dead(self) -> None:
+        for index, process in self._processes.items():
+            if process.poll() is None:
+                continue
+            self._restarts += 1
+            if self._restarts > MAX_RESTARTS:
+                lines = self._log(index).read_text(errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else f"exit code {process.returncode}"
+                raise WorkerError(f"worker processes keep ending ({reason}); the log is {self._log(index)}")
+            self._start(index)
+
+
+def worker_count(config: StudyConfig, device: torch.device) -> int:
+    """`auto`: on a CPU one single-threaded worker per core, which beats threads; on a GPU one."""
+    if config.workers != "auto":
+        return config.workers
+    return (os.cpu_count() or 1) if device.type == "cpu" else 1
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    yield
+
+
+def main(arguments: list[str]) -> None:
+    """Entry of the processes that `LocalWorkers` starts: NAME DEVICE INDEX THREADS, storage in the environment."""
+    name, device, index, threads = arguments
+    with _terminate_as_interrupt():
+        work(
+            storage_url=os.environ[STORAGE_VARIABLE],
+            name=name,
+            device=device,
+            index=int(index),
+            threads=int(threads) or None,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
