@@ -1,4 +1,4 @@
-"""The cross-entropy baseline: its learning rate is tuned too, so that CAMRI wins no prize for being the only one tuned."""
+"""The cross-entropy baseline: its learning rate is tuned too, so that CAMRI is not the only one that was tuned."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def next_learning_rates(tried: Sequence[TrialRecord], default: float) -> list[fl
 
 
 def best_learning_rate(tried: Sequence[TrialRecord], default: float) -> float | None:
-    """The rate of highest validation accuracy, of equals the one nearest `default`; None where every training failed."""
+    """The rate of highest validation accuracy, of equals the one nearest `default`; None where all trainings failed."""
     complete = [r for r in tried if r.state == "complete" and r.accuracy is not None]
     if not complete:
         return None

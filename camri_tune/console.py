@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console as RichConsole
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -118,7 +118,7 @@ class _View:
         total = max(len(records), 1)
         left = self.seconds_left()
         time_text = f"about {_duration(left)} to go" if left is not None else "time to go: after the first training"
-        lines = [
+        lines: list[RenderableType] = [
             Text(f"{STAGE_TITLES[stage]}: {ended} of {total} trainings · {time_text}", style="bold"),
             _bar(ended + self._running, total),
         ]
@@ -156,8 +156,8 @@ def result_table(result: Result) -> Table:
         )
         table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", _parameters(best.params))
     table.caption = Text(
-        "Mean ± sd over seeds [95 % t interval over seeds]; one model [exact 95 % binomial interval]. Trials were chosen "
-        "on validation; test chose nothing."
+        "Mean ± sd over seeds [95 % t interval over seeds]; one model [exact 95 % binomial interval]. "
+        "Trials were chosen on validation; test chose nothing."
     )
     table.caption_justify = "left"
     return table

@@ -1,7 +1,7 @@
 """Images in: every data set becomes uint8 tensors in memory, with labels, class names and groups.
 
-A source lists image files (or holds arrays); a cache keyed by that list keeps the decoded tensors, one file per part, so
-that a second start is instant, workers share the pages, and nobody opens the test part before it is asked for.
+A source lists image files (or holds arrays). A cache keyed by that list keeps the decoded tensors, one file per part,
+so that a second start is instant, workers share the pages, and nobody opens the test part before it is asked for.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ class _Source:
     ignored: int = 0
 
     def fingerprint(self) -> str:
-        """A key of the content: names and sizes of the files, or the bytes of the arrays; moving the folder keeps it."""
+        """A key of the content: names and sizes of files, or the bytes of arrays; moving the folder keeps it."""
         digest = hashlib.sha256(json.dumps([CACHE_FORMAT, self.name, self.classes, self.image_size]).encode())
         for part, items in sorted(self.parts.items()):
             for item in items:

@@ -150,33 +150,33 @@ class _Study:
             for rate in rates:
                 self.store.enqueue("baseline", {"learning_rate": rate}, seed=tuning)
             self._finish("baseline")
-        rate = best_learning_rate(tried, DEFAULT_LEARNING_RATE)
-        if rate is None:
+        best = best_learning_rate(tried, DEFAULT_LEARNING_RATE)
+        if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
         done = {r.seed for r in self._records("baseline")}
         for seed in seeds:
             if seed not in done:
-                self.store.enqueue("baseline", {"learning_rate": rate}, seed=seed)
+                self.store.enqueue("baseline", {"learning_rate": best}, seed=seed)
         self._finish("baseline")
         by_seed = {r.seed: r for r in self._records("baseline")}
         for seed in seeds:
             if by_seed[seed].state != "complete":
                 raise CamriTuneError(f"the baseline's training with seed {seed} failed: {by_seed[seed].failure}")
-        baseline = Baseline(rate, tuple(by_seed[seed] for seed in seeds))
+        baseline = Baseline(best, tuple(by_seed[seed] for seed in seeds))
         self.important = resolve_important(self.config.important, self.data.classes, baseline)
         self.store.set(
             "baseline",
             {
                 "important": list(self.important),
                 "floor": self._floor(baseline),
-                "learning_rate": rate,
+                "learning_rate": best,
                 "recall_per_class": list(baseline.recall_per_class),
             },
         )
         recalls = ", ".join(f"{c} ({self.data.classes[c]}) {baseline.recall_per_class[c]:.4f}" for c in self.important)
         self.console.say(
-            f"Baseline over {len(seeds)} seed(s), learning rate {rate:.3g}: validation accuracy {baseline.accuracy:.4f}, "
-            f"recall of the important class {recalls}"
+            f"Baseline over {len(seeds)} seed(s), learning rate {best:.3g}: validation accuracy "
+            f"{baseline.accuracy:.4f}, recall of the important class {recalls}"
         )
         notice = nothing_to_gain(baseline.recall_per_class, self.important, self.data.classes)
         if notice:

@@ -71,13 +71,15 @@ def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: flo
     if recall.lower_bound > 0:
         gain = f"Recall of {names} on test rose by {_points(recall.estimate)}"
     elif recall.estimate > 0:
-        gain = f"Recall of {names} on test rose by {_points(recall.estimate)}, which {recall.n:,} images cannot tell from no gain"
+        gain = f"Recall of {names} on test rose by {_points(recall.estimate)}"
+        gain += f", which {recall.n:,} images cannot tell from no gain"
     elif recall.estimate == 0:
         gain = f"Recall of {names} on test did not change"
     else:
         gain = f"Recall of {names} on test FELL by {_points(-recall.estimate, sign=False)}"
     if verdict == "certified":
-        return f"{gain}; accuracy is certified to be not more than {epsilon:g} points below the baseline model's ({bound})."
+        kept = f"accuracy is certified to be not more than {epsilon:g} points below the baseline model's"
+        return f"{gain}; {kept} ({bound})."
     needed = images_needed(accuracy, epsilon / 100)
     way_out = (
         f"about {needed:,} test images would be needed to tell" if needed

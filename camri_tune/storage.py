@@ -1,8 +1,8 @@
 """Studies in a database: opening, matching against what is asked, queues of trials, checkpoints.
 
-A run is three Optuna studies in one storage: `NAME.baseline`, `NAME` (the search) and `NAME.finalists`. Each is a queue:
-whoever plans the work enqueues WAITING trials, workers claim them, and so the number of trials is exact however many
-workers there are.
+A run is three Optuna studies in one storage: `NAME.baseline`, `NAME` (the search) and `NAME.finalists`. Each is a
+queue: whoever plans the work enqueues WAITING trials, workers claim them, and so the number of trials is exact however
+many workers there are.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ class StudyStore:
 
     @classmethod
     def create(cls, storage: RDBStorage, config: StudyConfig, data: Dataset) -> "StudyStore":
-        """Open the study that `config` names, or make it. Raises StudyMismatchError, naming the first field that differs."""
+        """Open the study that `config` names, or make it. Raises StudyMismatchError, naming a field that differs."""
         store = cls(storage, config.study_name, config.folder / "artifacts")
         for stage, name in store._names.items():
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
@@ -230,8 +230,8 @@ def _require_equal(stored: Mapping[str, Any], asked: Mapping[str, Any], config: 
     for key, value in asked.items():
         if stored.get(key) != value:
             raise StudyMismatchError(
-                f"study {config.study_name!r} was started with {key} = {stored.get(key)!r}, not {value!r}: trials under "
-                f"both cannot be compared; repeat the first value, or start another study with --name"
+                f"study {config.study_name!r} was started with {key} = {stored.get(key)!r}, not {value!r}: trials "
+                f"under both cannot be compared; repeat the first value, or start another study with --name"
             )
 
 

@@ -1,7 +1,7 @@
 """Train one model with one seed: images stay on the device, augmentation is batched tensor code.
 
 Speed comes from three things that only work together: no data loader, channels_last, and bfloat16 where the hardware
-has it. Head, margin and softmax stay in float32 (see losses.py), and so does the final evaluation, which is what counts.
+has it. Head, margin and softmax stay in float32 (see losses.py), and so does the final evaluation, which counts.
 """
 
 import math
@@ -149,7 +149,7 @@ def evaluate(classifier: Classifier, images: Images, *, num_classes: int, device
 def predict_logits(classifier: Classifier, pixels: Tensor, device: torch.device) -> Tensor:
     """Logits (N, C) on the CPU of uint8 images (N, C, S, S)."""
     classifier.eval()
-    parts = [classifier(batch.to(device)).float().cpu() for batch in pixels.split(EVALUATION_BATCH)]
+    parts = [classifier(batch.to(device)).float().cpu() for batch in torch.split(pixels, EVALUATION_BATCH)]
     return torch.cat(parts)
 
 
@@ -200,8 +200,8 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"--device {name} is not on this machine, which has {torch.cuda.device_count()} CUDA device(s) that PyTorch "
-            f"can use; choose auto or cpu"
+            f"--device {name} is not on this machine, which has {torch.cuda.device_count()} CUDA device(s) that "
+            f"PyTorch can use; choose auto or cpu"
         )
     return device
 
@@ -209,8 +209,8 @@ def pick_device(name: str) -> torch.device:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 here: a GPU that has it, or a CPU with AMX or AVX512-BF16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
