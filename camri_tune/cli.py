@@ -71,8 +71,6 @@ def run(
     for key in ("study", "as_json", "quiet"):
         del options[key]
     values = {key: value for key, value in options.items() if value is not None}
-    if workers is not None and workers.lstrip("-").isdigit():
-        values["workers"] = int(workers)
     config = _config(study, values)
 
     from camri_tune.console import Console  # noqa: PLC0415
@@ -100,7 +98,7 @@ def worker(
     if not url:
         raise InputError(f"no storage: give --storage URL, or set {STORAGE_VARIABLE}")
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
-    work(storage_url=url, name=study, device=device, threads=None, data_dir=data_dir, index=os.getpid())
+    work(storage_url=url, name=study, device=device, data_dir=data_dir, index=os.getpid())
 
 
 @app.command()

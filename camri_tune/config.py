@@ -56,11 +56,13 @@ class StudyConfig(BaseModel):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return tuple(str(part) for part in value) if isinstance(value, list) else value
 
-    @field_validator("workers")
+    @field_validator("workers", mode="before")
     @classmethod
-    def _at_least_one_worker(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1, or 'auto'")
+    def _workers_is_a_count(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ValueError("must be a whole number of at least 1, or 'auto'")
         return value
 
     @field_validator("device")

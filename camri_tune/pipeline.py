@@ -76,15 +76,16 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
         check_important(config.important, data.classes)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)
         study = _Study(config, data, store, console)
+        study.begin(device)
         try:
             with LocalWorkers(
+                store=store,
                 storage_url=storage_url(config),
-                name=config.study_name,
                 device=device,
                 count=worker_count(config, device),
                 log_folder=config.folder / "logs",
             ) as workers:
-                study.begin(workers, device)
+                study.workers = workers
                 baseline = study.measure_baseline()
                 study.search(baseline)
                 retrained = study.retrain_finalists(baseline)
@@ -101,6 +102,8 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
 class _Study:
     """One run's stages. Each enqueues what is missing and waits, so a resumed run does only what is left."""
 
+    workers: LocalWorkers
+
     def __init__(self, config: StudyConfig, data: Dataset, store: StudyStore, console: Console) -> None:
         self.config = config
         self.data = data
@@ -113,9 +116,9 @@ class _Study:
     def epochs(self) -> int:
         return self.config.epochs or self.data.epochs
 
-    def begin(self, workers: LocalWorkers, device: torch.device) -> None:
+    def begin(self, device: torch.device) -> None:
+        """Put the queues in order, before any worker looks at them, and say what will be done."""
         config, data = self.config, self.data
-        self.workers = workers
         self.store.set("stage", "running")
         again = self.store.requeue_interrupted()
         count = worker_count(config, device)
@@ -143,13 +146,13 @@ class _Study:
         """Tune the learning rate of cross-entropy, then train it on R fresh seeds; settle who is important."""
         tuning, seeds = tuning_seed(self.config), self._seeds()
         while True:
+            self._finish("baseline")  # what an earlier run left queued comes first
             tried = [r for r in self._records("baseline") if r.seed == tuning]
             rates = next_learning_rates(tried, DEFAULT_LEARNING_RATE)
             if not rates:
                 break
             for rate in rates:
                 self.store.enqueue("baseline", {"learning_rate": rate}, seed=tuning)
-            self._finish("baseline")
         best = best_learning_rate(tried, DEFAULT_LEARNING_RATE)
         if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")

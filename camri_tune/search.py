@@ -1,6 +1,8 @@
 """What is searched, by whom, and how one trial runs: the bridge between Optuna's trials and `training.train`."""
 
 import math
+import os
+import socket
 import tempfile
 import time
 import traceback
@@ -110,10 +112,16 @@ def make_sampler(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=False)
 
 
+def worker_id(pid: int) -> str:
+    """Which process runs a trial: host and process id."""
+    return f"{socket.gethostname()}:{pid}"
+
+
 def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore) -> None:
     """Train, score and tell one claimed trial. Whatever goes wrong becomes its reason; only interrupts pass through."""
     study = store.optuna_study(stage)
     started = time.perf_counter()
+    trial.set_user_attr("worker", worker_id(os.getpid()))
     trial.set_user_attr("device", str(plan.device))
     try:
         trained = _train(trial, stage, plan)

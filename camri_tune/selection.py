@@ -68,15 +68,15 @@ def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: flo
     bound = (
         f"difference {_points(accuracy.estimate)}, 95 % lower bound {_points(accuracy.lower_bound)}, n = {accuracy.n:,}"
     )
+    counts = f"{recall.gained} gained, {recall.lost} lost of {recall.n:,} images"
     if recall.lower_bound > 0:
-        gain = f"Recall of {names} on test rose by {_points(recall.estimate)}"
+        gain = f"Recall of {names} on test rose by {_points(recall.estimate)} ({counts})"
     elif recall.estimate > 0:
-        gain = f"Recall of {names} on test rose by {_points(recall.estimate)}"
-        gain += f", which {recall.n:,} images cannot tell from no gain"
+        gain = f"Recall of {names} on test rose by {_points(recall.estimate)} ({counts}: too few to tell from no gain)"
     elif recall.estimate == 0:
         gain = f"Recall of {names} on test did not change"
     else:
-        gain = f"Recall of {names} on test FELL by {_points(-recall.estimate, sign=False)}"
+        gain = f"Recall of {names} on test FELL by {_points(-recall.estimate, sign=False)} ({counts})"
     if verdict == "certified":
         kept = f"accuracy is certified to be not more than {epsilon:g} points below the baseline model's"
         return f"{gain}; {kept} ({bound})."

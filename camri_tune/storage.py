@@ -165,12 +165,17 @@ class StudyStore:
                 return Trial(study, waiting._trial_id)
         return None
 
-    def requeue_interrupted(self) -> int:
-        """Fail trials that a dead run left RUNNING and queue each again. Only for the holder of the study's lock."""
+    def requeue_interrupted(self, worker: str | None = None) -> int:
+        """Fail trials that dead processes left RUNNING and queue each again: those of `worker`, or all.
+
+        All is right only for a run that has just taken the study's lock and has not started workers yet.
+        """
         count = 0
         for stage in STAGES:
             study = self.optuna_study(stage)
             for trial in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
+                if worker is not None and trial.user_attrs.get("worker") != worker:
+                    continue
                 fixed = trial.system_attrs.get("fixed_params", {})
                 keep = {k: v for k, v in trial.user_attrs.items() if k in ("source_trial", "seed")}
                 # What the sampler had chosen is kept: an interrupted trial is run again, not replaced.

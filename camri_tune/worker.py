@@ -19,7 +19,7 @@ import torch
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import StudyMismatchError, WorkerError
-from camri_tune.search import Plan, make_sampler, run_trial
+from camri_tune.search import Plan, make_sampler, run_trial, worker_id
 from camri_tune.storage import STAGES, STORAGE_VARIABLE, StudyStore, open_storage
 from camri_tune.training import pick_device
 
@@ -28,9 +28,20 @@ MAX_RESTARTS = 3
 
 
 def work(
-    *, storage_url: str, name: str, device: str, threads: int | None, data_dir: Path | None = None, index: int = 0
+    *,
+    storage_url: str,
+    name: str,
+    device: str,
+    threads: int | None = None,
+    data_dir: Path | None = None,
+    index: int = 0,
+    parent: int | None = None,
 ) -> None:
-    """Serve study `name` until its run is done. Raises StudyMismatchError where this machine's data differ."""
+    """Serve study `name` until its run is done, or until process `parent`, where one is named, is gone.
+
+    `index` sets this worker's sampler apart from the others'. Raises StudyMismatchError where this machine's data are
+    not the study's.
+    """
     store = StudyStore.existing(open_storage(storage_url), name)
     config = store.config if data_dir is None else store.config.model_copy(update={"data_dir": data_dir})
     torch.set_flush_denormal(True)  # tiny activations late in training would slow a CPU down
@@ -40,8 +51,7 @@ def work(
     _require_same_data(store, data)
     sampler = make_sampler(config, seed=config.seed * 1_000 + index)
     target = pick_device(device)
-    parent = os.getppid()
-    while store.attributes.get("stage") != "done" and os.getppid() == parent:
+    while store.attributes.get("stage") != "done" and parent in (None, os.getppid()):
         for stage in STAGES:
             trial = store.claim(stage, sampler if stage == "search" else None)
             if trial is not None:
@@ -77,9 +87,11 @@ def _require_same_data(store: StudyStore, data: Dataset) -> None:
 class LocalWorkers:
     """Worker processes of one run on this machine; a dead one is replaced, a repeatedly failing one ends the run."""
 
-    def __init__(self, *, storage_url: str, name: str, device: torch.device, count: int, log_folder: Path) -> None:
+    def __init__(
+        self, *, store: StudyStore, storage_url: str, device: torch.device, count: int, log_folder: Path
+    ) -> None:
+        self._store = store
         self._storage_url = storage_url
-        self._name = name
         self._device = device
         self._count = count
         self._log_folder = log_folder
@@ -118,7 +130,7 @@ class LocalWorkers:
             sys.executable,
             "-m",
             "camri_tune.worker",
-            self._name,
+            self._store.name,
             str(self._device),
             str(index),
             str(threads or 0),
@@ -138,6 +150,8 @@ class LocalWorkers:
         for index, process in self._processes.items():
             if process.poll() is None:
                 continue
+            # Its trial would stay RUNNING for ever: nobody else knows that it ended.
+            self._store.requeue_interrupted(worker_id(process.pid))
             self._restarts += 1
             if self._restarts > MAX_RESTARTS:
                 lines = self._log(index).read_text(errors="replace").strip().splitlines()
@@ -169,6 +183,7 @@ def main(arguments: list[str]) -> None:
             device=device,
             index=int(index),
             threads=int(threads) or None,
+            parent=os.getppid(),
         )
 
 

@@ -1,0 +1,129 @@
+"""Usage and input errors through the installed command: one clear line, exit code 2, nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.command import assert_one_line_error, camri_tune
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--dataset", "foo"], ["'foo'", "digits", "gtsrb", "folder"]),
+        (["--important", "10"], ["'10'", "0 to 9", "worst1"]),
+        (["--important", "nope"], ["'nope'", "0 to 9"]),
+        (["--important", "worst11"], ["'worst11'", "worst10"]),
+        (["--loss", "foo"], ["--loss", "'foo'", "camri"]),
+        (["--model", "foo"], ["--model", "'foo'", "compact"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "cpu"]),
+        (["--device", "cuda:99"], ["--device cuda:99", "not on this machine", "cpu"]),
+        (["--trials", "0"], ["--trials", "0", "greater than or equal to 1"]),
+        (["--trials", "abc"], ["--trials", "integer"]),
+        (["--tolerance", "-1"], ["--tolerance", "-1", "greater than or equal to 0"]),
+        (["--tolerance", "nan"], ["--tolerance", "nan"]),
+        (["--workers", "0"], ["--workers", "0", "auto"]),
+        (["--workers", "many"], ["--workers", "'many'", "auto"]),
+        (["--name", "../x"], ["--name", "'../x'", "letters"]),
+        (["--limit", "5"], ["--limit 5", "at least 20"]),
+        (["--storage", "nonsense"], ["storage", "sqlite:///study.db"]),
+        (["--bogus"], ["--bogus"]),
+    ],
+)
+def test_bad_options_get_one_line(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    assert_one_line_error(camri_tune("run", "--out", out, *arguments), *parts)
+    assert not list(out.rglob("best"))
+
+
+def test_a_password_in_a_storage_url_is_not_shown(tmp_path: Path) -> None:
+    url = "postgresql+nodriver://user:hunter2@127.0.0.1:1/db"
+    done = camri_tune("run", "--out", tmp_path, "--storage", url)
+    assert_one_line_error(done, "storage")
+    assert "hunter2" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+
+
+def test_data_folders_that_are_none_get_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "empty" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "a" / "1.png")
+    for dataset, parts in {
+        "file": ["is a file"],
+        "one": ["1 class folder", "at least 2"],
+        "empty": ["no images"],
+    }.items():
+        path = tmp_path / dataset
+        assert_one_line_error(camri_tune("run", "--out", tmp_path / "runs", "--dataset", path), str(path), *parts)
+
+
+def test_a_run_folder_that_cannot_be_written_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_one_line_error(camri_tune("run", "--out", tmp_path / "file"), str(tmp_path / "file"), "--out")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("trails = 3", ["unknown key 'trails'", "trials"]),
+        ('trials = "x"', ["trials", "'x'", "integer"]),
+        ("trials = ", ["TOML"]),
+    ],
+)
+def test_errors_in_a_study_file_name_key_and_file(text: str, parts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    assert_one_line_error(camri_tune("run", path), str(path), *parts)
+
+
+def test_a_study_file_that_is_not_there_gets_one_line(tmp_path: Path) -> None:
+    assert_one_line_error(camri_tune("run", tmp_path / "none.toml"), "none.toml", "does not exist")
+
+
+def test_something_that_is_no_bundle_gets_one_line(tmp_path: Path) -> None:
+    assert_one_line_error(camri_tune("evaluate", tmp_path), str(tmp_path), "model.safetensors")
+
+
+def test_joining_needs_a_storage_and_a_study(tmp_path: Path) -> None:
+    assert_one_line_error(camri_tune("worker", "--study", "x", CAMRI_STORAGE=""), "--storage")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    assert_one_line_error(camri_tune("worker", "--study", "x", "--storage", url), "'x'", "no studies")
+
+
+def test_the_checkout_has_the_same_command() -> None:
+    here = subprocess.run(
+        [sys.executable, "cli.py", "run", "--help"], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    installed = camri_tune("run", "--help")
+    assert "--important" in here.stdout
+    assert here.stdout.split("Options")[1:] == installed.stdout.split("Options")[1:]
+
+
+def test_every_command_has_help_and_a_bare_call_shows_it() -> None:
+    for command in ("run", "worker", "evaluate", "datasets", "doctor"):
+        assert camri_tune(command, "--help").returncode == 0
+        assert command in camri_tune("--help").stdout
+
+
+def test_doctor_and_datasets_say_what_is_there() -> None:
+    doctor = camri_tune("doctor")
+    assert doctor.returncode == 0
+    assert "torch" in doctor.stdout
+    assert "trains in" in doctor.stdout
+    assert "digits" in camri_tune("datasets").stdout
+
+
+def test_study_files_of_the_house_are_valid() -> None:
+    from camri_tune.config import StudyConfig, read_study_file  # noqa: PLC0415
+
+    files = list((REPOSITORY / "studies").glob("*.toml"))
+    assert files
+    for path in files:
+        StudyConfig.build(read_study_file(path), source=str(path))

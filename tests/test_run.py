@@ -1,0 +1,362 @@
+"""The main job through the installed command: from data to an exported model, resumed, interrupted and doctored."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
+
+# Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
+SMALL = ["--epochs", "3", "--trials", "3", "--seeds", "2", "--finalists", "1", "--tolerance", "100"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A small finished study of the digits, and its result as printed."""
+    out = tmp_path_factory.mktemp("runs")
+    done = camri_tune("run", "--out", out, "--name", "d", *SMALL, "--json")
+    assert done.returncode == 0, done.stderr
+    return out / "d", result_of(done)
+
+
+def _trials(folder: Path, study: str = "d") -> list[tuple[int, str]]:
+    with sqlite3.connect(folder / "study.db") as database:
+        rows = database.execute(
+            "select number, state from trials join studies using (study_id) where study_name = ? order by number",
+            (study,),
+        ).fetchall()
+    return [(number, state) for number, state in rows]
+
+
+def test_a_run_leaves_the_promised_files(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert {p.name for p in (folder / "best").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "metrics.json",
+        "README.md",
+    }
+    assert (folder / "study.db").exists()
+    assert list((folder / "artifacts").iterdir())
+    assert not [p for p in folder.rglob("*") if "partial" in p.name or p.name.startswith(".best")]
+
+
+def test_the_result_has_every_promised_key(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, result = finished
+    assert result["schema"] == 1
+    assert result["dataset"] == "digits"
+    assert len(result["important"]) == 1
+    assert result["verdict"] in ("certified", "feasible")
+    assert result["trials"] == {"complete": 3, "pruned": 0, "failed": 0}
+    assert set(result["best"]["params"]) == {"learning_rate", "scale", "margin"}
+    for side in (result["baseline"], result["best"]):
+        for part in ("validation", "test"):
+            assert len(side[part]["recall_per_class"]) == len(result["classes"])
+            for name in ("accuracy", "recall"):
+                figure = side[part][name]
+                assert figure["n"] == len(figure["values"]) == result["seeds"] == 2
+                assert math.isclose(figure["mean"], sum(figure["values"]) / 2)
+                assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
+    difference = result["accuracy_difference"]
+    assert difference["n"] == result["images"]["test"] == 359
+    assert math.isclose(difference["estimate"], (difference["gained"] - difference["lost"]) / difference["n"])
+    assert difference["lower_bound"] <= difference["estimate"]
+    certified = difference["lower_bound"] >= -difference["epsilon"]
+    assert result["verdict"] == ("certified" if certified else "feasible")
+
+
+def test_every_finished_trial_carries_its_constraint_once(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    with sqlite3.connect(folder / "study.db") as database:
+        keys = database.execute(
+            "select t.trial_id, count(*) from trials t join studies using (study_id) "
+            "join trial_system_attributes a on a.trial_id = t.trial_id and a.key like 'constraints:%' "
+            "where study_name in ('d', 'd.finalists') group by t.trial_id"
+        ).fetchall()
+        mode = database.execute("pragma journal_mode").fetchone()[0]
+    assert [count for _, count in keys] == [1] * (3 + 2)
+    assert mode == "wal"
+
+
+def test_evaluating_the_bundle_reproduces_the_stored_figures(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    moved = shutil.copytree(folder / "best", tmp_path / "elsewhere")  # from the files alone
+    figures = json.loads(camri_tune("evaluate", moved, "--data", "digits", "--json").stdout)
+    stored = json.loads((moved / "metrics.json").read_text())["test"]
+    assert {key: figures[key] for key in stored} == stored
+    assert figures["matches_stored"]
+    assert "reproduced exactly" in camri_tune("evaluate", moved).stdout
+
+
+def test_an_altered_bundle_is_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    bundle = shutil.copytree(finished[0] / "best", tmp_path / "best")
+    weights = bundle / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_one_line_error(camri_tune("evaluate", bundle), "model.safetensors")
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    before = _trials(folder)
+    again = camri_tune("run", "--out", folder.parent, "--name", "d", *SMALL, "--json")
+    assert again.returncode == 0, again.stderr
+    assert _trials(folder) == before
+    assert {k: v for k, v in result_of(again).items() if k != "wall_seconds"} == {
+        k: v for k, v in result.items() if k != "wall_seconds"
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("--important", "3", "important"),
+        ("--tolerance", "1", "tolerance"),
+        ("--seed", "5", "seed"),
+        ("--loss", "ce", "loss"),
+    ],
+)
+def test_resuming_with_another_configuration_names_the_field(
+    finished: tuple[Path, dict[str, Any]], option: str, value: str, field: str
+) -> None:
+    folder, _ = finished
+    done = camri_tune("run", "--out", folder.parent, "--name", "d", *SMALL, option, value)
+    assert_one_line_error(done, field, "--name")
+    assert (folder / "best").exists()
+
+
+def test_asking_for_more_trials_adds_just_those(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "d")
+    done = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--trials", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert result_of(done)["trials"]["complete"] == 5
+    assert [state for _, state in _trials(folder)] == ["COMPLETE"] * 5
+
+
+def test_nothing_is_called_best_where_nothing_is_feasible(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Raise the stored floor of a finished study out of reach: exit code 3, and the earlier export is withdrawn."""
+    folder = shutil.copytree(finished[0], tmp_path / "d")
+    with sqlite3.connect(folder / "study.db") as database:
+        changed = database.execute(
+            "update trial_user_attributes set value_json = '9.0' where key = 'accuracy' and trial_id in "
+            "(select trial_id from trials join studies using (study_id) where study_name = 'd.baseline')"
+        ).rowcount
+    assert changed > 0
+    done = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--json")
+    assert done.returncode == 3, done.stderr
+    result = result_of(done)
+    assert result["verdict"] == "none"
+    assert result["best"] is None
+    assert not (folder / "best").exists()
+    assert "No model" in done.stderr
+
+
+def test_an_altered_checkpoint_is_never_exported(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Flip one byte in each of the finalists' artifacts: they are passed over by their hash."""
+    folder = shutil.copytree(finished[0], tmp_path / "d")
+    with sqlite3.connect(folder / "study.db") as database:
+        artifacts = database.execute(
+            "select value_json from trial_user_attributes where key = 'checkpoint' and trial_id in "
+            "(select trial_id from trials join studies using (study_id) where study_name = 'd.finalists')"
+        ).fetchall()
+    for (identifier,) in artifacts:
+        path = folder / "artifacts" / json.loads(identifier)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(bytes(content))
+    done = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--json")
+    assert done.returncode == 3, done.stderr
+    assert "missing or altered" in done.stderr
+    assert not (folder / "best").exists()
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Poll until true; the bound only ends a test that would otherwise hang."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for never happened"
+        time.sleep(0.05)
+
+
+def _states(folder: Path, study: str) -> list[str]:
+    try:
+        return [state for _, state in _trials(folder, study)]
+    except sqlite3.OperationalError:  # not created yet
+        return []
+
+
+def _start(out: Path) -> "subprocess.Popen[bytes]":
+    command = [str(COMMAND), "run", "--out", str(out), "--name", "d", *SMALL, "--trials", "4", "--epochs", "30"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_an_interrupted_run_resumes_and_loses_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    process = _start(tmp_path)
+    _wait_for(lambda: "COMPLETE" in _states(folder, "d") and "RUNNING" in _states(folder, "d"))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert b"resumes" in errors
+    assert b"Traceback" not in errors
+    complete = [number for number, state in _trials(folder) if state == "COMPLETE"]
+    again = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--trials", "4", "--epochs", "30", "--json")
+    assert again.returncode == 0, again.stderr
+    assert result_of(again)["trials"]["complete"] == 4
+    after = dict(_trials(folder))
+    assert all(after[number] == "COMPLETE" for number in complete)
+    assert set(after.values()) <= {"COMPLETE", "FAIL"}
+
+
+def _running_workers(folder: Path) -> list[str]:
+    """host:pid of the processes that train the search's running trials."""
+    with sqlite3.connect(folder / "study.db") as database:
+        rows = database.execute(
+            "select value_json from trial_user_attributes a join trials t using (trial_id) "
+            "join studies using (study_id) where a.key = 'worker' and t.state = 'RUNNING' and study_name = 'd'"
+        ).fetchall()
+    return [json.loads(value) for (value,) in rows]
+
+
+def test_a_killed_worker_is_replaced_and_its_trial_runs_again(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    process = _start(tmp_path)
+    _wait_for(lambda: "RUNNING" in _states(folder, "d"))
+    workers: list[str] = []
+
+    def some_worker_trains() -> bool:
+        workers[:] = _running_workers(folder)
+        return bool(workers)
+
+    _wait_for(some_worker_trains)
+    os.kill(int(workers[0].split(":")[1]), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    states = _states(folder, "d")
+    assert states.count("COMPLETE") == 4
+    assert set(states) <= {"COMPLETE", "FAIL"}
+
+
+def test_two_runs_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
+    process = _start(tmp_path)
+    try:
+        _wait_for(lambda: (tmp_path / "d" / "study.db").exists())
+        assert_one_line_error(camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL), "another run", "--name")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 130
+
+
+def _write_stripes(folder: Path, count: int) -> None:
+    """Three classes that a network can learn in seconds: stripes of three directions, with noise."""
+    rng = np.random.default_rng(0)
+    grid = np.indices((24, 24))
+    patterns = {"across": grid[0], "down": grid[1], "diagonal": grid[0] + grid[1]}
+    for name, ramp in patterns.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = 128 + 90 * np.sin(ramp * 0.9 + rng.uniform(0, 6)) + rng.normal(0, 25, (24, 24))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.png")
+
+
+def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
+    data = tmp_path / "stripes"
+    _write_stripes(data, 40)
+    (data / "down" / "torn.png").write_bytes((data / "down" / "0.png").read_bytes()[:200])
+    options = [
+        "run",
+        "--dataset",
+        data,
+        "--important",
+        "Diagonal",
+        "--out",
+        tmp_path / "runs",
+        *SMALL,
+        "--epochs",
+        "12",
+    ]
+    assert_one_line_error(camri_tune(*options), "torn.png", "--skip-corrupt")
+    done = camri_tune(*options, "--skip-corrupt", "--json")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    assert result["classes"] == ["across", "diagonal", "down"]
+    assert result["important"] == [1]
+    assert sum(result["images"][part] for part in ("train", "validation", "test")) == 120
+    assert any("1 corrupt" in notice for notice in result["notices"])
+    assert result["baseline"]["test"]["accuracy"]["mean"] > 0.8
+
+    bundle = tmp_path / "runs" / "stripes-camri-Diagonal" / "best"
+    same = json.loads(camri_tune("evaluate", bundle, "--data", data, "--json").stdout)
+    assert same["matches_stored"], "the training folder gives its held-out part, not what was learned from"
+    assert same["images"] == result["images"]["test"]
+    foreign = tmp_path / "others"
+    _write_stripes(foreign, 10)
+    other = json.loads(camri_tune("evaluate", bundle, "--data", foreign, "--json").stdout)
+    assert other["images"] == 30
+    (foreign / "zigzag").mkdir()
+    Image.new("RGB", (8, 8)).save(foreign / "zigzag" / "1.png")
+    assert_one_line_error(camri_tune("evaluate", bundle, "--data", foreign), "'zigzag'")
+
+
+def test_several_important_classes_have_margins_of_their_own(tmp_path: Path) -> None:
+    done = camri_tune("run", "--important", "3,8", "--out", tmp_path, *SMALL, "--epochs", "1", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    assert result["important"] == [3, 8]
+    assert {"margin_3", "margin_8"} <= set(result["best"]["params"])
+    for part in ("validation", "test"):
+        per_class = result["best"][part]["recall_per_class"]
+        lowest = [min(a, b) for a, b in zip(per_class[3]["values"], per_class[8]["values"], strict=True)]
+        assert result["best"][part]["recall"]["values"] == lowest
+
+
+@pytest.mark.parametrize("loss", ["ce", "l2", "arcface", "cosface-i"])
+def test_every_loss_can_be_tuned(loss: str, tmp_path: Path) -> None:
+    done = camri_tune("run", "--loss", loss, "--out", tmp_path, *SMALL, "--epochs", "1", "--trials", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    expected = {"ce": set(), "l2": {"scale"}}.get(loss, {"scale", "margin"}) | {"learning_rate"}
+    assert set(result_of(done)["best"]["params"]) == expected
+
+
+def test_real_traffic_signs_end_to_end(gtsrb_dir: Path, tmp_path: Path) -> None:
+    """Real GTSRB, whole tracks: the model beats chance by far, and its files alone reproduce its test figures."""
+    options = [
+        "--dataset",
+        "gtsrb",
+        "--data-dir",
+        gtsrb_dir,
+        "--important",
+        "Stop",
+        "--limit",
+        "4000",
+        "--out",
+        tmp_path,
+    ]
+    done = camri_tune("run", *options, *SMALL, "--trials", "2", "--seeds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    assert result["important"] == [14]
+    assert result["images"]["test"] == 12_630
+    assert result["images"]["test_important"] == 270
+    assert result["images"]["train"] + result["images"]["validation"] <= 4_000
+    assert result["baseline"]["test"]["accuracy"]["mean"] > 0.3
+    bundle = tmp_path / "gtsrb-camri-Stop" / "best"
+    figures = json.loads(camri_tune("evaluate", bundle, "--data", gtsrb_dir, "--json").stdout)
+    assert figures["matches_stored"]
