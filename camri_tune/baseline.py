@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from camri_tune.errors import InputError
 from camri_tune.records import Baseline, TrialRecord
 
-START_FACTORS = (0.5, 1.0, 2.0)
-MAX_LEARNING_RATES = 5
+START_FACTORS = (0.5, 1.0, 2.0, 4.0)
+MAX_LEARNING_RATES = 6
 
 
 def next_learning_rates(tried: Sequence[TrialRecord], default: float) -> list[float]:
-    """Learning rates to try next: first half, once and twice `default`; then outward while the best is at an edge."""
+    """Learning rates to try next: first around `default`; then outward while the best is at an edge."""
     if not tried:
         return [default * factor for factor in START_FACTORS]
     rates = sorted(record.params["learning_rate"] for record in tried)

@@ -161,11 +161,13 @@ def main() -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     except CamriTuneError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command resumes", INTERRUPTED_EXIT_CODE)
+    except KeyboardInterrupt:
+        code = INTERRUPTED_EXIT_CODE
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    if code == INTERRUPTED_EXIT_CODE:  # Typer, too, turns an interrupt into this code
+        _fail("interrupted; the same command resumes", INTERRUPTED_EXIT_CODE)
     sys.exit(code if isinstance(code, int) else 0)
 
 

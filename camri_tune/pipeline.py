@@ -18,7 +18,13 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from camri_tune.baseline import best_learning_rate, check_important, next_learning_rates, resolve_important
+from camri_tune.baseline import (
+    START_FACTORS,
+    best_learning_rate,
+    check_important,
+    next_learning_rates,
+    resolve_important,
+)
 from camri_tune.bundle import BundleConfig, load_classifier, read_bundle, write_bundle
 from camri_tune.config import StudyConfig
 from camri_tune.console import Console
@@ -127,7 +133,7 @@ class _Study:
         if data.ignored_files:
             self.notices.append(f"{data.ignored_files} file(s) that are no images were passed over.")
         planned = {
-            "baseline": 3 + config.seeds,
+            "baseline": len(START_FACTORS) + config.seeds,
             "search": config.trials,
             "finalists": min(config.finalists, config.trials) * config.seeds,
         }

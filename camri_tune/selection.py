@@ -96,12 +96,11 @@ def nothing_to_gain(recalls: Sequence[float], important: Sequence[int], classes:
     lowest = min(recalls[c] for c in important)
     if lowest < 0.99:
         return None
-    ranked = sorted(range(len(classes)), key=lambda c: recalls[c])[:3]
+    ranked = [c for c in sorted(range(len(classes)), key=lambda c: recalls[c]) if recalls[c] < 0.99][:3]
     names = ", ".join(f"{c} ({classes[c]}, {recalls[c]:.3f})" for c in ranked)
     mine = ", ".join(f"{c} ({classes[c]})" for c in important)
-    return (
-        f"Class {mine} has almost nothing to gain: the baseline's validation recall is {lowest:.3f} already. "
-        f"The classes with most to gain are {names}."
+    return f"Class {mine} has almost nothing to gain: the baseline's validation recall is {lowest:.3f} already. " + (
+        f"The classes with most to gain are {names}." if names else "No other class has more to gain."
     )
 
 

@@ -21,6 +21,9 @@ from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
 SMALL = ["--epochs", "3", "--trials", "3", "--seeds", "2", "--finalists", "1", "--tolerance", "100"]
 
+# Long enough to be caught in the act.
+LONGER = [*SMALL, "--epochs", "12", "--trials", "4", "--seeds", "1"]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
@@ -202,7 +205,7 @@ def _states(folder: Path, study: str) -> list[str]:
 
 
 def _start(out: Path) -> "subprocess.Popen[bytes]":
-    command = [str(COMMAND), "run", "--out", str(out), "--name", "d", *SMALL, "--trials", "4", "--epochs", "30"]
+    command = [str(COMMAND), "run", "--out", str(out), "--name", "d", *LONGER]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -216,7 +219,7 @@ def test_an_interrupted_run_resumes_and_loses_nothing(tmp_path: Path) -> None:
     assert b"resumes" in errors
     assert b"Traceback" not in errors
     complete = [number for number, state in _trials(folder) if state == "COMPLETE"]
-    again = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--trials", "4", "--epochs", "30", "--json")
+    again = camri_tune("run", "--out", tmp_path, "--name", "d", *LONGER, "--json")
     assert again.returncode == 0, again.stderr
     assert result_of(again)["trials"]["complete"] == 4
     after = dict(_trials(folder))
@@ -256,7 +259,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_runs_again(tmp_path: Path) ->
 def test_two_runs_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
     process = _start(tmp_path)
     try:
-        _wait_for(lambda: (tmp_path / "d" / "study.db").exists())
+        _wait_for((tmp_path / "d" / "study.db").exists)
         assert_one_line_error(camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL), "another run", "--name")
     finally:
         process.send_signal(signal.SIGINT)
@@ -292,7 +295,7 @@ def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
         "--epochs",
         "12",
     ]
-    assert_one_line_error(camri_tune(*options), "torn.png", "--skip-corrupt")
+    assert_one_line_error(camri_tune(*options, "--quiet"), "torn.png", "--skip-corrupt")
     done = camri_tune(*options, "--skip-corrupt", "--json")
     assert done.returncode == 0, done.stderr
     result = result_of(done)

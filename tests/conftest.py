@@ -1,0 +1,77 @@
+"""What several test modules share: a cache of their own, the real traffic signs, small image folders."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+UNPACK = REPOSITORY.parent / "shared" / "data" / "unpack"
+
+MakeFolder = Callable[[Mapping[str, int]], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's image cache is not the tests' to fill, and what it holds must not decide them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAMRI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def gtsrb_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds `gtsrb/`: CAMRI_DATA, or unpacked from the shared archive."""
+    named = os.environ.get("CAMRI_DATA")
+    if named and (Path(named) / "gtsrb").is_dir():
+        return Path(named)
+    if UNPACK.exists():
+        # Parallel test processes have base folders of their own under one parent: they unpack once.
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        with FileLock(shared / "unpack.lock"):
+            subprocess.run([str(UNPACK), str(shared / "data"), "gtsrb"], check=True)
+        return shared / "data"
+    reason = (
+        "the real GTSRB images are not here: set CAMRI_DATA to the folder that holds 'gtsrb' "
+        f"(it is {named!r}), or put the archive's unpack script at ../shared/data/unpack"
+    )
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty image cache for one test."""
+    folder = tmp_path / "image-cache"
+    monkeypatch.setenv("CAMRI_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path, own_cache: Path) -> MakeFolder:
+    """Make class folders: `image_folder({"train/cat": 3})`. Every image is 8x8, of one colour that no other has.
+
+    The test gets a cache of its own, because such folders differ little in names and sizes.
+    """
+    assert not own_cache.exists()
+    folders = 0
+
+    def make(counts: Mapping[str, int]) -> Path:
+        nonlocal folders
+        folders += 1
+        root = tmp_path / f"images-{folders}"
+        colour = 0
+        for name, count in counts.items():
+            (root / name).mkdir(parents=True)
+            for index in range(count):
+                colour += 1
+                Image.new("RGB", (8, 8), (folders, *divmod(colour, 256))).save(root / name / f"{index:03}.png")
+        return root
+
+    return make

@@ -1,0 +1,198 @@
+"""Splits move whole groups: properties over arbitrary groups, and the leak that a naive split of real tracks has."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import open_dataset
+from camri_tune.errors import DataError
+from camri_tune.splits import IntArray, Split, hold_out_groups, limit_groups
+
+SEEDS = st.integers(0, 2**31 - 1)
+# Each class is a list of its groups' sizes: groups of one class, as tracks of one sign are.
+GROUP_SIZES = st.lists(st.lists(st.integers(1, 6), min_size=2, max_size=12), min_size=2, max_size=6)
+
+
+def _arrays(sizes: Sequence[Sequence[int]], seed: int) -> tuple[IntArray, IntArray, list[str]]:
+    """Labels and groups of classes with groups of these sizes, in random order, with group numbers far apart."""
+    rows = []
+    for label, groups in enumerate(sizes):
+        for size in groups:
+            rows += [(label, len(set(rows)) * 7 + 3)] * size
+    table = np.array(rows, dtype=np.int64)[np.random.default_rng(seed).permutation(len(rows))]
+    return table[:, 0].copy(), table[:, 1].copy(), [f"class {c}" for c in range(len(sizes))]
+
+
+def _hold_out(labels: IntArray, groups: IntArray, classes: Sequence[str], *, fraction: float, seed: int) -> Split:
+    return hold_out_groups(labels, groups, fraction=fraction, seed=seed, classes=classes, purpose="validation")
+
+
+def _assert_a_good_split(split: Split, labels: IntArray, groups: IntArray, classes: Sequence[str]) -> None:
+    assert sorted([*split.kept.tolist(), *split.held_out.tolist()]) == list(range(len(labels)))
+    assert split.kept.tolist() == sorted(split.kept.tolist())
+    assert split.held_out.tolist() == sorted(split.held_out.tolist())
+    assert not set(groups[split.kept].tolist()) & set(groups[split.held_out].tolist())
+    every = set(range(len(classes)))
+    assert set(labels[split.kept].tolist()) == every
+    assert set(labels[split.held_out].tolist()) == every
+
+
+@given(sizes=GROUP_SIZES, fraction=st.floats(0.05, 0.6), seed=SEEDS)
+@settings(deadline=None)
+def test_no_group_stands_on_both_sides_and_every_class_on_each(
+    sizes: list[list[int]], fraction: float, seed: int
+) -> None:
+    labels, groups, classes = _arrays(sizes, seed)
+    split = _hold_out(labels, groups, classes, fraction=fraction, seed=seed)
+    _assert_a_good_split(split, labels, groups, classes)
+
+
+@given(
+    counts=st.lists(st.integers(10, 40), min_size=1, max_size=4),
+    size=st.integers(1, 5),
+    fraction=st.floats(0.1, 0.5),
+    seed=SEEDS,
+)
+@settings(deadline=None)
+def test_every_class_gives_about_the_fraction(counts: list[int], size: int, fraction: float, seed: int) -> None:
+    labels, groups, classes = _arrays([[size] * count for count in counts], seed)
+    split = _hold_out(labels, groups, classes, fraction=fraction, seed=seed)
+    for label, count in enumerate(counts):
+        held = int(np.sum(labels[split.held_out] == label)) / size
+        assert abs(held - fraction * count) <= 0.5 + 1e-9, "the nearest whole number of groups"
+
+
+@given(sizes=GROUP_SIZES, fraction=st.floats(0.05, 0.6), seed=SEEDS)
+@settings(deadline=None)
+def test_a_seed_always_means_the_same_split(sizes: list[list[int]], fraction: float, seed: int) -> None:
+    labels, groups, classes = _arrays(sizes, seed)
+    first = _hold_out(labels, groups, classes, fraction=fraction, seed=seed)
+    again = _hold_out(labels, groups, classes, fraction=fraction, seed=seed)
+    assert first.kept.tolist() == again.kept.tolist()
+    assert first.held_out.tolist() == again.held_out.tolist()
+
+
+def test_another_seed_means_another_split() -> None:
+    labels, groups, classes = _arrays([[1] * 50, [1] * 50], 0)
+    splits = {tuple(_hold_out(labels, groups, classes, fraction=0.2, seed=s).held_out.tolist()) for s in range(5)}
+    assert len(splits) == 5
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=60),
+    fraction=st.floats(0.05, 0.6),
+    seed=SEEDS,
+)
+@settings(deadline=None, max_examples=300)
+def test_groups_that_span_classes_work_or_name_a_class(rows: list[tuple[int, int]], fraction: float, seed: int) -> None:
+    labels, groups = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    classes = ["anna", "bert", "carl", "dora"]
+    try:
+        split = _hold_out(labels, groups, classes, fraction=fraction, seed=seed)
+    except DataError as error:
+        assert "\n" not in str(error)
+        assert any(repr(name) in str(error) for name in classes)
+        assert "validation" in str(error)
+    else:
+        _assert_a_good_split(split, labels, groups, classes)
+
+
+def test_a_class_of_one_group_is_named() -> None:
+    labels, groups = np.array([0, 0, 1, 1, 1]), np.array([1, 2, 3, 3, 3])
+    with pytest.raises(DataError, match=r"^class 'stop' has 3 image\(s\) in 1 group\(s\), .* 2 groups .*test.*$"):
+        hold_out_groups(labels, groups, fraction=0.2, seed=0, classes=["go", "stop"], purpose="test")
+
+
+def test_groups_shared_by_all_classes_can_be_impossible_and_a_class_is_named() -> None:
+    """Two groups; class b is in both, a and c each in one: no side has all three."""
+    labels, groups = np.array([0, 0, 1, 1, 2, 2]), np.array([1, 1, 1, 2, 2, 2])
+    with pytest.raises(DataError, match=r"class '[abc]' .*validation"):
+        _hold_out(labels, groups, ["a", "b", "c"], fraction=0.5, seed=0)
+
+
+def test_groups_that_span_all_classes_are_split_as_a_whole() -> None:
+    """Ten patients with images of both classes each."""
+    labels, groups = np.tile([0, 1], 50), np.repeat(np.arange(10), 10)
+    split = _hold_out(labels, groups, ["healthy", "ill"], fraction=0.2, seed=0)
+    _assert_a_good_split(split, labels, groups, ["healthy", "ill"])
+    assert len(np.unique(groups[split.held_out])) == 2
+
+
+@given(sizes=GROUP_SIZES, share=st.floats(0, 1.2), seed=SEEDS)
+@settings(deadline=None, max_examples=200)
+def test_a_limit_keeps_whole_groups_and_two_of_each_class(sizes: list[list[int]], share: float, seed: int) -> None:
+    labels, groups, classes = _arrays(sizes, seed)
+    limit = max(1, int(share * len(labels)))
+    try:
+        index = limit_groups(labels, groups, limit=limit, seed=seed, classes=classes)
+    except DataError:
+        assume(False)
+    assert len(index) <= limit
+    assert index.tolist() == sorted(set(index.tolist()))
+    kept = set(groups[index].tolist())
+    assert index.tolist() == np.flatnonzero(np.isin(groups, list(kept))).tolist(), "whole groups"
+    for label in range(len(classes)):
+        assert len(np.unique(groups[index][labels[index] == label])) >= 2
+    again = limit_groups(labels, groups, limit=limit, seed=seed, classes=classes)
+    assert again.tolist() == index.tolist()
+
+
+@given(counts=st.lists(st.integers(2, 12), min_size=2, max_size=6), size=st.integers(1, 5), seed=SEEDS)
+@settings(deadline=None)
+def test_too_low_a_limit_names_the_lowest_one_that_works(counts: list[int], size: int, seed: int) -> None:
+    labels, groups, classes = _arrays([[size] * count for count in counts], seed)
+    smallest = 2 * size * len(counts)
+    assume(smallest < len(labels))
+    with pytest.raises(DataError, match=rf"--limit {smallest - 1} is too few: .*give at least {smallest}$"):
+        limit_groups(labels, groups, limit=smallest - 1, seed=seed, classes=classes)
+    assert len(limit_groups(labels, groups, limit=smallest, seed=seed, classes=classes)) == smallest
+
+
+@given(sizes=GROUP_SIZES, seed=SEEDS)
+@settings(deadline=None)
+def test_the_limit_that_an_error_names_is_the_smallest_possible_one(sizes: list[list[int]], seed: int) -> None:
+    """Two groups of every class fit as soon as the two smallest ones do."""
+    labels, groups, classes = _arrays(sizes, seed)
+    smallest = sum(sum(sorted(of_class)[:2]) for of_class in sizes)
+    with pytest.raises(DataError) as raised:
+        limit_groups(labels, groups, limit=1, seed=seed, classes=classes)
+    named = re.search(r"give at least (\d+)", str(raised.value))
+    assert named
+    assert int(named[1]) == smallest
+
+
+def test_a_limit_keeps_the_proportions_of_the_classes() -> None:
+    labels, groups, classes = _arrays([[1] * 900, [1] * 100], 0)
+    index = limit_groups(labels, groups, limit=200, seed=0, classes=classes)
+    assert len(index) == 200
+    assert 15 <= int(np.sum(labels[index] == 1)) <= 25
+
+
+def test_a_limit_above_the_number_of_images_keeps_all() -> None:
+    labels, groups, classes = _arrays([[3, 2], [1, 4]], 0)
+    assert limit_groups(labels, groups, limit=10, seed=0, classes=classes).tolist() == list(range(10))
+
+
+def test_no_track_of_real_signs_straddles_where_a_naive_split_of_frames_has_most_on_both_sides(
+    gtsrb_dir: Path,
+) -> None:
+    """Frames of one track show one physical sign: split by frame, validation measures memory."""
+    data = open_dataset(StudyConfig.build({"dataset": "gtsrb", "data_dir": gtsrb_dir, "limit": 3000}))
+    train, validation = data.train.groups.numpy(), data.validation.groups.numpy()
+    assert len(train) + len(validation) <= 3000
+    assert not set(train.tolist()) & set(validation.tolist())
+    for images in (data.train, data.validation):
+        assert set(images.labels.tolist()) == set(range(43))
+
+    frames = np.concatenate([train, validation])
+    tracks = np.unique(frames)
+    shuffled = frames[np.random.default_rng(0).permutation(len(frames))]
+    naive_train, naive_validation = shuffled[len(validation) :], shuffled[: len(validation)]
+    straddling = np.intersect1d(naive_train, naive_validation)
+    assert len(straddling) > 0.9 * len(tracks), f"{len(straddling)} of {len(tracks)} tracks"
