@@ -97,14 +97,22 @@ class _Source:
     ignored: int = 0
 
     def fingerprint(self) -> str:
-        """A key of the content: names and sizes of files, or the bytes of arrays; moving the folder keeps it."""
-        digest = hashlib.sha256(json.dumps([CACHE_FORMAT, self.name, self.classes, self.image_size]).encode())
+        """What a study is on: names and sizes of files, or the bytes of arrays; moving the folder keeps it."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.image_size]).encode())
         for part, items in sorted(self.parts.items()):
             for item in items:
                 path = item.path.relative_to(self.root) if self.root else item.path
                 digest.update(f"{part}\0{path}\0{item.path.stat().st_size}\0{item.label}\0{item.group}\n".encode())
         if self.arrays is not None:
             digest.update(self.arrays.pixels.numpy().tobytes() + self.arrays.labels.numpy().tobytes())
+        return digest.hexdigest()[:20]
+
+    def cache_key(self) -> str:
+        """What a decoded copy is of: also where the files are and when they changed, for sizes can stay the same."""
+        digest = hashlib.sha256(f"{CACHE_FORMAT}\0{self.fingerprint()}".encode())
+        for _, items in sorted(self.parts.items()):
+            for item in items:
+                digest.update(f"{item.path}\0{item.path.stat().st_mtime_ns}\n".encode())
         return digest.hexdigest()[:20]
 
 
@@ -119,7 +127,7 @@ class Dataset:
         self.augmentation = source.augmentation
         self.fingerprint = source.fingerprint()
         self.ignored_files = source.ignored
-        self._cache = _Cache(source, self.fingerprint, config.skip_corrupt, on_progress)
+        self._cache = _Cache(source, config.skip_corrupt, on_progress)
         self._seed = config.seed
 
         pool = self._pool()
@@ -180,11 +188,11 @@ class Dataset:
 class _Cache:
     """The decoded parts of one source on disk, each a safetensors file written whole or not at all."""
 
-    def __init__(self, source: _Source, fingerprint: str, skip_corrupt: bool, on_progress: Progress | None) -> None:
+    def __init__(self, source: _Source, skip_corrupt: bool, on_progress: Progress | None) -> None:
         self._source = source
         self._skip_corrupt = skip_corrupt
         self._on_progress = on_progress
-        self._folder = _cache_folder() / f"{fingerprint}{'-skip' if skip_corrupt else ''}"
+        self._folder = _cache_folder() / f"{source.cache_key()}{'-skip' if skip_corrupt else ''}"
         self._skipped: dict[str, int] = {}
 
     @property
@@ -286,7 +294,7 @@ def open_test_images(
             f"{', …' if len(classes) > 5 else ''}"
         )
     part: Part = "test" if "test" in source.parts else "train"
-    images = _Cache(source, source.fingerprint(), config.skip_corrupt, None).read(part)
+    images = _Cache(source, config.skip_corrupt, None).read(part)
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     text = f"{'the test part' if part == 'test' else 'all images'} of {where}, which is not the data set of training"
     return replace(images, labels=labels), text

@@ -336,7 +336,8 @@ class _Study:
         return [replicate_seed(self.config, index) for index in range(self.config.seeds)]
 
     def _floor(self, baseline: Baseline) -> float:
-        return baseline.accuracy - self.config.tolerance_fraction
+        # A mean of equal accuracies can round above them: one image in a billion must not decide.
+        return baseline.accuracy - self.config.tolerance_fraction - 1e-9
 
     def _records(self, stage: Stage) -> list[TrialRecord]:
         """Trials of a stage that count: an interrupted one lives on in the one queued in its place."""
