@@ -113,7 +113,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure an exported model; on its own test part this reproduces the stored figures."""
-    from camri_tune.pipeline import evaluate_bundle  # noqa: PLC0415
+    from camri_tune.evaluation import evaluate_bundle  # noqa: PLC0415
 
     figures = evaluate_bundle(bundle, data, data_dir=data_dir or _default_data_dir(), skip_corrupt=skip_corrupt)
     if as_json:
@@ -141,7 +141,7 @@ def doctor() -> None:
     """What this machine offers: devices, precision, versions."""
     import torch  # noqa: PLC0415
 
-    from camri_tune.pipeline import versions  # noqa: PLC0415
+    from camri_tune.evaluation import versions  # noqa: PLC0415
     from camri_tune.training import has_fast_bfloat16  # noqa: PLC0415
 
     for name, version in versions().items():
@@ -190,7 +190,7 @@ def _show(result: "Result", as_json: bool) -> None:
     from rich.console import Console as RichConsole  # noqa: PLC0415
 
     from camri_tune.console import result_table  # noqa: PLC0415
-    from camri_tune.pipeline import without_nan  # noqa: PLC0415
+    from camri_tune.records import without_nan  # noqa: PLC0415
 
     if as_json:
         print(json.dumps(without_nan(result.as_json()), indent=2))

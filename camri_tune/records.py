@@ -85,6 +85,14 @@ class Measured:
             recall_per_class=tuple(Figure(column) for column in zip(*(tuple(row) for row in recalls), strict=True)),
         )
 
+    def of_seed(self, place: int) -> dict[str, Any]:
+        """The figures of one of the R models."""
+        return {
+            "accuracy": self.accuracy.values[place],
+            "recall": self.recall.values[place],
+            "recall_per_class": [figure.values[place] for figure in self.recall_per_class],
+        }
+
     def as_json(self) -> dict[str, Any]:
         return {
             "accuracy": self.accuracy.as_json(),
@@ -273,3 +281,12 @@ def measured_on_validation(records: Sequence[TrialRecord], important: Sequence[i
 def _known(value: float | None) -> float:
     assert value is not None, "a complete trial has its accuracy"
     return value
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: a class without test images has no recall, which is null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

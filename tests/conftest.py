@@ -59,7 +59,6 @@ def image_folder(tmp_path: Path, own_cache: Path) -> MakeFolder:
 
     The test gets a cache of its own, because such folders differ little in names and sizes.
     """
-    assert not own_cache.exists()
     folders = 0
 
     def make(counts: Mapping[str, int]) -> Path:

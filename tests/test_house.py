@@ -13,9 +13,9 @@ PACKAGE = REPOSITORY / "camri_tune"
 FLOORS = [
     {"cli"},
     {"pipeline"},
-    {"report", "console"},
-    {"selection", "worker"},
-    {"search"},
+    {"report", "stages"},
+    {"evaluation", "worker", "console"},
+    {"search", "selection"},
     {"storage", "pruning", "baseline", "bundle"},
     {"training"},
     {"models", "datasets"},

@@ -1,0 +1,122 @@
+"""Models measured on the test part: the final judgement of a study, and of an exported model from its files alone."""
+
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from camri_tune.bundle import load_classifier, read_bundle
+from camri_tune.config import Loss, StudyConfig
+from camri_tune.datasets import Dataset, open_test_images
+from camri_tune.errors import BundleError, InputError
+from camri_tune.metrics import confusion_matrix, recall_per_class
+from camri_tune.records import Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
+from camri_tune.search import model_spec
+from camri_tune.selection import paired_difference
+from camri_tune.storage import StudyStore
+from camri_tune.training import predict_logits
+
+Answers = NDArray[np.int64]  # predicted class of each test image
+
+
+class Judge:
+    """Measures a study's models on the test part, which is read when a judge is made and not before."""
+
+    def __init__(
+        self, data: Dataset, store: StudyStore, important: Sequence[int], model: str, device: torch.device
+    ) -> None:
+        self.test = data.test()
+        self._data = data
+        self._store = store
+        self._important = important
+        self._model = model
+        self._device = device
+
+    def predictions(self, record: TrialRecord, loss: Loss) -> Answers | None:
+        """Answers of a trial's model; None where its checkpoint is missing or altered."""
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.safetensors"
+            if not self._store.fetch_checkpoint(record, path):
+                return None
+            try:
+                spec = model_spec(self._data, self._model, loss, record.params)
+                classifier = load_classifier(path, spec).to(self._device)
+            except BundleError:
+                return None
+        return predict_logits(classifier, self.test.pixels, self._device).argmax(dim=1).numpy()
+
+    def measured(self, answers: Sequence[Answers]) -> Measured:
+        """Figures over the seeds of one setting, from its models' answers."""
+        labels = self.test.labels.numpy()
+        recalls = [recall_per_class(confusion_matrix(labels, a, len(self._data.classes))).tolist() for a in answers]
+        return Measured.over_seeds([float((a == labels).mean()) for a in answers], recalls, self._important)
+
+    def best(self, trial: int, records: list[TrialRecord], new: list[Answers], place: int, old: Answers) -> Best:
+        """Describe the chosen setting; `place` is the exported model's seed, `old` the baseline's answers with it."""
+        labels, important = self.test.labels.numpy(), self._important
+        right, old_right = new[place] == labels, old == labels
+        ours = np.isin(labels, important)
+        return Best(
+            trial=trial,
+            params={k: float(v) for k, v in records[place].params.items()},
+            side=Side(measured_on_validation(records, important), self.measured(new)),
+            exported_seed=records[place].seed or 0,
+            exported_accuracy=Share(int(right.sum()), len(right)),
+            exported_recall={c: Share(int(right[labels == c].sum()), int((labels == c).sum())) for c in important},
+            accuracy_difference=paired_difference(right.tolist(), old_right.tolist()),
+            recall_difference=paired_difference(right[ours].tolist(), old_right[ours].tolist()),
+        )
+
+
+def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> dict[str, Any]:
+    """Measure an exported model on a data set, from its files alone. Figures as JSON values; see `open_test_images`."""
+    bundle = read_bundle(folder)
+    config = bundle.config
+    trained_on = StudyConfig(
+        dataset=config.dataset,
+        data_dir=data_dir,
+        seed=config.seed,
+        skip_corrupt=config.skip_corrupt or skip_corrupt,
+        image_size=config.spec.image_size,
+    )
+    images, text = open_test_images(
+        where, trained_on=trained_on, fingerprint=config.dataset_fingerprint, classes=bundle.classes
+    )
+    if images.pixels.shape[1] != config.spec.channels:
+        raise InputError(
+            f"{where!r} has images of {images.pixels.shape[1]} channel(s), but the model takes {config.spec.channels}"
+        )
+    answers = predict_logits(bundle.classifier, images.pixels, torch.device("cpu")).argmax(dim=1).numpy()
+    labels = images.labels.numpy()
+    recalls = recall_per_class(confusion_matrix(labels, answers, len(bundle.classes)))
+    present = [c for c in config.important if not math.isnan(recalls[c])]
+    figures = {
+        "accuracy": float((answers == labels).mean()),
+        "recall": float(min(recalls[c] for c in present)) if present else None,
+        "recall_per_class": recalls.tolist(),
+        "images": len(labels),
+    }
+    stored = {key: bundle.metrics["test"][key] for key in ("accuracy", "recall", "recall_per_class")}
+    clean = without_nan(figures)
+    return {
+        "data": text,
+        **clean,
+        "accuracy_interval": list(Share(int((answers == labels).sum()), len(labels)).interval),
+        "important": list(config.important),
+        "classes": list(bundle.classes),
+        "matches_stored": all(clean[key] == value for key, value in stored.items()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    packages = {name: metadata.version(name) for name in ("camri-tune", "torch", "optuna", "numpy")}
+    return {**packages, "python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}

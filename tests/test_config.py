@@ -1,0 +1,270 @@
+"""The typed record of a study: what it accepts, what it says of what it refuses, and what makes two studies one."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from camri_tune.config import BUILT_IN_DATASETS, EXECUTION_FIELDS, StudyConfig, read_study_file
+from camri_tune.errors import InputError
+
+# Key, value, and a word of the rule.
+BROKEN_RULES: list[tuple[str, object, str]] = [
+    ("dataset", "", "at least 1"),
+    ("dataset", 3, "string"),
+    ("important", 1.5, "tuple"),
+    ("loss", "foo", "'camri'"),
+    ("model", "foo", "'compact'"),
+    ("trials", 0, "greater than or equal to 1"),
+    ("trials", 2.5, "integer"),
+    ("trials", "many", "integer"),
+    ("trials", True, "integer"),
+    ("epochs", 0, "greater than or equal to 1"),
+    ("seeds", 0, "greater than or equal to 1"),
+    ("tolerance", -0.1, "greater than or equal to 0"),
+    ("tolerance", 100.5, "less than or equal to 100"),
+    ("tolerance", float("nan"), "0"),
+    ("tolerance", float("inf"), "100"),
+    ("tolerance", "little", "number"),
+    ("epsilon", -1, "greater than or equal to 0"),
+    ("epsilon", 101, "less than or equal to 100"),
+    ("finalists", 0, "greater than or equal to 1"),
+    ("finalists", 6, "less than or equal to 5"),
+    ("image_size", 7, "greater than or equal to 8"),
+    ("image_size", 513, "less than or equal to 512"),
+    ("limit", 0, "greater than or equal to 1"),
+    ("skip_corrupt", "perhaps", "boolean"),
+    ("seed", -1, "greater than or equal to 0"),
+    ("seed", 2**31, "less than"),
+    ("workers", 0, "at least 1"),
+    ("workers", "many", "auto"),
+    ("workers", "0", "at least 1"),
+    ("workers", 1.5, "whole number"),
+    ("workers", True, "whole number"),
+    ("device", "tpu", "cuda"),
+    ("device", "cuda:x", "cuda:N"),
+    ("name", "", "letters"),
+    ("name", "..", "start with a letter or digit"),
+    ("name", "a/b", "letters"),
+    ("name", "a\nb", "letters"),
+    ("name", "x" * 101, "letters"),
+    ("out", 3, "path"),
+    ("data_dir", [], "path"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "rule"), BROKEN_RULES)
+def test_a_broken_rule_names_key_value_and_rule_in_one_line(key: str, value: object, rule: str) -> None:
+    for source, shown in (("command line", f"--{key.replace('_', '-')} is "), ("studies/x.toml", f"{key} is ")):
+        with pytest.raises(InputError) as raised:
+            StudyConfig.build({key: value}, source=source)
+        message = str(raised.value)
+        assert "\n" not in message
+        assert shown in message
+        assert repr(value) in message
+        assert rule in message
+        assert message.startswith("studies/x.toml: ") == (source != "command line")
+
+
+@pytest.mark.parametrize(("key", "value"), [("dataset", ""), ("important", ""), ("important", ","), ("important", [])])
+def test_something_empty_is_refused_in_a_sentence_a_user_can_read(key: str, value: object) -> None:
+    """'--important is (), but should be Tuple should have at least 1 item after validation, not 0' is none."""
+    with pytest.raises(InputError, match=rf"^--{key} is .*at least 1[^\n]*$") as raised:
+        StudyConfig.build({key: value})
+    assert repr(value) in str(raised.value)
+    assert str(raised.value).count("should") == 1
+    assert "Tuple" not in str(raised.value)
+
+
+def test_an_unknown_key_is_named_with_the_known_ones() -> None:
+    with pytest.raises(InputError) as raised:
+        StudyConfig.build({"trails": 3}, source="studies/x.toml")
+    message = str(raised.value)
+    assert message.startswith("studies/x.toml: unknown key 'trails'; ")
+    assert "\n" not in message
+    for key in StudyConfig.model_fields:
+        assert key in message
+
+
+def test_of_several_errors_one_is_told() -> None:
+    with pytest.raises(InputError) as raised:
+        StudyConfig.build({"trials": 0, "epochs": 0, "bogus": 1})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_study_cannot_be_changed_after_it_is_made() -> None:
+    config = StudyConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+# --- study files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_file_gives_the_values_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text('dataset = "gtsrb"\nimportant = [14, "Stop"]\ntolerance = 0.5\nworkers = 2\n', encoding="utf-8")
+    config = StudyConfig.build(read_study_file(path), source=str(path))
+    assert (config.dataset, config.important, config.tolerance, config.workers) == ("gtsrb", ("14", "Stop"), 0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"trials = ", ["TOML", "end of document"]),
+        (b"trials 3\n", ["TOML", "line 1"]),
+        (b"trials = 1\ntrials = 2\n", ["TOML", "line 2"]),
+        (b"name = '\xff\xfe'\n", ["TOML"]),
+        (None, ["TOML", "directory"]),
+    ],
+)
+def test_a_study_file_that_is_no_toml_gets_one_line(content: bytes | None, parts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        read_study_file(path)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in (repr(str(path)), *parts):
+        assert part in message
+
+
+def test_a_study_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^study file '.*none\.toml' does not exist; .*\.toml file$"):
+        read_study_file(tmp_path / "none.toml")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("worst1", ("worst1",)),
+        ("14", ("14",)),
+        (14, ("14",)),
+        ("3,8", ("3", "8")),
+        (" Stop , Yield ,", ("Stop", "Yield")),
+        ([3, "8"], ("3", "8")),
+        (["Stop, or go"], ("Stop, or go",)),
+        (("median",), ("median",)),
+    ],
+)
+def test_important_classes_come_as_text_number_or_list(given: object, expected: tuple[str, ...]) -> None:
+    assert StudyConfig.build({"important": given}).important == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("3", 3), (3, 3)])
+def test_workers_are_a_count_or_auto(given: object, expected: object) -> None:
+    assert StudyConfig.build({"workers": given}).workers == expected
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_devices_that_may_be_named(device: str) -> None:
+    assert StudyConfig.build({"device": device}).device == device
+
+
+def test_tolerance_is_in_percentage_points() -> None:
+    assert StudyConfig.build({"tolerance": 1.5}).tolerance_fraction == 0.015
+
+
+# --- the name of a study and of its folder ----------------------------------------------------------------------------
+
+SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def test_the_name_is_the_given_one_or_says_what_is_studied(tmp_path: Path) -> None:
+    assert StudyConfig.build({"name": "mine"}).study_name == "mine"
+    assert StudyConfig().study_name == "digits-camri-worst1"
+    config = StudyConfig.build({"dataset": "gtsrb", "loss": "ce", "important": "Stop,No entry"})
+    assert config.study_name == "gtsrb-ce-Stop-No_entry"
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    config = StudyConfig.build({"dataset": str(folder), "out": tmp_path / "runs"})
+    assert config.study_name == "my_photos-camri-worst1"
+    assert config.folder == tmp_path / "runs" / "my_photos-camri-worst1"
+
+
+@given(dataset=st.text(min_size=1).filter(lambda text: "\0" not in text), important=st.lists(st.text(), min_size=1))
+@settings(deadline=None, max_examples=200)
+def test_any_names_make_a_folder_name_that_is_safe(dataset: str, important: list[str]) -> None:
+    config = StudyConfig.build({"dataset": dataset, "important": important, "out": "runs"})
+    assert SAFE.fullmatch(config.study_name)
+    assert config.folder.parent == Path("runs")
+    assert StudyConfig.build({"name": config.study_name}).study_name == config.study_name
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+OTHER_VALUES: dict[str, object] = {
+    "trials": 99,
+    "workers": 7,
+    "device": "cpu",
+    "storage": "sqlite:///other.db",
+    "name": "other",
+    "out": "other",
+    "data_dir": "other",
+    "dataset": "gtsrb",
+    "important": "3",
+    "loss": "l2",
+    "epochs": 3,
+    "seeds": 5,
+    "tolerance": 1.0,
+    "epsilon": 1.0,
+    "finalists": 1,
+    "image_size": 16,
+    "limit": 100,
+    "skip_corrupt": True,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_identity_is_what_gives_trials_their_meaning(key: str) -> None:
+    same = StudyConfig.build({key: OTHER_VALUES[key]}).identity() == StudyConfig().identity()
+    assert same == (key in EXECUTION_FIELDS)
+
+
+def test_identity_has_every_other_field_and_is_json() -> None:
+    identity = StudyConfig().identity()
+    assert set(identity) == set(StudyConfig.model_fields) - EXECUTION_FIELDS
+    assert json.loads(json.dumps(identity)) == identity
+
+
+def test_what_is_stored_with_a_study_is_read_back_as_it_was() -> None:
+    config = StudyConfig.build(OTHER_VALUES)
+    stored = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert StudyConfig.build(stored) == config
+
+
+# --- absolute paths ---------------------------------------------------------------------------------------------------
+
+
+def test_absolute_paths_mean_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "photos").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = StudyConfig.build({"dataset": "photos", "data_dir": "../data", "out": "runs"})
+    absolute = config.absolute()
+    assert absolute.dataset == str(tmp_path / "here" / "photos")
+    assert absolute.data_dir == tmp_path / "data"
+    assert absolute.out == tmp_path / "here" / "runs"
+    assert absolute.study_name == config.study_name
+    monkeypatch.chdir(tmp_path / "there")
+    assert absolute.absolute() == absolute
+
+
+@pytest.mark.parametrize("dataset", [*BUILT_IN_DATASETS, "unknown"])
+def test_data_sets_that_are_no_folders_keep_their_name(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in BUILT_IN_DATASETS:
+        (tmp_path / name).mkdir()  # a built-in name is the data set, whatever lies in the current folder
+    assert StudyConfig.build({"dataset": dataset}).absolute().dataset == dataset

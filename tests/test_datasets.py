@@ -1,0 +1,1158 @@
+"""Images in: what is listed, how it is decoded, how it is split, what is kept in the cache, and what is refused."""
+
+import contextlib
+import csv
+import io
+import math
+import os
+import shutil
+import struct
+import tempfile
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets.gtsrb as torchvision_gtsrb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, features
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+
+from camri_tune import datasets
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import GTSRB_CLASSES, Dataset, Images, open_dataset, open_test_images, read_image
+from camri_tune.errors import DataError
+from camri_tune.training import HeadSpec, Recipe, train
+from tests.conftest import MakeFolder
+
+Pixels = NDArray[np.uint8]
+SIDE = 8
+
+
+def _open(dataset: object, **values: object) -> Dataset:
+    return open_dataset(_config(dataset, **values))
+
+
+def _config(dataset: object, **values: object) -> StudyConfig:
+    return StudyConfig.build({"dataset": str(dataset), "image_size": SIDE, **values})
+
+
+def _count(data: Dataset) -> int:
+    return len(data.train) + len(data.validation) + len(data.test())
+
+
+def _shown(images: Images) -> set[tuple[int, ...]]:
+    """The colours of images of one colour each, which tell them apart."""
+    assert bool((images.pixels == images.pixels[:, :, :1, :1]).all()), "of one colour"
+    colours = [tuple(row) for row in images.pixels[:, :, 0, 0].tolist()]
+    assert len(set(colours)) == len(colours), "no image twice"
+    return set(colours)
+
+
+def _colours(folder: Path) -> set[tuple[int, ...]]:
+    return {tuple(_pixels(path)[0, 0].tolist()) for path in folder.rglob("*.png")}
+
+
+def _pixels(path: Path) -> Pixels:
+    """An 8-bit RGB file as (H, W, 3)."""
+    with Image.open(path) as image:
+        assert image.mode == "RGB"
+        return np.asarray(image).copy()
+
+
+def _message(raised: "pytest.ExceptionInfo[DataError]") -> str:
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+# --- digits -----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_into_three_parts_that_share_nothing() -> None:
+    data = open_dataset(StudyConfig())
+    test = data.test()
+    parts = (data.train, data.validation, test)
+    assert (data.channels, data.image_size, data.classes) == (1, 8, tuple("0123456789"))
+    assert [images.pixels.dtype for images in parts] == [torch.uint8] * 3
+    groups = [set(images.groups.tolist()) for images in parts]
+    assert len(set.union(*groups)) == sum(len(images) for images in parts) == 1797
+    assert abs(len(test) / 1797 - 0.2) < 0.01
+    assert abs(len(data.validation) / (1797 - len(test)) - 0.2) < 0.01
+    for images in parts:
+        shares = torch.bincount(images.labels, minlength=10) / len(images)
+        assert bool(((shares - 0.1).abs() < 0.015).all())
+
+
+def test_digits_have_their_own_pixels_and_labels() -> None:
+    data = open_dataset(StudyConfig())
+    bunch = load_digits()
+    for images in (data.train, data.validation, data.test()):
+        rows = images.groups.numpy()
+        expected = (bunch.images[rows] * 255 / 16).round().astype(np.uint8)
+        assert np.array_equal(images.pixels[:, 0].numpy(), expected)
+        assert images.labels.tolist() == bunch.target[rows].tolist()
+
+
+def test_another_seed_draws_another_test_part() -> None:
+    first, second = (set(open_dataset(StudyConfig(seed=seed)).test().groups.tolist()) for seed in (0, 1))
+    assert first != second
+
+
+# --- folders of class folders -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        (".", None, None),
+        ("train", None, None),
+        ("train", "val", None),
+        ("train", None, "test"),
+        ("train", "val", "test"),
+        ("training", "valid", "testing"),
+        ("Train", "VALIDATION", "Test"),
+    ],
+)
+def test_folders_in_every_layout(
+    train: str, validation: str | None, test: str | None, image_folder: MakeFolder
+) -> None:
+    counts = {f"{train}/cat": 12, f"{train}/dog": 10}
+    for name in (validation, test):
+        if name:
+            counts |= {f"{name}/cat": 3, f"{name}/dog": 4}
+    root = image_folder(counts)
+    data = _open(root)
+    parts = {"train": _shown(data.train), "validation": _shown(data.validation), "test": _shown(data.test())}
+    assert data.classes == ("cat", "dog")
+    assert data.channels == 3
+
+    assert parts["train"] | parts["validation"] | parts["test"] == _colours(root)
+    assert sum(map(len, parts.values())) == sum(counts.values())
+    for part, name in (("validation", validation), ("test", test)):
+        if name:
+            assert parts[part] == _colours(root / name)
+        else:
+            assert parts[part] < _colours(root / train)
+    of_class = {colour: name for name in ("cat", "dog") for path in root.rglob(name) for colour in _colours(path)}
+    for images in (data.train, data.validation, data.test()):
+        colours = [tuple(row) for row in images.pixels[:, :, 0, 0].tolist()]
+        assert [data.classes[label] for label in images.labels] == [of_class[colour] for colour in colours]
+        assert set(images.labels.tolist()) == {0, 1}
+
+
+def test_class_names_are_sorted_and_label_their_own_images(image_folder: MakeFolder) -> None:
+    names = ["b", "a", "10", "9", "Ümlaut", "C"]
+    root = image_folder(dict.fromkeys(names, 5))
+    data = _open(root)
+    assert data.classes == tuple(sorted(names))
+    for label, name in enumerate(data.classes):
+        shown = [_shown(i[np.flatnonzero(i.labels.numpy() == label)]) for i in (data.train, data.validation)]
+        assert set.union(*shown) < _colours(root / name)
+
+
+def test_images_deeper_inside_a_class_folder_belong_to_the_class(image_folder: MakeFolder) -> None:
+    root = image_folder({"a/2019/may": 4, "a/2020": 4, "b": 5})
+    data = _open(root)
+    assert data.classes == ("a", "b")
+    assert _shown(data.train) | _shown(data.validation) | _shown(data.test()) == _colours(root)
+
+
+def test_a_test_folder_beside_the_class_folders_is_no_class(image_folder: MakeFolder) -> None:
+    """PATH/CLASS/* for training with PATH/test/CLASS/* beside it: understood or refused, but never a class 'test'."""
+    root = image_folder({"cat": 6, "dog": 6, "test/cat": 2, "test/dog": 2})
+    refusal = ""
+    try:
+        data = _open(root)
+    except DataError as error:
+        refusal = str(error)
+    if refusal:
+        assert "test" in refusal
+    else:
+        assert data.classes == ("cat", "dog")
+        assert _shown(data.test()) == _colours(root / "test")
+
+
+def test_other_files_and_hidden_ones_are_passed_over(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    expected = _colours(root)
+    (root / "README.txt").write_text("not in a class folder")
+    (root / "a" / "notes.txt").write_text("no image")
+    (root / "a" / "labels.csv").write_text("file,label\n")
+    (root / "b" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 10)
+    for name in (".DS_Store", "._000.png"):
+        (root / "a" / name).write_bytes(b"\0\0\0\1Bud1")
+    shutil.copy(root / "a" / "000.png", root / "a" / ".000.png")
+    (root / ".git").mkdir()
+    (root / "__MACOSX").mkdir()
+    data = _open(root)
+    assert _shown(data.train) | _shown(data.validation) | _shown(data.test()) == expected
+    assert data.ignored_files == 3
+    assert data.skipped_files == 0
+
+
+def test_hidden_folders_inside_a_class_folder_are_passed_over(image_folder: MakeFolder) -> None:
+    """Notebooks leave copies in `.ipynb_checkpoints`, viewers in `.thumbnails`: a copy would stand on both sides."""
+    root = image_folder({"a": 6, "b": 6})
+    hidden = root / "a" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    shutil.copy(root / "a" / "000.png", hidden / "000-checkpoint.png")
+    data = _open(root)
+    assert _count(data) == 12
+
+
+def test_a_document_that_pillow_can_only_write_is_no_corrupt_image(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    Image.new("RGB", (8, 8)).save(root / "a" / "licence.pdf")
+    data = _open(root)
+    assert _count(data) == 12
+    assert data.ignored_files == 1
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def _pattern() -> Pixels:
+    """(8, 8, 3), unlike any turned or mirrored copy of itself."""
+    y, x = np.indices((SIDE, SIDE))
+    return np.stack([x * 36, y * 30, (x + 2 * y) * 10], axis=-1).astype(np.uint8)
+
+
+def _grey() -> Pixels:
+    y, x = np.indices((SIDE, SIDE))
+    return (x * 28 + y * 3).astype(np.uint8)
+
+
+def _as_rgb(grey: NDArray[Any]) -> Pixels:
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _on_white(colours: NDArray[Any], alpha: NDArray[Any]) -> Pixels:
+    share = alpha.astype(np.float64)[:, :, None] / 255
+    return (colours * share + 255 * (1 - share)).round().astype(np.uint8)
+
+
+def _alpha() -> Pixels:
+    return np.tile(np.array([0, 255, 128, 1, 254, 64, 200, 0], np.uint8), (SIDE, 1))
+
+
+def _save_rgb(path: Path, **options: Any) -> Pixels:
+    Image.fromarray(_pattern()).save(path, **options)
+    return _pattern()
+
+
+def _greyscale(path: Path) -> Pixels:
+    Image.fromarray(_grey()).save(path)
+    return _as_rgb(_grey())
+
+
+def _black_and_white(path: Path) -> Pixels:
+    bits = _grey() > 100
+    Image.fromarray(bits).save(path)
+    return _as_rgb(bits * 255)
+
+
+def _palette_image() -> tuple[Image.Image, Pixels]:
+    """One palette entry for each pixel."""
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(SIDE, SIDE), mode="P")
+    image.putpalette(_pattern().reshape(-1).tolist())
+    return image, _pattern()
+
+
+def _palette(path: Path) -> Pixels:
+    image, expected = _palette_image()
+    image.save(path)
+    return expected
+
+
+def _palette_with_one_transparent_colour(path: Path) -> Pixels:
+    image, expected = _palette_image()
+    image.save(path, transparency=10)
+    expected.reshape(-1, 3)[10] = 255
+    return expected
+
+
+def _palette_with_degrees_of_transparency(path: Path) -> Pixels:
+    image, expected = _palette_image()
+    alpha = np.arange(0, 256, 4, dtype=np.uint8)
+    image.save(path, transparency=alpha.tobytes())
+    return _on_white(expected, alpha.reshape(SIDE, SIDE))
+
+
+def _rgba(path: Path) -> Pixels:
+    Image.fromarray(np.dstack([_pattern(), _alpha()])).save(path)
+    return _on_white(_pattern(), _alpha())
+
+
+def _grey_with_alpha(path: Path) -> Pixels:
+    Image.fromarray(np.dstack([_grey(), _alpha()])).save(path)
+    return _on_white(_as_rgb(_grey()), _alpha())
+
+
+def _rgb_with_a_transparent_colour(path: Path) -> Pixels:
+    expected = _pattern()
+    r, g, b = expected[2, 5].tolist()
+    Image.fromarray(expected).save(path, transparency=(r, g, b))
+    expected[2, 5] = 255
+    return expected
+
+
+def _sixteen_bit(path: Path) -> Pixels:
+    Image.fromarray(_grey().astype(np.uint16) * 257).save(path)
+    return _as_rgb(_grey())
+
+
+def _dark_sixteen_bit(path: Path) -> Pixels:
+    Image.fromarray(_grey().astype(np.uint16)).save(path)
+    return _as_rgb((_grey() / 257).round())
+
+
+def _sixteen_bit_big_endian(path: Path) -> Pixels:
+    Image.fromarray((_grey().astype(np.uint16) * 257).astype(">u2")).save(path)
+    return _as_rgb(_grey())
+
+
+def _pgm(path: Path, values: NDArray[Any]) -> None:
+    path.write_bytes(b"P5 8 8 65535\n" + values.astype(">u2").tobytes())
+
+
+def _sixteen_bit_pgm(path: Path) -> Pixels:
+    _pgm(path, _grey().astype(np.int64) * 257)
+    return _as_rgb(_grey())
+
+
+def _dark_sixteen_bit_pgm(path: Path) -> Pixels:
+    _pgm(path, _grey())
+    return _as_rgb((_grey() / 257).round())
+
+
+def _cmyk_jpeg(path: Path) -> Pixels:
+    Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0)).save(path, quality=100)
+    return np.tile(np.array([255, 0, 0], np.uint8), (SIDE, SIDE, 1))
+
+
+def _animation(path: Path) -> Pixels:
+    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("blue", "red", "lime")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return np.tile(np.array([0, 0, 255], np.uint8), (SIDE, SIDE, 1))
+
+
+def _lossless(path: Path) -> Pixels:
+    return _save_rgb(path, lossless=True)
+
+
+def _png_named_jpg(path: Path) -> Pixels:
+    return _save_rgb(path, format="PNG")
+
+
+def _grey_jpeg(path: Path) -> Pixels:
+    Image.new("L", (SIDE, SIDE), 77).save(path, format="JPEG", quality=100)
+    return _as_rgb(np.full((SIDE, SIDE), 77))
+
+
+ODD_IMAGES: list[tuple[str, Callable[[Path], Pixels], int]] = [
+    ("rgb.png", _save_rgb, 0),
+    ("greyscale.png", _greyscale, 0),
+    ("bits.png", _black_and_white, 0),
+    ("palette.png", _palette, 0),
+    ("palette.bmp", _palette, 0),
+    ("palette.gif", _palette, 0),
+    ("one-transparent.png", _palette_with_one_transparent_colour, 0),
+    ("degrees.png", _palette_with_degrees_of_transparency, 1),
+    ("rgba.png", _rgba, 1),
+    ("grey-alpha.png", _grey_with_alpha, 1),
+    ("transparent-colour.png", _rgb_with_a_transparent_colour, 0),
+    ("sixteen.png", _sixteen_bit, 0),
+    ("sixteen-dark.png", _dark_sixteen_bit, 0),
+    ("sixteen.tif", _sixteen_bit, 0),
+    ("sixteen-big-endian.tif", _sixteen_bit_big_endian, 0),
+    ("sixteen.pgm", _sixteen_bit_pgm, 0),
+    ("sixteen-dark.pgm", _dark_sixteen_bit_pgm, 0),
+    ("cmyk.jpg", _cmyk_jpeg, 3),
+    ("animation.gif", _animation, 0),
+    ("animation.png", _animation, 0),
+    ("plain.bmp", _save_rgb, 0),
+    ("plain.ppm", _save_rgb, 0),
+    ("plain.tif", _save_rgb, 0),
+    ("plain.webp", _lossless, 0),
+    ("png-really.jpg", _png_named_jpg, 0),
+    ("jpeg-really.txt", _grey_jpeg, 1),
+    ("jpeg-really", _grey_jpeg, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "tolerance"), ODD_IMAGES, ids=[name for name, _, _ in ODD_IMAGES])
+def test_odd_images_have_the_right_pixels(
+    name: str, write: Callable[[Path], Pixels], tolerance: int, tmp_path: Path
+) -> None:
+    expected = write(tmp_path / name)
+    pixels = read_image(tmp_path / name, SIDE)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (3, SIDE, SIDE)
+    difference = np.abs(pixels.transpose(1, 2, 0).astype(int) - expected.astype(int))
+    assert difference.max() <= tolerance, difference.max(axis=2)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda stored: stored),
+        (2, np.fliplr),
+        (3, lambda stored: np.rot90(stored, 2)),
+        (6, lambda stored: np.rot90(stored, -1)),
+        (8, np.rot90),
+    ],
+)
+def test_a_camera_held_sideways_is_turned_upright(
+    orientation: int, upright: Callable[[Pixels], Pixels], tmp_path: Path
+) -> None:
+    """Four blocks of one colour each: a JPEG of quality 100 keeps them nearly exactly."""
+    stored = np.array([[20, 90], [160, 230]], np.uint8).repeat(SIDE, axis=0).repeat(SIDE, axis=1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "photo.jpg", quality=100, exif=exif)
+    pixels = read_image(tmp_path / "photo.jpg", 2 * SIDE)
+    assert np.abs(pixels[0].astype(int) - upright(stored).astype(int)).max() <= 3
+
+
+def test_the_whole_image_is_squeezed_to_a_square(tmp_path: Path) -> None:
+    """A wide image with a coloured band at either end: both ends are still there, and nothing is distorted in tone."""
+    image = Image.new("RGB", (64, 16), (100, 100, 100))
+    ImageDraw.Draw(image).rectangle((0, 0, 7, 15), fill="red")
+    ImageDraw.Draw(image).rectangle((56, 0, 63, 15), fill="blue")
+    image.save(tmp_path / "wide.png")
+    pixels = read_image(tmp_path / "wide.png", SIDE).transpose(1, 2, 0)
+    assert pixels.shape == (SIDE, SIDE, 3)
+    assert (pixels[:, 0, 0] > pixels[:, 0, 2] + 100).all()
+    assert (pixels[:, -1, 2] > pixels[:, -1, 0] + 100).all()
+    assert (pixels[:, 3:5] == 100).all()
+
+
+def test_odd_names_are_found_in_a_folder(image_folder: MakeFolder) -> None:
+    """Content decides: images with a wrong ending, an odd one or none count like the others."""
+    root = image_folder({"a": 3, "b": 3})
+    for index, name in enumerate(["photo.txt", "photo", "photo.PNG", "photo.jpg", "photo.v2.final"]):
+        Image.new("RGB", (SIDE, SIDE), (200, 200, index)).save(root / "a" / name, format="PNG")
+    data = _open(root)
+    shown = _shown(data.train) | _shown(data.validation) | _shown(data.test())
+    assert {(200, 200, index) for index in range(5)} < shown
+    assert data.ignored_files == 0
+
+
+# --- images that cannot be read ---------------------------------------------------------------------------------------
+
+
+def _photo(format: str) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, format)
+    return buffer.getvalue()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+
+
+def _float_tiff() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def _damaged_avif() -> bytes:
+    """Whole in size, but the last bytes of the picture itself were lost."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "AVIF")
+    return buffer.getvalue()[:-8] + bytes(8)
+
+
+BAD_IMAGES: dict[str, Callable[[], bytes]] = {
+    "truncated.jpg": lambda: _photo("JPEG")[:1500],
+    "header-only.jpg": lambda: _photo("JPEG")[:20],
+    "truncated.png": lambda: _photo("PNG")[:3000],
+    "truncated.gif": lambda: _photo("GIF")[:1500],
+    "truncated.bmp": lambda: _photo("BMP")[:3000],
+    "truncated.webp": lambda: _photo("WEBP")[:1000],
+    "truncated.tif": lambda: _photo("TIFF")[:3000],
+    "truncated.ppm": lambda: _photo("PPM")[:3000],
+    "empty.png": lambda: b"",
+    "text.png": lambda: b"this is no image\n",
+    "page.jpg": lambda: b"<!DOCTYPE html><html><body>404</body></html>",
+    "bomb.png": lambda: _png_header(100_000, 100_000),
+    "large-bomb.png": lambda: _png_header(11_000, 11_000),  # above Pillow's limit, below twice the limit
+    "float.tif": _float_tiff,
+}
+if features.check("avif"):
+    BAD_IMAGES["truncated.avif"] = lambda: _photo("AVIF")[:-50]
+    BAD_IMAGES["damaged.avif"] = _damaged_avif
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_an_image_that_cannot_be_read_is_named_or_left_out(name: str, image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    path = root / "a" / name
+    path.write_bytes(BAD_IMAGES[name]())
+    with pytest.raises(DataError) as raised:
+        read_image(path, SIDE)
+    assert repr(str(path)) in _message(raised)
+    with pytest.raises(DataError) as raised:
+        _open(root)
+    assert repr(str(path)) in _message(raised)
+    assert "--skip-corrupt" in _message(raised)
+
+    for _ in range(2):  # decoded, then from the cache
+        data = _open(root, skip_corrupt=True)
+        assert data.skipped_files == 1
+        assert _count(data) == 12
+    with pytest.raises(DataError):  # what was left out once is not left out for good
+        _open(root)
+
+
+def test_the_reason_says_what_is_wrong(tmp_path: Path) -> None:
+    for name, reason in {
+        "empty.png": "is empty",
+        "text.png": "not an image",
+        "bomb.png": "decompression bomb",
+        "large-bomb.png": "decompression bomb",
+        "float.tif": "floating-point",
+        "truncated.jpg": "truncated",
+    }.items():
+        (tmp_path / name).write_bytes(BAD_IMAGES[name]())
+        with pytest.raises(DataError, match=reason):
+            read_image(tmp_path / name, SIDE)
+
+
+def test_several_bad_images_are_counted(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    for name in ("x.png", "y.png", "z.png"):
+        (root / "b" / name).write_text("no")
+    with pytest.raises(DataError) as raised:
+        _open(root)
+    assert "x.png" in _message(raised)
+    assert "2 more" in _message(raised)
+    assert _open(root, skip_corrupt=True).skipped_files == 3
+
+
+def test_a_class_of_bad_images_alone_is_named(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 6, "b": 6, "c": 6})
+    for path in (root / "b").iterdir():
+        path.write_text("no")
+    with pytest.raises(DataError, match="'b'") as raised:
+        _open(root, skip_corrupt=True)
+    assert _message(raised)
+
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+
+
+@given(
+    format=st.sampled_from(FORMATS),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    keep=st.floats(0, 1),
+)
+@settings(deadline=None, max_examples=150)
+def test_a_damaged_file_is_an_image_or_a_data_error(format: str, changes: list[tuple[float, int]], keep: float) -> None:
+    """Any bytes at all: never another exception, which would end a run without naming the file."""
+    content = bytearray(_photo(format))
+    for place, value in changes:
+        content[int(place**3 * len(content))] = value  # mostly near the beginning, where the structure is
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd tags
+        path = Path(folder) / "image"
+        path.write_bytes(content[: math.ceil(keep * len(content))])
+        refusal = ""
+        try:
+            pixels = read_image(path, SIDE)
+        except DataError as error:
+            refusal = str(error)
+        if refusal:
+            assert "\n" not in refusal
+            assert repr(str(path)) in refusal
+        else:
+            assert pixels.shape == (3, SIDE, SIDE)
+            assert pixels.dtype == np.uint8
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_reading_in_threads_leaves_the_warning_filters_alone(tmp_path: Path) -> None:
+    """Two threads that decode at the same time, the first to begin being the first to end: pipes hold them back."""
+    before = list(warnings.filters)
+    held = []
+    for name in ("first", "second"):
+        path = tmp_path / name
+        os.mkfifo(path)
+        thread = threading.Thread(target=partial(_ignore_data_error, read_image, path, SIDE))
+        thread.start()
+        held.append((thread, _open_for_writing(path)))
+    for thread, writer in held:
+        os.close(writer)  # an empty image
+        thread.join()
+    after = list(warnings.filters)
+    warnings.filters[:] = before  # type: ignore[index]
+    assert after == before
+
+
+def _ignore_data_error(function: Callable[..., object], *arguments: object) -> None:
+    with contextlib.suppress(DataError):
+        function(*arguments)
+
+
+def _open_for_writing(pipe: Path) -> int:
+    """Wait until somebody reads the pipe; only then can it be opened without waiting."""
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.001)
+
+
+# --- data sets that are refused ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
+    for name in ("foo", str(tmp_path / "nowhere")):
+        with pytest.raises(DataError, match="unknown data set") as raised:
+            _open(name)
+        for part in (repr(name), "digits", "gtsrb", "folder"):
+            assert part in _message(raised)
+
+
+def test_a_file_is_no_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    path.touch()
+    with pytest.raises(DataError, match="is a file") as raised:
+        _open(path)
+    assert repr(str(path)) in _message(raised)
+
+
+@pytest.mark.parametrize(
+    ("counts", "parts"),
+    [
+        ({}, ["0 class folder", "at least 2"]),
+        ({"cat": 5}, ["1 class folder", "at least 2"]),
+        ({"train/cat": 5, "test/cat": 5}, ["train", "1 class folder"]),
+        ({"cat": 5, "dog": 0}, ["'{root}/dog'", "no images"]),
+        ({"train/cat": 5, "train/dog": 5, "val/cat": 2}, ["'{root}/val/dog'"]),
+        ({"train/cat": 5, "train/dog": 5, "test/dog": 2}, ["'{root}/test/cat'"]),
+        ({"train/cat": 5, "train/dog": 5, "val/cat": 2, "val/dog": 0}, ["'{root}/val/dog'", "no images"]),
+        ({"train/cat": 5, "train/dog": 5, "val/cat": 2, "val/dog": 2, "val/emu": 2}, ["'{root}/val/emu'", "train"]),
+        ({"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/dog": 2, "test/emu": 2}, ["'{root}/test/emu'"]),
+        ({"cat": 5, "dog": 1}, ["'dog'", "1 image(s)", "2 groups"]),
+        ({"cat": 5, "dog": 2}, ["'dog'", "1 image(s)", "validation"]),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_gets_one_line(
+    counts: Mapping[str, int], parts: list[str], image_folder: MakeFolder
+) -> None:
+    root = image_folder(counts)
+    root.mkdir(exist_ok=True)
+    with pytest.raises(DataError) as raised:
+        _open(root)
+    for part in parts:
+        assert part.format(root=root) in _message(raised)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _same(first: Images, second: Images) -> bool:
+    pairs = ((first.pixels, second.pixels), (first.labels, second.labels), (first.groups, second.groups))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, size: int) -> Pixels:
+        raise AssertionError(f"{path} is decoded again at {size}")
+
+    monkeypatch.setattr(datasets, "read_image", refuse)
+
+
+def test_a_second_start_decodes_nothing(image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder({"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    first = _open(root)
+    first_test = first.test()
+    _forbid_decoding(monkeypatch)
+    second = _open(root)
+    for before, after in (
+        (first.train, second.train),
+        (first.validation, second.validation),
+        (first_test, second.test()),
+    ):
+        assert _same(before, after)
+    assert second.fingerprint == first.fingerprint
+    with pytest.raises(AssertionError, match="decoded again"):  # the check itself works
+        _open(root, image_size=16)
+
+
+def test_the_test_part_is_not_opened_before_it_is_asked_for(image_folder: MakeFolder, own_cache: Path) -> None:
+    root = image_folder({"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    (root / "test" / "b" / "torn.png").write_text("no image")
+    data = _open(root)
+    assert {path.name for path in own_cache.rglob("*.safetensors")} == {"train.safetensors"}
+    with pytest.raises(DataError, match=r"torn\.png"):
+        data.test()
+    data = _open(root, skip_corrupt=True)
+    assert data.skipped_files == 0
+    assert len(data.test()) == 4
+    assert data.skipped_files == 1
+    assert {path.name for path in own_cache.rglob("*")} >= {"train.safetensors", "test.safetensors"}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "zeros", "other tensors"])
+def test_a_damaged_cache_file_is_built_anew(
+    damage: str, image_folder: MakeFolder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    first = _open(root)
+    (path,) = own_cache.rglob("*.safetensors")
+    whole = path.read_bytes()
+    match damage:
+        case "cut short":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "garbage":
+            path.write_bytes(np.random.default_rng(0).bytes(len(whole)))
+        case "zeros":
+            path.write_bytes(bytes(len(whole)))
+        case "other tensors":
+            save_file({"weights": torch.zeros(3)}, path)
+    second = _open(root)
+    assert _same(first.train, second.train)
+    assert _same(first.validation, second.validation)
+    assert path.read_bytes() == whole
+    assert [p.name for p in own_cache.rglob("*") if p.is_file()] == [path.name], "no partial files"
+    _forbid_decoding(monkeypatch)
+    assert _same(_open(root).train, first.train)
+
+
+def test_a_changed_folder_is_another_data_set(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    prints = [_open(root).fingerprint]
+    Image.new("RGB", (8, 8), "white").save(root / "a" / "more.png")
+    prints.append(_open(root).fingerprint)
+    (root / "a" / "more.png").unlink()
+    assert _open(root).fingerprint == prints[0]
+    Image.new("RGB", (40, 40), "white").save(root / "a" / "000.png")  # a file of another size
+    changed = _open(root)
+    prints.append(changed.fingerprint)
+    assert (255, 255, 255) in _shown(changed.train) | _shown(changed.validation) | _shown(changed.test())
+    (root / "a" / "000.png").rename(root / "a" / "zzz.png")
+    prints.append(_open(root).fingerprint)
+    (root / "a" / "zzz.png").rename(root / "b" / "zzz.png")
+    prints.append(_open(root).fingerprint)
+    prints.append(_open(root, image_size=16).fingerprint)
+    assert len(set(prints)) == len(prints)
+
+
+def test_pixels_replaced_by_others_of_the_same_size_are_read_anew(image_folder: MakeFolder) -> None:
+    """Every bitmap of one resolution has the same size: an export that is repeated must not show the old pixels."""
+    root = image_folder({"a": 0, "b": 0})
+    for shade in (10, 200):
+        for name in ("a", "b"):
+            for index in range(6):
+                Image.new("RGB", (8, 8), (shade, index, 0)).save(root / name / f"{index}.bmp")
+        data = _open(root)
+        assert set(data.train.pixels[:, 0].flatten().tolist()) == {shade}
+
+
+def test_moving_a_folder_changes_nothing(
+    image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    first = _open(root)
+    (tmp_path / "elsewhere").mkdir()
+    moved = root.rename(tmp_path / "elsewhere" / root.name)
+    second = _open(moved)
+    assert second.fingerprint == first.fingerprint
+    assert _same(first.train, second.train)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert _open(root.name).fingerprint == first.fingerprint
+
+
+def test_renaming_a_folder_keeps_what_it_holds(image_folder: MakeFolder) -> None:
+    """`evaluate` must know the training images under any name: else it would judge a model on what it learned from."""
+    root = image_folder({"a": 6, "b": 6})
+    first = _open(root).fingerprint
+    assert _open(root.rename(root.with_name("renamed"))).fingerprint == first
+
+
+def test_a_cache_that_cannot_be_written_only_warns(
+    image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    blocked = tmp_path / "a-file"
+    blocked.touch()
+    monkeypatch.setenv("CAMRI_CACHE", str(blocked))  # a folder below a file cannot be made, not even by root
+    with pytest.warns(UserWarning, match="could not be written") as warned:
+        data = _open(root)
+    assert len(data.train) + len(data.validation) > 0
+    assert str(blocked) in str(warned[0].message)
+    assert "\n" not in str(warned[0].message)
+
+
+def test_progress_tells_of_every_image(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 400, "b": 300})
+    heard: list[tuple[int, int]] = []
+    open_dataset(_config(root), lambda done, total: heard.append((done, total)))
+    assert heard == [(500, 700), (700, 700)]
+
+
+# --- a limit ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_bounds_training_and_validation_and_leaves_test_alone(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 40, "b": 40})
+    whole, limited = _open(root), _open(root, limit=20)
+    assert len(limited.train) + len(limited.validation) == 20
+    assert _shown(limited.test()) == _shown(whole.test())
+    assert limited.fingerprint == whole.fingerprint
+    with pytest.raises(DataError, match=r"--limit 3 .*at least 4"):
+        _open(root, limit=3)
+
+
+# --- real traffic signs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def signs(gtsrb_dir: Path) -> Dataset:
+    return open_dataset(StudyConfig.build({"dataset": "gtsrb", "data_dir": gtsrb_dir}))
+
+
+def test_gtsrb_has_all_its_images_classes_and_tracks(signs: Dataset, gtsrb_dir: Path) -> None:
+    listed = list((gtsrb_dir / "gtsrb" / "GTSRB" / "Training").glob("*/*.ppm"))
+    assert len(signs.train) + len(signs.validation) == len(listed) == 39_209
+    assert len(signs.test()) == 12_630
+    assert signs.classes == GTSRB_CLASSES
+    assert len(set(GTSRB_CLASSES)) == 43
+    assert (signs.channels, signs.image_size, signs.grouped) == (3, 32, True)
+
+    groups = torch.cat([signs.train.groups, signs.validation.groups])
+    labels = torch.cat([signs.train.labels, signs.validation.labels])
+    tracks = {(path.parent.name, path.name.split("_")[0]) for path in listed}
+    assert len(torch.unique(groups)) == len(tracks) == 1_307
+    pairs = set(zip(groups.tolist(), labels.tolist(), strict=True))
+    assert len(pairs) == 1_307, "one class in a track"
+    assert set(torch.bincount(groups).tolist()) == {29, 30}
+    assert torch.bincount(labels).tolist() == [sum(int(p.parent.name) == c for p in listed) for c in range(43)]
+    assert not set(signs.train.groups.tolist()) & set(signs.validation.groups.tolist())
+
+
+@pytest.mark.parametrize("name", ["00000/00000_00000", "00014/00003_00012", "00025/00010_00029", "00042/00001_00005"])
+def test_gtsrb_training_labels_are_those_of_the_folders(name: str, signs: Dataset, gtsrb_dir: Path) -> None:
+    wanted = _pixels(gtsrb_dir / "gtsrb" / "GTSRB" / "Training" / f"{name}.ppm").transpose(2, 0, 1).copy()
+    found = []
+    for images in (signs.train, signs.validation):
+        rows = (images.pixels == torch.from_numpy(wanted)).flatten(1).all(dim=1)
+        found += images.labels[rows].tolist()
+    assert found == [int(name.split("/", maxsplit=1)[0])]
+
+
+def test_gtsrb_test_labels_are_those_of_the_official_file(signs: Dataset, gtsrb_dir: Path) -> None:
+    with (gtsrb_dir / "gtsrb" / "GT-final_test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter=";"))
+    test = signs.test()
+    assert test.labels.tolist() == [int(row["ClassId"]) for row in rows]
+    for index in (0, 1, 6_000, 12_629):
+        path = gtsrb_dir / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / rows[index]["Filename"]
+        assert np.array_equal(test.pixels[index].numpy(), _pixels(path).transpose(2, 0, 1))
+    # Two that were looked at: the first is "no trucks", the second "speed limit 30".
+    assert [GTSRB_CLASSES[label] for label in test.labels[:2]] == ["No trucks", "Speed limit 30"]
+
+
+# --- traffic signs that come over the network -------------------------------------------------------------------------
+
+
+def _write_small_gtsrb(root: Path) -> None:
+    """The real layout in small: 43 classes of 3 tracks of 2 frames, of sizes and ratios as photographed, one test
+    image of each class in mixed order, and the files that the real archives hold besides."""
+    rng = np.random.default_rng(0)
+
+    def sign(path: Path, label: int) -> None:
+        pixels = rng.integers(0, 60, (24, 20, 3)) + np.array([label * 4, 190 - label * 4, label % 7 * 27])
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+    training, testing = root / "GTSRB" / "Training", root / "GTSRB" / "Final_Test" / "Images"
+    testing.mkdir(parents=True)
+    for label in range(43):
+        folder = training / f"{label:05}"
+        folder.mkdir(parents=True)
+        (folder / f"GT-{label:05}.csv").write_text("Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n")
+        for track in range(3):
+            for frame in range(2):
+                sign(folder / f"{track:05}_{frame:05}.ppm", label)
+    (root / "GTSRB" / "Readme.txt").write_text("German Traffic Sign Recognition Benchmark\n")
+    rows = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
+    for index, label in enumerate(rng.permutation(43).tolist()):
+        sign(testing / f"{index:05}.ppm", label)
+        rows.append(f"{index:05}.ppm;20;24;5;5;15;19;{label}")
+    unlabelled = [row.rpartition(";")[0] for row in rows]
+    (testing / "GT-final_test.test.csv").write_text("\n".join(unlabelled) + "\n")
+    (root / "GT-final_test.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def small_gtsrb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a small `gtsrb/`. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("small")
+    _write_small_gtsrb(folder / "gtsrb")
+    return folder
+
+
+class _Server(ThreadingHTTPServer):
+    asked: list[str]
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: Any) -> None:
+        assert isinstance(self.server, _Server)
+        self.server.asked.append(self.path)
+
+
+@pytest.fixture
+def archives(small_gtsrb: Path, tmp_path: Path) -> Iterator[_Server]:
+    """A web server on the loopback with three archives, as the university has them."""
+    folder, source = tmp_path / "archives", small_gtsrb / "gtsrb"
+    folder.mkdir()
+    for name, beginning in {
+        "GTSRB-Training_fixed.zip": "GTSRB/Training",
+        "GTSRB_Final_Test_Images.zip": "GTSRB/Final_Test",
+        "GTSRB_Final_Test_GT.zip": "GT-final_test.csv",
+    }.items():
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for path in sorted(source.rglob("*")):
+                relative = path.relative_to(source).as_posix()
+                if path.is_file() and relative.startswith(beginning):
+                    archive.write(path, relative)
+    with _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def _route_downloads(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    """Torchvision's own download, from another address; our archives have other sums than the real ones."""
+    real = torchvision_gtsrb.download_and_extract_archive
+
+    def routed(url: str, download_root: str, md5: str) -> None:
+        assert len(md5) == 32, "what comes from outside is checked"
+        real(f"{base}/{url.rpartition('/')[2]}", download_root)
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(torchvision_gtsrb, "download_and_extract_archive", routed)
+
+
+def test_gtsrb_is_downloaded_where_it_is_not_there(
+    archives: _Server, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _route_downloads(monkeypatch, f"http://127.0.0.1:{archives.server_port}")
+    values = {"dataset": "gtsrb", "data_dir": tmp_path / "data", "image_size": None}
+    data = _open(**values)
+    assert {path.rpartition("/")[2].partition(" ")[0] for path in archives.asked} == {
+        "GTSRB-Training_fixed.zip",
+        "GTSRB_Final_Test_Images.zip",
+        "GTSRB_Final_Test_GT.zip",
+    }
+    assert len(data.train) + len(data.validation) == 43 * 6
+    assert len(torch.unique(torch.cat([data.train.groups, data.validation.groups]))) == 43 * 3
+    test = data.test()
+    assert sorted(test.labels.tolist()) == list(range(43))
+    trained = train(
+        "compact",
+        HeadSpec("camri", margins={14: 0.2}),
+        data.train,
+        data.validation,
+        num_classes=43,
+        recipe=Recipe(epochs=1, learning_rate=1e-3, augmentation=data.augmentation),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    assert trained.confusion.sum() == len(data.validation)
+
+    archives.asked.clear()
+    assert _open(**values).fingerprint == data.fingerprint
+    assert archives.asked == [], "downloaded once"
+
+
+def test_without_data_and_network_the_folders_to_fill_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _Server(("127.0.0.1", 0), _Quiet) as server:
+        port = server.server_port  # free again, and refused, once this server is closed
+    _route_downloads(monkeypatch, f"http://127.0.0.1:{port}")
+    with pytest.raises(DataError) as raised:
+        _open("gtsrb", data_dir=tmp_path / "data")
+    base = tmp_path / "data" / "gtsrb"
+    for part in (
+        "could not be downloaded",
+        f"{base}/GTSRB/Training/",
+        f"{base}/GTSRB/Final_Test/Images/",
+        f"{base}/GT-final_test.csv",
+        "--data-dir",
+    ):
+        assert part in _message(raised)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test of incomplete data may reach the real server."""
+    _route_downloads(monkeypatch, "http://127.0.0.1:9")
+
+
+def _copy(small_gtsrb: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small_gtsrb, tmp_path / "copy")
+
+
+@pytest.mark.usefixtures("offline", "own_cache")
+def test_gtsrb_without_its_test_labels_names_the_file(small_gtsrb: Path, tmp_path: Path) -> None:
+    data_dir = _copy(small_gtsrb, tmp_path)
+    (data_dir / "gtsrb" / "GT-final_test.csv").unlink()
+    with pytest.raises(DataError, match=r"GT-final_test\.csv") as raised:
+        _open("gtsrb", data_dir=data_dir)
+    assert _message(raised)
+
+
+@pytest.mark.usefixtures("offline", "own_cache")
+def test_gtsrb_with_the_unlabelled_list_in_place_of_the_labels_names_the_file(
+    small_gtsrb: Path, tmp_path: Path
+) -> None:
+    """The image archive holds a list without labels of nearly the same name; it is easily taken for the other."""
+    data_dir = _copy(small_gtsrb, tmp_path)
+    base = data_dir / "gtsrb"
+    shutil.copy(base / "GTSRB" / "Final_Test" / "Images" / "GT-final_test.test.csv", base / "GT-final_test.csv")
+    with pytest.raises(DataError, match=r"GT-final_test\.csv") as raised:
+        _open("gtsrb", data_dir=data_dir)
+    assert _message(raised)
+
+
+@pytest.mark.usefixtures("offline", "own_cache")
+def test_gtsrb_with_a_test_image_missing_names_it(small_gtsrb: Path, tmp_path: Path) -> None:
+    data_dir = _copy(small_gtsrb, tmp_path)
+    (data_dir / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / "00007.ppm").unlink()
+    with pytest.raises(DataError, match=r"00007\.ppm") as raised:
+        _open("gtsrb", data_dir=data_dir)
+    assert _message(raised)
+
+
+@pytest.mark.usefixtures("offline", "own_cache")
+def test_gtsrb_with_a_class_folder_missing_names_that_class(small_gtsrb: Path, tmp_path: Path) -> None:
+    """Labels counted from the folders that are there would give every later class the label before its own."""
+    data_dir = _copy(small_gtsrb, tmp_path)
+    shutil.rmtree(data_dir / "gtsrb" / "GTSRB" / "Training" / "00014")
+    with pytest.raises(DataError, match=r"Stop|00014") as raised:
+        _open("gtsrb", data_dir=data_dir)
+    assert _message(raised)
+
+
+# --- images to judge a finished model on ------------------------------------------------------------------------------
+
+
+def test_the_data_set_of_training_gives_its_test_part_and_nothing_else(
+    image_folder: MakeFolder, tmp_path: Path
+) -> None:
+    root = image_folder({"a": 20, "b": 20})
+    config = _config(root, seed=3)
+    data = open_dataset(config)
+    expected = data.test()
+    (tmp_path / "moved").mkdir()
+    moved = Path(shutil.copytree(root, tmp_path / "moved" / root.name))
+    for where in (None, str(root), str(moved)):
+        images, text = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        assert _same(images, expected)
+        assert "test part" in text
+        assert "neither trained nor chose" in text
+
+
+def test_digits_give_their_test_part() -> None:
+    config = StudyConfig(seed=5)
+    data = open_dataset(config)
+    for where in (None, "digits"):
+        images, _ = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        assert _same(images, data.test())
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_gtsrb_is_found_in_another_folder(small_gtsrb: Path, tmp_path: Path) -> None:
+    config = _config("gtsrb", data_dir=small_gtsrb)
+    data = open_dataset(config)
+    moved = _copy(small_gtsrb, tmp_path)
+    images, text = open_test_images(str(moved), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    assert _same(images, data.test())
+    assert "test part" in text
+
+
+def test_a_training_folder_that_changed_does_not_give_what_was_learned_from(image_folder: MakeFolder) -> None:
+    """One file more and the split is another: the images that trained the model cannot be told from the others."""
+    root = image_folder({"a": 20, "b": 20})
+    config = _config(root)
+    data = open_dataset(config)
+    learned = _shown(data.train) | _shown(data.validation)
+    Image.new("RGB", (8, 8), "white").save(root / "a" / "more.png")
+    refusal = ""
+    try:
+        images, text = open_test_images(None, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    except DataError as error:
+        refusal = str(error)
+    if refusal:
+        assert str(root) in refusal
+    else:
+        assert "None" not in text
+        assert not _shown(images) & learned
+
+
+@pytest.mark.parametrize("part", ["", "test/"])
+def test_a_foreign_folder_has_its_labels_by_class_name(part: str, image_folder: MakeFolder) -> None:
+    config = _config(image_folder({"ant": 5, "bee": 5, "cat": 5, "dog": 5}))
+    data = open_dataset(config)
+    counts = {f"{part}dog": 2, f"{part}bee": 3}
+    if part:
+        counts |= {"train/dog": 4, "train/bee": 4}
+    foreign = image_folder(counts)
+    images, text = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    assert sorted(images.labels.tolist()) == [1, 1, 1, 3, 3]
+    assert _shown(images) == _colours(foreign / part)
+    for label, name in ((1, "bee"), (3, "dog")):
+        assert _shown(images[np.flatnonzero(images.labels.numpy() == label)]) == _colours(foreign / part / name)
+    assert str(foreign) in text
+    assert ("test part" if part else "all images") in text
+    assert "not the data set of training" in text
+
+
+def test_all_images_of_a_foreign_folder_are_all_of_them(image_folder: MakeFolder) -> None:
+    """Without a test part, training and validation folders both count."""
+    config = _config(image_folder({"a": 5, "b": 5}))
+    data = open_dataset(config)
+    foreign = image_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    images, text = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    assert "all images" in text
+    assert _shown(images) == _colours(foreign)
+
+
+def test_a_class_that_the_model_does_not_know_is_named(image_folder: MakeFolder) -> None:
+    config = _config(image_folder({"a": 5, "b": 5}))
+    data = open_dataset(config)
+    foreign = image_folder({"a": 2, "zebra": 2})
+    with pytest.raises(DataError, match="'zebra'") as raised:
+        open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    assert str(foreign) in _message(raised)
+    with pytest.raises(DataError, match="unknown data set"):
+        open_test_images("/nowhere", trained_on=config, fingerprint=data.fingerprint, classes=data.classes)

@@ -1,0 +1,746 @@
+"""Studies in a database, queues that hand each trial to one worker, trials that end as they should, and pruning."""
+
+import math
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import FrozenTrial, Trial, create_trial
+from optuna.trial import TrialState as OptunaState
+
+from camri_tune.bundle import load_classifier
+from camri_tune.config import Loss, StudyConfig
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner, below_all, is_feasible
+from camri_tune.records import TrialRecord
+from camri_tune.search import (
+    MARGIN_RANGE,
+    SCALE_RANGE,
+    Plan,
+    has_margin,
+    has_scale,
+    make_sampler,
+    margin_names,
+    model_spec,
+    replicate_seed,
+    run_trial,
+    starting_points,
+    tuning_seed,
+)
+from camri_tune.storage import INTERRUPTED, Stage, StudyStore, masked, open_storage, sha256, storage_url
+from camri_tune.training import predict_logits
+from tests.conftest import MakeFolder
+
+CPU = torch.device("cpu")
+SECRET = "hunter2"
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig())
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StudyConfig:
+    return StudyConfig.build({"name": "study", "out": tmp_path, "epochs": 1, "important": "3"})
+
+
+@pytest.fixture
+def store(config: StudyConfig, digits: Dataset) -> StudyStore:
+    return _create(config, digits)
+
+
+def _create(config: StudyConfig, data: Dataset) -> StudyStore:
+    config.folder.mkdir(parents=True, exist_ok=True)
+    return StudyStore.create(open_storage(storage_url(config)), config, data)
+
+
+def _claimed(store: StudyStore, stage: Stage, params: Mapping[str, float], **attributes: Any) -> Trial:
+    store.enqueue(stage, params, **attributes)
+    trial = store.claim(stage)
+    assert trial is not None
+    return trial
+
+
+def _only(store: StudyStore, stage: Stage) -> TrialRecord:
+    (record,) = store.records(stage)
+    return record
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def test_sqlite_writes_ahead_so_that_workers_do_not_lock_each_other_out(store: StudyStore, config: StudyConfig) -> None:
+    store.set("stage", "running")
+    with sqlite3.connect(config.folder / "study.db") as database:
+        assert database.execute("pragma journal_mode").fetchone() == ("wal",)
+    database.close()
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "what?", "100%", "50%25", "no#1", "ünï"])
+def test_the_default_storage_lies_in_the_folder_of_the_study(name: str, tmp_path: Path, digits: Dataset) -> None:
+    config = StudyConfig.build({"out": tmp_path / name, "name": "study"})
+    store = _create(config, digits)
+    store.enqueue("search", {})
+    assert (tmp_path / name / "study" / "study.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense",
+        f"postgres//user:{SECRET}@host/database",
+        f"postgresql://user:{SECRET}@127.0.0.1:1/database",
+        f"postgresql://user:{SECRET}@host:port/database",
+        f"postgresql+nodriver://user:{SECRET}@127.0.0.1/database",
+        f"mysql://user:{SECRET}@127.0.0.1:1/database",
+        f"redis://:{SECRET}@127.0.0.1",
+        "sqlite:///{folder}/nowhere/study.db",
+        "sqlite:///{folder}",
+        "sqlite:///{folder}/text.db",
+        "sqlite:///{folder}/study.db?timeout=soon",
+        "sqlite://",  # in memory: no worker process could ever see it
+        "sqlite:///:memory:",
+    ],
+)
+def test_a_storage_that_cannot_be_used_gets_one_line_without_the_password(url: str, tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, but long enough to be read as one" * 20)
+    with pytest.raises(InputError) as raised:
+        open_storage(url.format(folder=tmp_path))
+    message = str(raised.value)
+    assert "\n" not in message
+    assert SECRET not in message
+    assert "storage" in message
+    assert "sqlite:///study.db" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://user:{SECRET}@db.example/database",
+        f"postgresql+psycopg://user:{SECRET}%40%2F@db.example:5432/database",
+        f"mysql://user:{SECRET}@db.example/database?charset=utf8",
+        f"postgresql://db.example/database?user=me&password={SECRET}",
+        f"postgresql://user:{SECRET}@db.example:port/database",
+        f"postgres//user:{SECRET}@db.example/database",
+    ],
+)
+def test_a_password_is_never_shown(url: str) -> None:
+    assert SECRET not in masked(url)
+
+
+def test_what_is_no_password_is_shown() -> None:
+    assert masked("sqlite:///runs/study.db") == "sqlite:///runs/study.db"
+    shown = masked(f"postgresql://user:{SECRET}@db.example:5432/database")
+    assert shown == "postgresql://user:***@db.example:5432/database"
+
+
+# --- one study, one configuration -------------------------------------------------------------------------------------
+
+
+def test_creating_a_study_twice_opens_it(config: StudyConfig, digits: Dataset) -> None:
+    first = _create(config, digits)
+    first.enqueue("search", {"scale": 8.0})
+    second = _create(config, digits)
+    assert [record.state for record in second.records("search")] == ["waiting"]
+    assert second.records("baseline") == second.records("finalists") == []
+    assert StudyStore.existing(open_storage(storage_url(config)), "study").config == config
+    assert second.attributes["classes"] == list("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("important", "4"),
+        ("tolerance", 1.0),
+        ("epsilon", 1.0),
+        ("seed", 1),
+        ("loss", "l2"),
+        ("epochs", 2),
+        ("seeds", 4),
+        ("limit", 100),
+    ],
+)
+def test_another_configuration_under_the_same_name_names_the_field(
+    key: str, value: object, store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    stored = store.attributes
+    other = StudyConfig.build({**config.model_dump(), key: value})
+    with pytest.raises(StudyMismatchError, match=rf"'study' was started with {key} = .*--name") as raised:
+        _create(other, digits)
+    assert "\n" not in str(raised.value)
+    assert store.attributes == stored, "the stored study is as it was"
+
+
+def test_another_data_set_under_the_same_name_is_told_by_its_content(image_folder: MakeFolder, tmp_path: Path) -> None:
+    def create(path: Path) -> StudyStore:
+        config = StudyConfig.build({"dataset": str(path), "name": "study", "out": tmp_path / "runs"})
+        return _create(config, open_dataset(config))
+
+    folder, other = image_folder({"a": 5, "b": 5}), image_folder({"a": 5, "b": 6})
+    create(folder)
+    with pytest.raises(StudyMismatchError, match=r"'study' was started with dataset = "):
+        create(other)
+    (tmp_path / "moved").mkdir()
+    create(folder.rename(tmp_path / "moved" / folder.name))  # the same images elsewhere are the same data set
+
+
+def test_where_and_how_fast_a_study_runs_may_change(store: StudyStore, config: StudyConfig, digits: Dataset) -> None:
+    store.enqueue("search", {})
+    changes = {"trials": 99, "workers": 7, "device": "cpu", "data_dir": "elsewhere"}
+    again = _create(StudyConfig.build({**config.model_dump(), **changes}), digits)
+    assert len(again.records("search")) == 1
+    assert (again.config.trials, again.config.workers, again.config.device) == (99, 7, "cpu")
+
+
+def test_the_storage_is_not_stored_with_the_study(config: StudyConfig, digits: Dataset, tmp_path: Path) -> None:
+    """Its URL may hold a password, and every dashboard shows what is stored with a study."""
+    url = f"sqlite:///{tmp_path / SECRET}.db"
+    store = StudyStore.create(open_storage(url), config.model_copy(update={"storage": url}), digits)
+    assert SECRET not in str(store.attributes)
+
+
+def test_studies_whose_names_look_like_queues_do_not_mix(config: StudyConfig, digits: Dataset, tmp_path: Path) -> None:
+    """`NAME.baseline` is the baseline's queue of NAME in a storage that several studies share."""
+    storage = open_storage(f"sqlite:///{tmp_path / 'shared.db'}")
+    first = StudyStore.create(storage, config, digits)
+    first.enqueue("baseline", {"learning_rate": 0.01})
+    try:
+        other = StudyStore.create(storage, StudyConfig.build({**config.model_dump(), "name": "study.baseline"}), digits)
+    except InputError:
+        return
+    assert other.records("search") == []
+
+
+def test_a_study_that_is_not_there_is_named_with_those_that_are(store: StudyStore, config: StudyConfig) -> None:
+    storage = open_storage(storage_url(config))
+    with pytest.raises(InputError, match=r"^study 'other' is not in this storage, which has 'study'$"):
+        StudyStore.existing(storage, "other")
+    optuna.create_study(storage=storage, study_name="theirs")
+    with pytest.raises(InputError, match=r"^study 'theirs' was not made by camri-tune run; [^\n]*$"):
+        StudyStore.existing(storage, "theirs")
+    assert store.name == "study"
+
+
+# --- queues -----------------------------------------------------------------------------------------------------------
+
+QUEUED = 40
+
+
+def test_trials_are_claimed_in_the_order_of_the_queue(store: StudyStore) -> None:
+    for rate in (0.3, 0.1, 0.2):
+        store.enqueue("baseline", {"learning_rate": rate}, seed=7)
+    claimed = [store.claim("baseline") for _ in range(4)]
+    assert claimed[3] is None
+    rates = [trial.suggest_float("learning_rate", 0.01, 1.0) for trial in claimed[:3] if trial]
+    assert rates == [0.3, 0.1, 0.2]
+    assert {record.state for record in store.records("baseline")} == {"running"}
+    assert {record.seed for record in store.records("baseline")} == {7}
+    assert store.claim("search") is None
+    assert store.claim("finalists") is None
+
+
+def test_workers_at_once_never_get_the_same_trial(store: StudyStore, config: StudyConfig) -> None:
+    """Each thread with a connection of its own, as each worker process has."""
+    for _ in range(QUEUED):
+        store.enqueue("baseline", {"learning_rate": 0.1})
+    stores = [StudyStore.existing(open_storage(storage_url(config)), "study") for _ in range(6)]
+    claimed: list[int] = []
+    begin = threading.Barrier(len(stores))
+
+    def claim_all(mine: StudyStore) -> None:
+        begin.wait()
+        while (trial := mine.claim("baseline")) is not None:
+            claimed.append(trial.number)
+
+    _in_threads([lambda mine=mine: claim_all(mine) for mine in stores])
+    assert sorted(claimed) == list(range(QUEUED)), f"claimed twice: {[n for n, c in Counter(claimed).items() if c > 1]}"
+
+
+def _in_threads(functions: Sequence[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+CLAIM_ALL = """
+import sys
+from camri_tune.storage import StudyStore, open_storage
+store = StudyStore.existing(open_storage(sys.argv[1]), "study")
+print("ready", flush=True)
+sys.stdin.readline()
+while (trial := store.claim("baseline")) is not None:
+    print(trial.number, flush=True)
+"""
+
+
+def test_processes_at_once_never_get_the_same_trial(store: StudyStore, config: StudyConfig) -> None:
+    for _ in range(QUEUED):
+        store.enqueue("baseline", {"learning_rate": 0.1})
+    command = [sys.executable, "-c", CLAIM_ALL, storage_url(config)]
+    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for worker in workers:
+        assert worker.stdout
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        assert worker.stdin
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    claimed = [int(line) for worker in workers for line in worker.communicate()[0].split()]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert sorted(claimed) == list(range(QUEUED))
+
+
+@pytest.mark.parametrize("state", ["running", "complete"])
+def test_a_trial_that_another_worker_took_a_moment_ago_is_passed_over(
+    state: str, store: StudyStore, config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking at the queue and taking a trial, another worker takes it, or has even finished it."""
+    for _ in range(2):
+        store.enqueue("baseline", {"learning_rate": 0.1})
+    other = StudyStore.existing(open_storage(storage_url(config)), "study")
+    study = store.optuna_study("baseline")
+    look = study.get_trials
+
+    def look_and_lose_the_first(*arguments: Any, **options: Any) -> list[FrozenTrial]:
+        waiting = look(*arguments, **options)
+        taken = other.claim("baseline")
+        assert taken is not None
+        if state == "complete":
+            other.optuna_study("baseline").tell(taken, 0.5)
+        return waiting
+
+    monkeypatch.setattr(study, "get_trials", look_and_lose_the_first)
+    trial = store.claim("baseline")
+    assert trial is not None
+    assert trial.number == 1
+
+
+def test_what_a_queued_trial_leaves_open_is_the_samplers_to_choose(store: StudyStore, config: StudyConfig) -> None:
+    for _ in range(3):
+        store.enqueue("search", {})
+    store.enqueue("search", {"scale": 8.0})
+    sampler = make_sampler(config, seed=0)
+    chosen = []
+    for _ in range(4):
+        trial = store.claim("search", sampler)
+        assert trial is not None
+        chosen.append((trial.suggest_float("scale", 4, 64, log=True), trial.suggest_float("margin", 0, 0.6)))
+        store.optuna_study("search").tell(trial, 0.5)
+    assert chosen[3][0] == 8.0
+    assert len({scale for scale, _ in chosen}) == 4
+    assert len({margin for _, margin in chosen}) == 4
+    assert all(4 <= scale <= 64 and 0 <= margin <= 0.6 for scale, margin in chosen)
+
+
+def test_an_interrupted_trial_fails_and_runs_again_as_it_was(store: StudyStore) -> None:
+    """The sampler's choice and the seed are kept; what an unfinished training had stored of its results is not."""
+    trial = _claimed(store, "search", {"scale": 8.0})
+    params = {"scale": trial.suggest_float("scale", 4, 64), "margin": trial.suggest_float("margin", 0, 0.6)}
+    trial.set_user_attr("seed", 10_003)
+    trial.set_user_attr("accuracy", 0.9)
+    trial.set_user_attr(ACCURACY_CURVE, {"1": 0.9})
+    trial.set_user_attr("sha256", "0" * 64)
+    trial.set_user_attr("checkpoint", "gone")
+    trial.set_constraint("accuracy", -1.0)
+    store.enqueue("search", {})
+    assert store.requeue_interrupted() == 1
+
+    interrupted, waiting, again = store.records("search")
+    assert (interrupted.state, interrupted.failure) == ("failed", INTERRUPTED)
+    assert waiting.state == again.state == "waiting"
+    assert again.seed == 10_003
+    frozen = store.optuna_study("search").get_trials(deepcopy=False)[2]
+    assert frozen.system_attrs["fixed_params"] == params
+    assert set(frozen.user_attrs) == {"seed", "retry_of"}
+    assert frozen.user_attrs["retry_of"] == 0
+    assert not frozen.constraints
+    assert store.requeue_interrupted() == 0, "once"
+
+
+def test_a_trial_that_was_interrupted_before_it_chose_keeps_what_was_asked_for(store: StudyStore) -> None:
+    asked = {"learning_rate": 0.01, "scale": 8.0, "margin": 0.1}
+    _claimed(store, "finalists", asked, seed=5, source_trial=17)
+    assert store.requeue_interrupted() == 1
+    again = store.records("finalists")[1]
+    assert (again.seed, again.source_trial) == (5, 17)
+    frozen = store.optuna_study("finalists").get_trials(deepcopy=False)[1]
+    assert frozen.system_attrs["fixed_params"] == asked
+
+
+def test_only_the_trials_of_the_dead_worker_are_queued_again(store: StudyStore) -> None:
+    for worker in ("here:1", "here:2"):
+        _claimed(store, "baseline", {"learning_rate": 0.1}).set_user_attr("worker", worker)
+    assert store.requeue_interrupted("here:2") == 1
+    assert [record.state for record in store.records("baseline")] == ["running", "failed", "waiting"]
+    assert store.requeue_interrupted("here:3") == 0
+
+
+def test_finished_trials_are_never_queued_again(store: StudyStore) -> None:
+    trial = _claimed(store, "baseline", {"learning_rate": 0.1})
+    store.optuna_study("baseline").tell(trial, 0.9)
+    assert store.requeue_interrupted() == 0
+    assert _only(store, "baseline").state == "complete"
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(store: StudyStore, tmp_path: Path) -> Path:
+    """The file of the one checkpoint that the store has, of trial 0 of the baseline."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 10)
+    store.save_checkpoint(_claimed(store, "baseline", {"learning_rate": 0.1}), path)
+    (artifact,) = (tmp_path / "study" / "artifacts").iterdir()
+    return artifact
+
+
+def test_a_checkpoint_comes_back_byte_for_byte(store: StudyStore, checkpoint: Path, tmp_path: Path) -> None:
+    record = _only(store, "baseline")
+    assert record.checkpoint == checkpoint.name
+    assert record.sha256 == sha256(tmp_path / "weights")
+    assert store.fetch_checkpoint(record, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "weights").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut short", "removed", "folder removed"])
+def test_a_damaged_checkpoint_is_not_given_out(
+    damage: str, store: StudyStore, checkpoint: Path, tmp_path: Path
+) -> None:
+    content = checkpoint.read_bytes()
+    match damage:
+        case "altered":
+            checkpoint.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "cut short":
+            checkpoint.write_bytes(content[:-1])
+        case _:
+            checkpoint.unlink()
+    if damage == "folder removed":
+        checkpoint.parent.rmdir()
+    assert not store.fetch_checkpoint(_only(store, "baseline"), tmp_path / "copy")
+
+
+def test_a_trial_without_checkpoint_has_none_to_give(store: StudyStore, tmp_path: Path) -> None:
+    assert not store.fetch_checkpoint(TrialRecord(number=0, state="complete", params={}), tmp_path / "copy")
+
+
+# --- one trial, run ---------------------------------------------------------------------------------------------------
+
+
+def _plan(config: StudyConfig, digits: Dataset, **values: Any) -> Plan:
+    return Plan(config, digits, CPU, **{"important": (3,), "floor": 0.05, "baseline_learning_rate": 4e-3, **values})
+
+
+PARAMS = {"learning_rate": 4e-3, "scale": 16.0, "margin": 0.1}
+
+
+@pytest.fixture
+def no_threads_more() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_finished_trial_carries_all_that_selection_asks_for(
+    store: StudyStore, config: StudyConfig, digits: Dataset, tmp_path: Path
+) -> None:
+    plan = _plan(config, digits, important=(3, 8))
+    params = {"learning_rate": 4e-3, "scale": 16.0, "margin_3": 0.1, "margin_8": 0.2}
+    run_trial(_claimed(store, "search", params), "search", plan, store)
+    record = _only(store, "search")
+    (frozen,) = store.optuna_study("search").get_trials()
+    confusion = np.array(frozen.user_attrs["confusion"])
+
+    assert record.state == "complete"
+    assert record.params == params
+    assert record.failure is None
+    assert record.epoch == 1
+    assert record.seed == 10_000
+    assert record.seconds is not None
+    assert record.seconds > 0
+    assert confusion.shape == (10, 10)
+    assert confusion.sum(axis=1).tolist() == torch.bincount(digits.validation.labels).tolist()
+    assert record.accuracy == np.trace(confusion) / confusion.sum()
+    assert record.recall_per_class == tuple(np.diag(confusion) / confusion.sum(axis=1))
+    assert record.recall == frozen.value == min(record.recall_per_class[3], record.recall_per_class[8])
+    assert record.constraint == 0.05 - record.accuracy
+    assert frozen.user_attrs["device"] == "cpu"
+
+    with sqlite3.connect(config.folder / "study.db") as database:
+        keys = database.execute("select key from trial_system_attributes where key like 'constraints%'").fetchall()
+    database.close()
+    assert keys == [("constraints:accuracy",)], "the constraint once, and none in the old form"
+
+    path = tmp_path / "model.safetensors"
+    assert store.fetch_checkpoint(record, path)
+    classifier = load_classifier(path, model_spec(digits, config.model, config.loss, record.params))
+    answers = predict_logits(classifier, digits.validation.pixels, CPU).argmax(dim=1)
+    assert float((answers == digits.validation.labels).float().mean()) == pytest.approx(record.accuracy)
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_the_same_parameters_and_seed_give_the_same_model(
+    store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    for _ in range(2):
+        run_trial(_claimed(store, "finalists", PARAMS, seed=5), "finalists", _plan(config, digits), store)
+    first, second = store.records("finalists")
+    assert first.sha256 == second.sha256
+    assert first.seed == second.seed == 5
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_of_the_baseline_is_scored_by_accuracy_and_has_no_floor_to_keep(
+    store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    plan = Plan(config, digits, CPU)
+    run_trial(_claimed(store, "baseline", {"learning_rate": 4e-3}, seed=1), "baseline", plan, store)
+    record = _only(store, "baseline")
+    (frozen,) = store.optuna_study("baseline").get_trials()
+    assert record.state == "complete"
+    assert frozen.value == record.accuracy
+    assert record.recall is None
+    assert record.constraint is None
+    assert not frozen.constraints
+    assert record.checkpoint
+    assert not record.feasible
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_diverging_trial_fails_with_its_reason(store: StudyStore, config: StudyConfig, digits: Dataset) -> None:
+    plan = _plan(config, digits, baseline_learning_rate=1e30)
+    run_trial(_claimed(store, "search", {**PARAMS, "learning_rate": 1e30}), "search", plan, store)
+    record = _only(store, "search")
+    assert record.state == "failed"
+    assert record.failure
+    assert "loss became" in record.failure
+    assert "learning rate 1e+30" in record.failure
+    assert "\n" not in record.failure
+    assert record.constraint is None
+    assert record.checkpoint is None
+    assert record.seconds is not None
+    assert not record.feasible
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_of_the_baseline_that_goes_wrong_fails_with_its_reason(
+    store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    """Whatever it is: here a margin that no loss takes."""
+    plan = _plan(config.model_copy(update={"model": "none"}), digits)
+    run_trial(_claimed(store, "search", PARAMS), "search", plan, store)
+    record = _only(store, "search")
+    assert record.state == "failed"
+    assert record.failure
+    assert record.failure.startswith("KeyError")
+    assert "models.py" in record.failure
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_checkpoint_that_cannot_be_kept_fails_the_trial_with_its_reason(
+    store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    """A full disk or a folder that went away: the worker lives on, and the trial does not stay RUNNING."""
+    artifacts = config.folder / "artifacts"
+    artifacts.rmdir()
+    artifacts.touch()
+    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits), store)
+    record = _only(store, "search")
+    assert record.state == "failed"
+    assert record.failure
+    assert record.constraint is None
+
+
+# --- what is searched -------------------------------------------------------------------------------------------------
+
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+
+
+def test_one_margin_for_each_important_class_that_has_one_of_its_own() -> None:
+    assert margin_names("camri", [14]) == {14: "margin"}
+    assert margin_names("cosface-i", [0]) == {0: "margin"}
+    assert margin_names("camri", [3, 8]) == {3: "margin_3", 8: "margin_8"}
+    assert margin_names("arcface", [3, 8]) == {3: "margin", 8: "margin"}
+
+
+@given(
+    loss=st.sampled_from(LOSSES),
+    important=st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
+    num_classes=st.integers(2, 10_000),
+    learning_rate=st.floats(1e-6, 1),
+)
+@settings(deadline=None)
+def test_starting_points_lie_inside_the_ranges(
+    loss: Loss, important: list[int], num_classes: int, learning_rate: float
+) -> None:
+    points = starting_points(loss, important, num_classes, learning_rate)
+    assert points
+    names = {"learning_rate"}
+    if has_scale(loss):
+        names.add("scale")
+    if has_margin(loss):
+        names |= set(margin_names(loss, important).values())
+    assert len({tuple(sorted(point.items())) for point in points}) == len(points), "no training twice"
+    for point in points:
+        assert set(point) == names
+        assert point["learning_rate"] == learning_rate
+        assert SCALE_RANGE[0] <= point.get("scale", 16) <= SCALE_RANGE[1]
+        for name in names - {"learning_rate", "scale"}:
+            assert MARGIN_RANGE[0] <= point[name] <= MARGIN_RANGE[1]
+
+
+def test_the_authors_settings_are_tried_first() -> None:
+    points = starting_points("camri", [3], 10, 4e-3)
+    assert {point["scale"] for point in points[:3]} == {8.0, 16.0}
+    assert points[0]["margin"] == pytest.approx(math.pi / 16)
+
+
+def test_what_chooses_a_setting_is_not_what_judges_it() -> None:
+    """Seeds of replicates, of the search and of the baseline's tuning are apart, also between studies."""
+    for seed in (0, 1, 2**31 - 1):
+        config = StudyConfig(seed=seed)
+        replicates = {replicate_seed(config, index) for index in range(1_000)}
+        search = {seed * 100_000 + 10_000 + number for number in range(1_000)}  # as the first test of a trial has it
+        assert not replicates & search
+        assert tuning_seed(config) not in replicates | search
+        assert (
+            max(replicates | search | {tuning_seed(config)})
+            < replicate_seed(StudyConfig(seed=0), 0) + (seed + 1) * 100_000
+        )
+
+
+# --- pruning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rivals", "expected"),
+    [
+        (0.50, [0.9, 0.8, 0.7], True),
+        (0.75, [0.9, 0.8, 0.7], False),  # better than one of them
+        (0.69, [0.9, 0.8, 0.7], False),  # below all, but within the slack
+        (0.68, [0.9, 0.8, 0.7], False),  # just the slack below
+        (0.67, [0.9, 0.8, 0.7], True),
+        (0.95, [0.9, 0.8, 0.7], False),
+        (0.10, [0.9, 0.8], False),  # too few to compare with
+        (0.10, [], False),
+    ],
+)
+def test_a_curve_is_below_all_others_only_by_more_than_the_slack(
+    accuracy: float, rivals: list[float], expected: bool
+) -> None:
+    curves = [{"2": rival, "4": 1.0} for rival in rivals]
+    assert below_all(accuracy, "2", curves, min_curves=3, slack=0.02) == expected
+
+
+def test_curves_that_have_not_come_to_the_epoch_do_not_count() -> None:
+    curves = [{"1": 0.9}, {"2": 0.9}, {"2": 0.9}]
+    assert not below_all(0.1, "2", curves, min_curves=3, slack=0.0)
+    assert below_all(0.1, "2", [*curves, {"1": 0.5, "2": 0.9}], min_curves=3, slack=0.0)
+    assert not below_all(0.1, "3", curves, min_curves=1, slack=0.0)
+
+
+@given(accuracy=st.floats(0, 1), rivals=st.lists(st.floats(0, 1), max_size=6), slack=st.floats(0, 0.1))
+def test_a_trial_as_good_as_one_that_proved_feasible_is_never_stopped(
+    accuracy: float, rivals: list[float], slack: float
+) -> None:
+    stopped = below_all(accuracy, "1", [{"1": rival} for rival in rivals], min_curves=4, slack=slack)
+    if len(rivals) < 4 or accuracy >= min(rivals):
+        assert not stopped
+
+
+def _finished(curve: Mapping[str, float], constraint: float | None) -> FrozenTrial:
+    system = {} if constraint is None else {"constraints:accuracy": constraint}
+    return create_trial(value=1.0, user_attrs={ACCURACY_CURVE: dict(curve)}, system_attrs=system)
+
+
+def test_feasible_means_recorded_and_met() -> None:
+    assert is_feasible(_finished({}, -0.1))
+    assert is_feasible(_finished({}, 0.0))
+    assert not is_feasible(_finished({}, 0.1))
+    assert not is_feasible(_finished({}, None)), "which Optuna takes for feasible"
+
+
+@pytest.mark.parametrize(
+    ("epoch", "constraints", "expected"),
+    [
+        (5, [-0.1] * 4, True),
+        (10, [-0.1] * 4, True),
+        (4, [-0.1] * 4, False),  # before half of the epochs
+        (5, [-0.1] * 3, False),  # with too few to compare with
+        (5, [0.1] * 9, False),  # the infeasible ones set no bar
+        (5, [None] * 9, False),  # nor do those without a constraint
+        (5, [*[-0.1] * 3, 0.1, None], False),
+    ],
+)
+def test_a_hopeless_trial_is_stopped_only_late_and_against_enough_feasible_ones(
+    epoch: int, constraints: list[float | None], expected: bool
+) -> None:
+    study = optuna.create_study(direction="maximize")
+    curve = {str(e): 0.9 for e in range(1, 11)}
+    for constraint in constraints:
+        study.add_trial(_finished(curve, constraint))
+    hopeless = create_trial(
+        state=OptunaState.RUNNING, user_attrs={ACCURACY_CURVE: {str(e): 0.1 for e in range(1, epoch + 1)}}
+    )
+    assert AccuracyFloorPruner(epochs=10).prune(study, hopeless) == expected
+
+
+def test_a_trial_that_was_not_evaluated_yet_is_not_stopped() -> None:
+    study = optuna.create_study(direction="maximize")
+    for _ in range(5):
+        study.add_trial(_finished({"1": 0.9}, -0.1))
+    assert not AccuracyFloorPruner(epochs=1).prune(study, create_trial(state=OptunaState.RUNNING))
+
+
+@pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize("rivals", [3, 4])
+def test_a_stopped_trial_carries_its_constraint(rivals: int, config: StudyConfig, digits: Dataset) -> None:
+    """Four feasible trials that were always right: the fifth is stopped halfway; against three it goes on."""
+    config = config.model_copy(update={"epochs": 4})
+    store = _create(config, digits)
+    curve = {str(epoch): 1.0 for epoch in range(1, 5)}
+    for _ in range(rivals):
+        store.optuna_study("search").add_trial(_finished(curve, -0.1))
+    trial = _claimed(store, "search", {**PARAMS, "learning_rate": 1e-3})
+    run_trial(trial, "search", _plan(config, digits, floor=0.99), store)
+    record = store.records("search")[-1]
+    assert record.accuracy is not None
+    assert record.accuracy < 0.99
+    assert record.constraint == 0.99 - record.accuracy
+    assert not record.feasible
+    assert record.seconds is not None
+    if rivals < 4:
+        assert (record.state, record.epoch) == ("complete", 4)
+    else:
+        assert (record.state, record.epoch) == ("pruned", 2)
+        assert record.checkpoint is None
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_finalists_are_never_stopped(config: StudyConfig, digits: Dataset) -> None:
+    config = config.model_copy(update={"epochs": 2})
+    store = _create(config, digits)
+    for stage in ("search", "finalists"):
+        for _ in range(5):
+            store.optuna_study(stage).add_trial(_finished({"1": 1.0, "2": 1.0}, -0.1))
+    trial = _claimed(store, "finalists", {**PARAMS, "learning_rate": 1e-3}, seed=1)
+    run_trial(trial, "finalists", _plan(config, digits, floor=0.99), store)
+    assert store.records("finalists")[-1].state == "complete"
