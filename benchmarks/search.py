@@ -1,8 +1,9 @@
 """Which Optuna sampler finds the best constrained setting in 20 trials of a real margin search?
 
-Claim (n = 100 studies a sampler, 20 trials each): with GPSampler, the default, the chosen setting's true recall is 0.9699,
-with TPE 0.9686 (p = 0.15), random 0.9662 (p = 0.0007), NSGA-II 0.9651 (p = 0.0002); one-sided Wilcoxon, paired by seed.
-The baseline has 0.9481. True accuracy is kept in 54 %, 45 %, 38 % and 29 % of the studies: 250 validation images are few.
+Claim (n = 100 studies a sampler, 20 trials each): with GPSampler, the default, the chosen setting's true recall is
+0.9699, with TPE 0.9686 (p = 0.15), random 0.9662 (p = 0.0007), NSGA-II 0.9651 (p = 0.0002); one-sided Wilcoxon, paired
+by seed. The baseline has 0.9481. True accuracy is kept in 54 %, 45 %, 38 % and 29 % of the studies: 250 validation
+images are few.
 Recorded on 2 cores of an AMD EPYC (Zen 5), torch 2.15: `python benchmarks/search.py record` trains every cell,
 `simulate` runs the samplers on the table, `report` prints benchmarks/search.json.
 

@@ -25,7 +25,7 @@ class Console:
     """Progress of one run. `live` draws in place; otherwise finished trainings are printed as lines."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._rich = RichConsole(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self._live: Live | None = None
         self._reported: set[tuple[str, int]] = set()
         self._view: _View | None = None
@@ -45,7 +45,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._rich.print(Text(text))
+        self._rich.print(Text(text), soft_wrap=not self._rich.is_terminal)
 
     def reading(self, done: int, total: int) -> None:
         """Progress of decoding images."""
@@ -191,8 +191,10 @@ def _parameters(params: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))
 
 
-def _bar(done: float, total: float) -> ProgressBar:
-    return ProgressBar(total=total, completed=done, width=50)
+def _bar(done: float, total: float) -> Table:
+    line = Table.grid()  # a bar alone does not end its line
+    line.add_row(ProgressBar(total=total, completed=done, width=50))
+    return line
 
 
 def _duration(seconds: float) -> str:

@@ -1,12 +1,14 @@
 """Studies in a database, queues that hand each trial to one worker, trials that end as they should, and pruning."""
 
 import math
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,14 +59,34 @@ def config(tmp_path: Path) -> StudyConfig:
     return StudyConfig.build({"name": "study", "out": tmp_path, "epochs": 1, "important": "3"})
 
 
+Create = Callable[[StudyConfig, Dataset], StudyStore]
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with tables and no study. To make the tables takes longer than most tests here."""
+    path = tmp_path_factory.mktemp("empty") / "study.db"
+    open_storage(f"sqlite:///{path}").engine.dispose()
+    return path
+
+
 @pytest.fixture
-def store(config: StudyConfig, digits: Dataset) -> StudyStore:
-    return _create(config, digits)
+def create(empty_database: Path) -> Create:
+    """Open a study in its default storage, or make it."""
+
+    def create(config: StudyConfig, data: Dataset) -> StudyStore:
+        path = config.folder / "study.db"
+        if not path.exists():
+            path.parent.mkdir(parents=True)
+            shutil.copy(empty_database, path)
+        return StudyStore.create(open_storage(storage_url(config)), config, data)
+
+    return create
 
 
-def _create(config: StudyConfig, data: Dataset) -> StudyStore:
-    config.folder.mkdir(parents=True, exist_ok=True)
-    return StudyStore.create(open_storage(storage_url(config)), config, data)
+@pytest.fixture
+def store(config: StudyConfig, digits: Dataset, create: Create) -> StudyStore:
+    return create(config, digits)
 
 
 def _claimed(store: StudyStore, stage: Stage, params: Mapping[str, float], **attributes: Any) -> Trial:
@@ -89,11 +111,11 @@ def test_sqlite_writes_ahead_so_that_workers_do_not_lock_each_other_out(store: S
     database.close()
 
 
-@pytest.mark.parametrize("name", ["plain", "with space", "what?", "100%", "50%25", "no#1", "ünï"])
+@pytest.mark.parametrize("name", ["with space, ünï", "what?", "50%25", "no#1"])
 def test_the_default_storage_lies_in_the_folder_of_the_study(name: str, tmp_path: Path, digits: Dataset) -> None:
     config = StudyConfig.build({"out": tmp_path / name, "name": "study"})
-    store = _create(config, digits)
-    store.enqueue("search", {})
+    config.folder.mkdir(parents=True)
+    StudyStore.create(open_storage(storage_url(config)), config, digits)
     assert (tmp_path / name / "study" / "study.db").is_file()
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -151,10 +173,10 @@ def test_what_is_no_password_is_shown() -> None:
 # --- one study, one configuration -------------------------------------------------------------------------------------
 
 
-def test_creating_a_study_twice_opens_it(config: StudyConfig, digits: Dataset) -> None:
-    first = _create(config, digits)
+def test_creating_a_study_twice_opens_it(config: StudyConfig, digits: Dataset, create: Create) -> None:
+    first = create(config, digits)
     first.enqueue("search", {"scale": 8.0})
-    second = _create(config, digits)
+    second = create(config, digits)
     assert [record.state for record in second.records("search")] == ["waiting"]
     assert second.records("baseline") == second.records("finalists") == []
     assert StudyStore.existing(open_storage(storage_url(config)), "study").config == config
@@ -175,33 +197,37 @@ def test_creating_a_study_twice_opens_it(config: StudyConfig, digits: Dataset) -
     ],
 )
 def test_another_configuration_under_the_same_name_names_the_field(
-    key: str, value: object, store: StudyStore, config: StudyConfig, digits: Dataset
+    key: str, value: object, store: StudyStore, config: StudyConfig, digits: Dataset, create: Create
 ) -> None:
     stored = store.attributes
     other = StudyConfig.build({**config.model_dump(), key: value})
     with pytest.raises(StudyMismatchError, match=rf"'study' was started with {key} = .*--name") as raised:
-        _create(other, digits)
+        create(other, digits)
     assert "\n" not in str(raised.value)
     assert store.attributes == stored, "the stored study is as it was"
 
 
-def test_another_data_set_under_the_same_name_is_told_by_its_content(image_folder: MakeFolder, tmp_path: Path) -> None:
-    def create(path: Path) -> StudyStore:
+def test_another_data_set_under_the_same_name_is_told_by_its_content(
+    image_folder: MakeFolder, tmp_path: Path, create: Create
+) -> None:
+    def create_with(path: Path) -> StudyStore:
         config = StudyConfig.build({"dataset": str(path), "name": "study", "out": tmp_path / "runs"})
-        return _create(config, open_dataset(config))
+        return create(config, open_dataset(config))
 
     folder, other = image_folder({"a": 5, "b": 5}), image_folder({"a": 5, "b": 6})
-    create(folder)
+    create_with(folder)
     with pytest.raises(StudyMismatchError, match=r"'study' was started with dataset = "):
-        create(other)
+        create_with(other)
     (tmp_path / "moved").mkdir()
-    create(folder.rename(tmp_path / "moved" / folder.name))  # the same images elsewhere are the same data set
+    create_with(folder.rename(tmp_path / "moved" / folder.name))  # the same images elsewhere are the same data set
 
 
-def test_where_and_how_fast_a_study_runs_may_change(store: StudyStore, config: StudyConfig, digits: Dataset) -> None:
+def test_where_and_how_fast_a_study_runs_may_change(
+    store: StudyStore, config: StudyConfig, digits: Dataset, create: Create
+) -> None:
     store.enqueue("search", {})
     changes = {"trials": 99, "workers": 7, "device": "cpu", "data_dir": "elsewhere"}
-    again = _create(StudyConfig.build({**config.model_dump(), **changes}), digits)
+    again = create(StudyConfig.build({**config.model_dump(), **changes}), digits)
     assert len(again.records("search")) == 1
     assert (again.config.trials, again.config.workers, again.config.device) == (99, 7, "cpu")
 
@@ -266,7 +292,7 @@ def test_workers_at_once_never_get_the_same_trial(store: StudyStore, config: Stu
         while (trial := mine.claim("baseline")) is not None:
             claimed.append(trial.number)
 
-    _in_threads([lambda mine=mine: claim_all(mine) for mine in stores])
+    _in_threads([partial(claim_all, mine) for mine in stores])
     assert sorted(claimed) == list(range(QUEUED)), f"claimed twice: {[n for n, c in Counter(claimed).items() if c > 1]}"
 
 
@@ -481,6 +507,7 @@ def test_a_finished_trial_carries_all_that_selection_asks_for(
     assert record.accuracy == np.trace(confusion) / confusion.sum()
     assert record.recall_per_class == tuple(np.diag(confusion) / confusion.sum(axis=1))
     assert record.recall == frozen.value == min(record.recall_per_class[3], record.recall_per_class[8])
+    assert record.accuracy is not None
     assert record.constraint == 0.05 - record.accuracy
     assert frozen.user_attrs["device"] == "cpu"
 
@@ -541,10 +568,10 @@ def test_a_diverging_trial_fails_with_its_reason(store: StudyStore, config: Stud
 
 
 @pytest.mark.usefixtures("no_threads_more")
-def test_a_trial_of_the_baseline_that_goes_wrong_fails_with_its_reason(
+def test_whatever_goes_wrong_in_training_becomes_the_reason(
     store: StudyStore, config: StudyConfig, digits: Dataset
 ) -> None:
-    """Whatever it is: here a margin that no loss takes."""
+    """Here a network that is not there."""
     plan = _plan(config.model_copy(update={"model": "none"}), digits)
     run_trial(_claimed(store, "search", PARAMS), "search", plan, store)
     record = _only(store, "search")
@@ -621,10 +648,7 @@ def test_what_chooses_a_setting_is_not_what_judges_it() -> None:
         search = {seed * 100_000 + 10_000 + number for number in range(1_000)}  # as the first test of a trial has it
         assert not replicates & search
         assert tuning_seed(config) not in replicates | search
-        assert (
-            max(replicates | search | {tuning_seed(config)})
-            < replicate_seed(StudyConfig(seed=0), 0) + (seed + 1) * 100_000
-        )
+        assert {value // 100_000 for value in replicates | search | {tuning_seed(config)}} == {seed}
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------------
@@ -712,10 +736,12 @@ def test_a_trial_that_was_not_evaluated_yet_is_not_stopped() -> None:
 
 @pytest.mark.usefixtures("no_threads_more")
 @pytest.mark.parametrize("rivals", [3, 4])
-def test_a_stopped_trial_carries_its_constraint(rivals: int, config: StudyConfig, digits: Dataset) -> None:
+def test_a_stopped_trial_carries_its_constraint(
+    rivals: int, config: StudyConfig, digits: Dataset, create: Create
+) -> None:
     """Four feasible trials that were always right: the fifth is stopped halfway; against three it goes on."""
     config = config.model_copy(update={"epochs": 4})
-    store = _create(config, digits)
+    store = create(config, digits)
     curve = {str(epoch): 1.0 for epoch in range(1, 5)}
     for _ in range(rivals):
         store.optuna_study("search").add_trial(_finished(curve, -0.1))
@@ -735,9 +761,9 @@ def test_a_stopped_trial_carries_its_constraint(rivals: int, config: StudyConfig
 
 
 @pytest.mark.usefixtures("no_threads_more")
-def test_finalists_are_never_stopped(config: StudyConfig, digits: Dataset) -> None:
+def test_finalists_are_never_stopped(config: StudyConfig, digits: Dataset, create: Create) -> None:
     config = config.model_copy(update={"epochs": 2})
-    store = _create(config, digits)
+    store = create(config, digits)
     for stage in ("search", "finalists"):
         for _ in range(5):
             store.optuna_study(stage).add_trial(_finished({"1": 1.0, "2": 1.0}, -0.1))

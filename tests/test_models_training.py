@@ -1,0 +1,490 @@
+"""The network, augmentation, and training one model with one seed, on the digits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from camri_tune.config import Loss, StudyConfig
+from camri_tune.datasets import Augmentation, Dataset, open_dataset
+from camri_tune.errors import CamriTuneError, InputError, TrainingDivergedError
+from camri_tune.losses import ArcFaceLoss, CAMRILoss, CosFaceLoss, CrossEntropyLoss, NormFaceLoss
+from camri_tune.metrics import accuracy
+from camri_tune.models import EMBEDDING_SIZE, Classifier, CompactCNN, ContrastNormalisation, build_body
+from camri_tune.training import (
+    HeadSpec,
+    Progress,
+    Recipe,
+    Trained,
+    _warm_then_decay,
+    augment,
+    evaluate,
+    pick_device,
+    predict_logits,
+    train,
+)
+
+CPU = torch.device("cpu")
+CAMRI = HeadSpec("camri", 16.0, {3: 0.3})
+# The same changes as for traffic signs: every kind but the mirror.
+STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig())
+
+
+def _train(
+    data: Dataset, head: HeadSpec = CAMRI, *, epochs: int = 1, learning_rate: float = 4e-3, seed: int = 0, images: int = 0
+) -> Trained:
+    """Train on the digits, or on the first few of them."""
+    return train(
+        "compact",
+        head,
+        data.train[np.arange(images or len(data.train))],
+        data.validation,
+        num_classes=10,
+        recipe=Recipe(epochs, learning_rate, data.augmentation),
+        seed=seed,
+        device=CPU,
+    )
+
+
+def _hear(data: Dataset, *, epochs: int) -> tuple[Trained, list[Progress]]:
+    """Train on a few digits and keep what `on_epoch` hears."""
+    heard: list[Progress] = []
+    trained = train(
+        "compact",
+        CAMRI,
+        data.train[np.arange(64)],
+        data.validation,
+        num_classes=10,
+        recipe=Recipe(epochs, 4e-3, batch_size=32),
+        seed=0,
+        device=CPU,
+        on_epoch=heard.append,
+    )
+    return trained, heard
+
+
+def _equal_states(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# The network
+
+
+def test_the_network_for_traffic_signs_has_at_most_half_a_million_parameters() -> None:
+    for head in (CrossEntropyLoss(43, EMBEDDING_SIZE), NormFaceLoss(43, EMBEDDING_SIZE)):
+        classifier = Classifier(CompactCNN(3, 32), head)
+        count = sum(p.numel() for p in classifier.parameters())
+        assert 400_000 < count <= 500_000
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [8, 9, 16, 17, 23, 24, 28, 31, 32, 33, 48, 64])
+def test_images_of_any_side_become_embeddings_and_logits(side: int, channels: int) -> None:
+    head = CAMRILoss(43, EMBEDDING_SIZE, {1: 0.2})
+    classifier = Classifier(build_body("compact", channels=channels, image_size=side), head)
+    images = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8)
+    for mode in (True, False):
+        classifier.train(mode)
+        embeddings = classifier.embed(images)
+        assert embeddings.shape == (2, EMBEDDING_SIZE)
+        assert embeddings.isfinite().all()
+        assert classifier(images).shape == (2, 43)
+
+
+def test_logits_are_the_heads_without_a_margin() -> None:
+    head = CAMRILoss(10, EMBEDDING_SIZE, {1: 0.5}, 7.0)
+    classifier = Classifier(CompactCNN(1, 8), head).eval()
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    expected = 7.0 * torch.cosine_similarity(classifier.embed(images)[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(classifier(images), expected)
+
+
+def test_an_unknown_network_is_refused() -> None:
+    with pytest.raises(KeyError, match="colossal"):
+        build_body("colossal", channels=1, image_size=8)
+
+
+def _scene(seed: int, channels: int = 3) -> Tensor:
+    """Images of strong contrast in the middle of the range, so that light can change without clipping."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.rand(4, channels, 16, 16, generator=rng) * 120 + 60
+
+
+@given(seed=st.integers(0, 2**31 - 1), brightness=st.floats(-60, 60))
+@settings(deadline=None, max_examples=25)
+def test_brightness_does_not_reach_the_network(seed: int, brightness: float) -> None:
+    normalise, images = ContrastNormalisation(), _scene(seed)
+    torch.testing.assert_close(normalise(images + brightness), normalise(images), rtol=0, atol=1e-4)
+
+
+@given(seed=st.integers(0, 2**31 - 1), contrast=st.floats(0.5, 1.4))
+@settings(deadline=None, max_examples=25)
+def test_contrast_hardly_reaches_the_network(seed: int, contrast: float) -> None:
+    """Hardly: the constant that keeps blank images quiet counts for more where there is less contrast."""
+    normalise, images = ContrastNormalisation(), _scene(seed)
+    usual, changed = normalise(images), normalise(images * contrast)
+    ratio = changed.std((1, 2, 3)) / usual.std((1, 2, 3))
+    assert (ratio > 0.8).all()
+    assert (ratio < 1.1).all()
+    torch.testing.assert_close(changed / ratio[:, None, None, None], usual, rtol=1e-3, atol=1e-4)
+    assert (images * contrast).std() / images.std() == pytest.approx(contrast)
+
+
+def test_each_image_is_normalised_by_itself() -> None:
+    normalise, images = ContrastNormalisation(), _scene(0)
+    together = normalise(images)
+    for row in range(len(images)):
+        torch.testing.assert_close(normalise(images[row : row + 1])[0], together[row])
+    torch.testing.assert_close(together.mean((1, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+
+
+def test_a_blank_image_stays_quiet() -> None:
+    blank = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
+    assert torch.equal(ContrastNormalisation()(blank), torch.zeros(2, 3, 8, 8))
+    blank[:, :, 0, 0] += 1
+    assert ContrastNormalisation()(blank).abs().max() < 0.2, "one grey level is no sign"
+
+
+def test_whole_numbers_and_fractions_are_normalised_alike() -> None:
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    assert torch.equal(ContrastNormalisation()(images), ContrastNormalisation()(images.float()))
+
+
+# Heads by name
+
+
+def test_a_head_is_built_by_name() -> None:
+    margins = {1: 0.25, 3: 0.5}
+    expected: dict[Loss, tuple[type, list[float] | None]] = {
+        "ce": (CrossEntropyLoss, None),
+        "l2": (NormFaceLoss, None),
+        "camri": (CAMRILoss, [0.0, 0.25, 0.0, 0.5]),
+        "cosface-i": (CosFaceLoss, [0.0, 0.25, 0.0, 0.5]),
+        "arcface": (ArcFaceLoss, [0.25] * 4),
+    }
+    for loss, (kind, by_class) in expected.items():
+        head = HeadSpec(loss, 9.0, margins).build(4)
+        assert type(head) is kind
+        if isinstance(head, NormFaceLoss):
+            assert head.scale == 9.0
+        if by_class is not None:
+            assert head.get_buffer("margins").tolist() == by_class
+        assert head.get_logits(torch.randn(2, EMBEDDING_SIZE)).shape == (2, 4)
+
+
+# Augmentation
+
+
+def _varied(n: int = 64, channels: int = 3, side: int = 16) -> Tensor:
+    """Smooth pictures, bright at the left and dark at the right, each a little different."""
+    rng = torch.Generator().manual_seed(7)
+    ramp = torch.linspace(200, 40, side).expand(n, channels, side, side)
+    wave = 25 * torch.sin(torch.linspace(0, 6, side))[:, None] * torch.rand(n, channels, 1, 1, generator=rng)
+    return (ramp + wave).round().to(torch.uint8)
+
+
+def _augmented(images: Tensor, how: Augmentation, seed: int = 0) -> Tensor:
+    return augment(images, how, torch.Generator().manual_seed(seed))
+
+
+def _leans_left(images: Tensor) -> Tensor:
+    """Whether each image is brighter on its left half."""
+    half = images.shape[-1] // 2
+    return images[..., :half].mean((1, 2, 3)) > images[..., half:].mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [8, 16, 33])
+def test_augmentation_keeps_shape_and_about_the_range(side: int, channels: int) -> None:
+    images = _varied(16, channels, side)
+    before = images.clone()
+    changed = _augmented(images, replace(STRONG, mirror=True))
+    assert changed.shape == images.shape
+    assert changed.dtype == torch.float32
+    assert changed.isfinite().all()
+    assert changed.min() >= 0
+    assert changed.max() < 255 * 2.2
+    assert torch.equal(images, before), "the data set itself must not change"
+
+
+def test_augmentation_is_the_generators_alone() -> None:
+    images, how = _varied(), replace(STRONG, mirror=True)
+    first = _augmented(images, how, seed=1)
+    torch.rand(5)  # the global generator has no say
+    assert torch.equal(first, _augmented(images, how, seed=1))
+    assert not torch.equal(first, _augmented(images, how, seed=2))
+
+
+def test_the_next_batch_is_changed_differently() -> None:
+    rng, images = torch.Generator().manual_seed(0), _varied()
+    assert not torch.equal(augment(images, STRONG, rng), augment(images, STRONG, rng))
+
+
+def test_each_image_is_changed_in_its_own_way() -> None:
+    same = _varied(1).expand(16, -1, -1, -1)
+    changed = _augmented(same, STRONG)
+    assert len({tuple(image.flatten().tolist()) for image in changed}) == 16
+
+
+def test_no_augmentation_gives_the_same_pixels() -> None:
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(_augmented(images, Augmentation()), images.float())
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Augmentation)])
+def test_every_kind_of_augmentation_changes_most_images(name: str) -> None:
+    how = replace(Augmentation(), **{name: True if name == "mirror" else getattr(STRONG, name)})
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    change = (_augmented(images, how) - images).abs().mean((1, 2, 3))
+    assert 0.25 < (change > 0.5).float().mean() <= 1
+
+
+def test_a_mirrored_image_is_the_image_mirrored_and_about_half_are() -> None:
+    images = torch.randint(0, 256, (400, 1, 8, 8), dtype=torch.uint8)
+    changed = _augmented(images, Augmentation(mirror=True))
+    as_it_was, mirrored = (
+        (changed - other.float()).abs().amax((1, 2, 3)) < 0.01 for other in (images, images.flip(-1))
+    )
+    assert (as_it_was ^ mirrored).all()
+    assert 160 < mirrored.sum() < 240
+
+
+def test_without_mirror_no_image_is_mirrored_however_strong_the_rest() -> None:
+    images = _varied(400)
+    assert _leans_left(images.float()).all()
+    assert _leans_left(_augmented(images, replace(STRONG, light=0.0))).all()
+    assert 120 < _leans_left(_augmented(images, replace(STRONG, light=0.0, mirror=True))).sum() < 280
+
+
+def test_a_shift_moves_by_at_most_its_fraction_of_the_side() -> None:
+    side = 32
+    images = torch.zeros(200, 1, side, side, dtype=torch.uint8)
+    images[:, :, 15:17, 15:17] = 255
+    changed = _augmented(images, Augmentation(shift=0.125))
+    at = torch.arange(side, dtype=torch.float32)
+    for other in (2, 3):
+        moved = (changed.sum(other).squeeze(1) * at).sum(1) / changed.sum((1, 2, 3)) - 15.5
+        assert moved.abs().max() <= 0.125 * side + 1e-2
+        assert moved.min() < -2
+        assert moved.max() > 2
+
+
+def test_blur_takes_its_share_of_images_and_keeps_their_brightness() -> None:
+    images = torch.randint(0, 256, (400, 1, 8, 8), dtype=torch.uint8)
+    changed = _augmented(images, Augmentation(blur=0.25))
+    touched = (changed != images).any(3).any(2).any(1)
+    assert 60 < touched.sum() < 140
+    assert (changed[touched].std((1, 2, 3)) < images[touched].float().std((1, 2, 3))).all()
+    torch.testing.assert_close(changed.mean(), images.float().mean(), rtol=0.01, atol=0)
+
+
+def test_light_changes_contrast_and_brightness_in_both_directions() -> None:
+    images = _varied(200)
+    changed = _augmented(images, Augmentation(light=0.5))
+    for before, after in (
+        (images.float().mean((1, 2, 3)), changed.mean((1, 2, 3))),
+        (images.float().std((1, 2, 3)), changed.std((1, 2, 3))),
+    ):
+        assert 0.2 < (after > before).float().mean() < 0.8
+
+
+# Training
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(digits: Dataset) -> None:
+    first = _train(digits, epochs=2, seed=5)
+    torch.manual_seed(123)  # what was drawn before must not matter
+    again = _train(digits, epochs=2, seed=5)
+    assert _equal_states(first.classifier, again.classifier)
+    assert np.array_equal(first.confusion, again.confusion)
+    other = _train(digits, epochs=2, seed=6)
+    assert not np.array_equal(first.confusion, other.confusion)
+    for name, weights in first.classifier.named_parameters():
+        assert not torch.equal(weights, other.classifier.get_parameter(name)), name
+
+
+def test_training_leaves_the_callers_random_numbers_alone(digits: Dataset) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    _train(digits, images=64)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("loss", ["l2", "camri", "arcface", "cosface-i"])
+def test_one_seed_pairs_the_losses(digits: Dataset, loss: Loss) -> None:
+    """Baseline and finalist of one seed start with the same body and see the same images in the same order.
+
+    At a learning rate of zero the weights stay what they were; the running mean of the first normalisation depends on
+    the first convolution and on the images that came by, and on nothing else.
+    """
+    body = _train(digits, HeadSpec("ce"), learning_rate=0.0, seed=4).classifier.body
+    paired = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), learning_rate=0.0, seed=4).classifier.body
+    other = _train(digits, HeadSpec("ce"), learning_rate=0.0, seed=5).classifier.body
+    for name, weights in body.named_parameters():
+        assert torch.equal(weights, paired.get_parameter(name)), name
+    first = "features.0.weight"
+    assert not torch.equal(body.get_parameter(first), other.get_parameter(first))
+    mean = body.get_buffer("features.1.running_mean")
+    assert mean.abs().max() > 0
+    assert torch.equal(mean, paired.get_buffer("features.1.running_mean"))
+    assert not torch.equal(mean, other.get_buffer("features.1.running_mean"))
+
+
+@pytest.mark.parametrize("loss", ["ce", "l2", "camri", "arcface", "cosface-i"])
+def test_a_few_epochs_recognise_digits(digits: Dataset, loss: Loss) -> None:
+    trained = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), epochs=4, learning_rate=8e-3)
+    assert accuracy(trained.confusion) > 0.9
+    counts = torch.bincount(digits.validation.labels, minlength=10)
+    assert trained.confusion.sum(axis=1).tolist() == counts.tolist(), "a row for each true class"
+    assert trained.seconds > 0
+
+
+def test_the_confusion_is_that_of_the_finished_model_in_full_precision(digits: Dataset) -> None:
+    trained = _train(digits)
+    classifier = trained.classifier.eval()
+    with torch.no_grad():
+        answers = classifier(digits.validation.pixels).argmax(1).tolist()
+    naive = np.zeros((10, 10), np.int64)
+    for label, answer in zip(digits.validation.labels.tolist(), answers, strict=True):
+        naive[label, answer] += 1
+    assert np.array_equal(trained.confusion, naive)
+    assert np.array_equal(evaluate(classifier, digits.validation, num_classes=10, device=CPU), naive)
+    assert all(parameter.dtype == torch.float32 for parameter in classifier.parameters())
+
+
+def test_logits_do_not_depend_on_how_images_are_batched(digits: Dataset) -> None:
+    classifier = _train(digits).classifier
+    pixels = torch.cat([digits.train.pixels, digits.validation.pixels])
+    logits = predict_logits(classifier, pixels, CPU)
+    assert logits.shape == (len(pixels), 10)
+    assert not classifier.training
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits[-3:], predict_logits(classifier, pixels[-3:], CPU), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learning_rate", [1e10, 1e30, math.inf])
+@pytest.mark.parametrize("loss", ["ce", "camri"])
+def test_a_training_that_diverges_names_the_epoch_and_the_learning_rate(
+    digits: Dataset, loss: Loss, learning_rate: float
+) -> None:
+    with pytest.raises(TrainingDivergedError, match=r"loss became (nan|inf) in epoch 1 .*learning rate") as raised:
+        _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), epochs=3, learning_rate=learning_rate)
+    assert isinstance(raised.value, CamriTuneError)
+    assert f"{learning_rate:.3g}" in str(raised.value)
+    assert loss in str(raised.value)
+
+
+def test_divergence_in_a_later_epoch_is_named_as_such(digits: Dataset) -> None:
+    """One step per epoch: the first loss is still finite, and the step after it ruins the weights."""
+    with pytest.raises(TrainingDivergedError, match=r"in epoch 2 "):
+        _train(digits, epochs=4, learning_rate=math.inf, images=100)
+
+
+def test_a_very_high_but_bearable_learning_rate_still_trains_to_the_end(digits: Dataset) -> None:
+    assert np.all(np.isfinite(_train(digits, epochs=1, learning_rate=0.5).confusion))
+
+
+@pytest.mark.parametrize(("epochs", "evaluated"), [(1, [1]), (3, [1, 2, 3]), (13, [2, 4, 6, 8, 10, 12, 13])])
+def test_every_epoch_is_heard_and_the_last_has_the_result(digits: Dataset, epochs: int, evaluated: list[int]) -> None:
+    trained, heard = _hear(digits, epochs=epochs)
+    assert [p.epoch for p in heard] == list(range(1, epochs + 1))
+    assert {p.epochs for p in heard} == {epochs}
+    assert all(math.isfinite(p.loss) and p.loss > 0 for p in heard)
+    assert [p.epoch for p in heard if p.confusion is not None] == evaluated
+    last = heard[-1].confusion
+    assert last is not None
+    assert np.array_equal(last, trained.confusion)
+    for progress in heard:
+        assert progress.confusion is None or progress.confusion.sum() == len(digits.validation)
+
+
+def test_listening_changes_nothing(digits: Dataset) -> None:
+    """Evaluations on the way switch the network to evaluation and back; training must not notice."""
+    heard, _ = _hear(digits, epochs=2)
+    silent = train(
+        "compact",
+        CAMRI,
+        digits.train[np.arange(64)],
+        digits.validation,
+        num_classes=10,
+        recipe=Recipe(2, 4e-3, batch_size=32),
+        seed=0,
+        device=CPU,
+    )
+    assert _equal_states(heard.classifier, silent.classifier)
+
+
+def test_the_loss_falls(digits: Dataset) -> None:
+    _, heard = _hear(digits, epochs=13)
+    assert heard[-1].loss < heard[0].loss / 2
+
+
+def test_what_a_listener_raises_passes_through(digits: Dataset) -> None:
+    class EnoughError(Exception):
+        pass
+
+    heard: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        heard.append(progress.epoch)
+        if progress.epoch == 2:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        train(
+            "compact",
+            CAMRI,
+            digits.train[np.arange(64)],
+            digits.validation,
+            num_classes=10,
+            recipe=Recipe(5, 4e-3),
+            seed=0,
+            device=CPU,
+            on_epoch=stop,
+        )
+    assert heard == [1, 2]
+
+
+def _rates(total: int, warmup: float) -> Sequence[float]:
+    schedule = _warm_then_decay(total, warmup)
+    return [schedule(step) for step in range(total)]
+
+
+@given(total=st.integers(1, 500), warmup=st.floats(0, 0.9))
+def test_the_learning_rate_rises_once_and_then_falls_to_almost_nothing(total: int, warmup: float) -> None:
+    rates = _rates(total, warmup)
+    assert all(0 < rate <= 1 for rate in rates), "no step is wasted at zero"
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert peak <= warmup * total + 1
+    assert _warm_then_decay(total, warmup)(total) == 0
+    # The last step stands one even step above zero.
+    assert rates[-1] <= 1 / max(1.0, total - max(1.0, warmup * total)) + 1e-12
+
+
+def test_the_learning_rate_reaches_its_full_height_after_the_warm_up() -> None:
+    rates = _rates(100, 0.2)
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[19] == pytest.approx(1.0)
+    assert max(rates) == rates[19]
+    assert rates[-1] == pytest.approx(1 / 80)
+
+
+def test_the_device_is_chosen_or_named_as_missing() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match=r"^--device cuda:99 is not on this machine, which has \d+ CUDA"):
+        pick_device("cuda:99")
