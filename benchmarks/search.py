@@ -28,7 +28,8 @@ import torch
 from scipy import stats
 
 from camri_tune.config import StudyConfig
-from camri_tune.datasets import Images, open_dataset
+from camri_tune.datasets import open_dataset
+from camri_tune.images import Images
 from camri_tune.metrics import accuracy, recall_per_class
 from camri_tune.records import TrialRecord
 from camri_tune.search import make_sampler

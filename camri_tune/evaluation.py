@@ -1,7 +1,6 @@
 """Models measured on the test part: the final judgement of a study, and of an exported model from its files alone."""
 
 import math
-import os
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from camri_tune.records import Best, Measured, Share, Side, TrialRecord, measure
 from camri_tune.search import model_spec
 from camri_tune.selection import paired_difference
 from camri_tune.storage import StudyStore
-from camri_tune.training import predict_logits
+from camri_tune.training import cpu_count, predict_logits
 
 Answers = NDArray[np.int64]  # predicted class of each test image
 
@@ -119,4 +118,4 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
 def versions() -> dict[str, str]:
     """What the figures were made with."""
     packages = {name: metadata.version(name) for name in ("camri-tune", "torch", "optuna", "numpy")}
-    return {**packages, "python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    return {**packages, "python": platform.python_version(), "machine": f"{platform.machine()}, {cpu_count()} cores"}

@@ -16,9 +16,10 @@ from camri_tune.baseline import check_important
 from camri_tune.bundle import BundleConfig, write_bundle
 from camri_tune.config import StudyConfig
 from camri_tune.console import Console
-from camri_tune.datasets import Images, open_dataset
+from camri_tune.datasets import open_dataset
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Answers, Judge, versions
+from camri_tune.images import Images
 from camri_tune.records import Baseline, Best, Result, Side, TrialRecord, Verdict, without_nan
 from camri_tune.report import model_card
 from camri_tune.search import model_spec

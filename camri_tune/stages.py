@@ -5,8 +5,9 @@ import torch
 from camri_tune.baseline import START_FACTORS, best_learning_rate, next_learning_rates, resolve_important
 from camri_tune.config import StudyConfig
 from camri_tune.console import Console
-from camri_tune.datasets import Dataset, describe_counts
+from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError
+from camri_tune.images import describe_counts
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import DEFAULT_LEARNING_RATE, replicate_seed, starting_points, tuning_seed
 from camri_tune.selection import finalists, nothing_to_gain, rank_settings

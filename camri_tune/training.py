@@ -5,17 +5,18 @@ has it. Head, margin and softmax stay in float32 (see losses.py), and so does th
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from camri_tune.augmentation import Augmentation, augment
 from camri_tune.config import Loss
-from camri_tune.datasets import Augmentation, Images
 from camri_tune.errors import InputError, TrainingDivergedError
+from camri_tune.images import Images
 from camri_tune.losses import ArcFaceLoss, CAMRILoss, CosFaceLoss, CrossEntropyLoss, Head, NormFaceLoss
 from camri_tune.metrics import IntArray, confusion_matrix
 from camri_tune.models import EMBEDDING_SIZE, Classifier, build_body
@@ -153,46 +154,6 @@ def predict_logits(classifier: Classifier, pixels: Tensor, device: torch.device)
     return torch.cat(parts)
 
 
-def augment(images: Tensor, how: Augmentation, rng: torch.Generator) -> Tensor:
-    """Randomly changed copies, float (N, C, S, S) of range about 0 to 255, of uint8 images, each on its own.
-
-    Random numbers come from `rng` on the CPU, so that a seed means the same on every device.
-    """
-    x = images.float()
-    n, channels, side = len(x), x.shape[1], x.shape[-1]
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(n, *shape, generator=rng) * 2 - 1
-
-    if how.rotate or how.zoom or how.shear or how.shift or how.mirror:
-        angle = uniform() * math.radians(how.rotate)
-        size, stretch = 1 + uniform() * how.zoom, 1 + uniform() * how.zoom / 2
-        matrix = torch.zeros(n, 2, 3)
-        matrix[:, 0, 0] = size * stretch * angle.cos()
-        matrix[:, 0, 1] = uniform() * how.shear - size * angle.sin()
-        matrix[:, 1, 0] = size * angle.sin()
-        matrix[:, 1, 1] = size * angle.cos()
-        matrix[:, :, 2] = uniform(2) * 2 * how.shift  # the image spans -1 to 1
-        if how.mirror:
-            matrix[:, :, 0] *= torch.where(uniform() < 0, -1.0, 1.0)[:, None]
-        grid = F.affine_grid(matrix.to(x.device), [n, channels, side, side], align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if how.light:
-        contrast, brightness = (uniform(1, 1, 1).mul(how.light).exp().to(x.device) for _ in range(2))
-        colour = uniform(channels, 1, 1).mul(how.light * 0.3).exp().to(x.device)
-        mean = x.mean((1, 2, 3), keepdim=True)
-        x = (((x - mean) * contrast + mean * brightness) * colour).clamp(0, 255)
-        # Half of a sign in the shade: light that changes linearly across the image.
-        ramp = torch.linspace(-1, 1, side, device=x.device)
-        slope = (uniform(2, 1, 1) * how.light).to(x.device)
-        x = x * (1 + slope[:, :1] * ramp + slope[:, 1:] * ramp[:, None]).clamp(min=0.1)
-    if how.blur:
-        drawn = torch.rand(n, 1, 1, 1, generator=rng)
-        strength = ((how.blur - drawn) / how.blur).clamp(min=0).to(x.device)  # zero for the others
-        x = x + strength * (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x)
-    return x
-
-
 def pick_device(name: str) -> torch.device:
     """The device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises InputError where it is not there."""
     if name == "auto":
@@ -204,6 +165,11 @@ def pick_device(name: str) -> torch.device:
             f"PyTorch can use; choose auto or cpu"
         )
     return device
+
+
+def cpu_count() -> int:
+    """The processors that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import StudyMismatchError, WorkerError
 from camri_tune.search import Plan, make_sampler, run_trial, worker_id
 from camri_tune.storage import STAGES, STORAGE_VARIABLE, StudyStore, open_storage
-from camri_tune.training import pick_device
+from camri_tune.training import cpu_count, pick_device
 
 IDLE_SECONDS = 0.2
 MAX_RESTARTS = 3
@@ -125,7 +125,7 @@ class LocalWorkers:
         on_tick()
 
     def _start(self, index: int) -> None:
-        threads = max(1, (os.cpu_count() or 1) // self._count) if self._device.type == "cpu" else None
+        threads = max(1, cpu_count() // self._count) if self._device.type == "cpu" else None
         command = [
             sys.executable,
             "-m",
@@ -164,7 +164,7 @@ def worker_count(config: StudyConfig, device: torch.device) -> int:
     """`auto`: on a CPU one single-threaded worker per core, which beats threads; on a GPU one."""
     if config.workers != "auto":
         return config.workers
-    return (os.cpu_count() or 1) if device.type == "cpu" else 1
+    return cpu_count() if device.type == "cpu" else 1
 
 
 @contextmanager

@@ -99,11 +99,11 @@ def test_a_model_answers_bit_for_bit_as_it_did(loss: Loss, channels: int, side: 
     spec = _spec(channels=channels, image_size=side, **({"head": "dense", "scale": None} if loss == "ce" else {}))
     _write(tmp_path / "best", classifier, _config(spec=spec))
     read = read_bundle(tmp_path / "best")
+    assert not read.classifier.training
     images = torch.randint(0, 256, (20, channels, side, side), dtype=torch.uint8)
     cpu = torch.device("cpu")
     logits = predict_logits(read.classifier, images, cpu)
     assert logits.shape == (20, 3)
-    assert not read.classifier.training
     assert torch.equal(logits, predict_logits(classifier, images, cpu))
 
 

@@ -32,8 +32,10 @@ from sklearn.datasets import load_digits
 
 from camri_tune import datasets
 from camri_tune.config import StudyConfig
-from camri_tune.datasets import GTSRB_CLASSES, Dataset, Images, open_dataset, open_test_images, read_image
+from camri_tune.datasets import Dataset, open_dataset, open_test_images
 from camri_tune.errors import DataError
+from camri_tune.images import Images, read_image
+from camri_tune.sources import GTSRB_CLASSES
 from camri_tune.training import HeadSpec, Recipe, train
 from tests.conftest import MakeFolder
 

@@ -19,7 +19,8 @@ FLOORS = [
     {"storage", "pruning", "baseline", "bundle"},
     {"training"},
     {"models", "datasets"},
-    {"losses", "splits", "records"},
+    {"sources"},
+    {"augmentation", "images", "losses", "splits", "records"},
     {"metrics", "stats", "config"},
     {"errors"},
 ]

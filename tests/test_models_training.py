@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from camri_tune.augmentation import Augmentation, augment
 from camri_tune.config import Loss, StudyConfig
-from camri_tune.datasets import Augmentation, Dataset, open_dataset
+from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, TrainingDivergedError
 from camri_tune.losses import ArcFaceLoss, CAMRILoss, CosFaceLoss, CrossEntropyLoss, NormFaceLoss
 from camri_tune.metrics import accuracy
@@ -23,7 +24,6 @@ from camri_tune.training import (
     Recipe,
     Trained,
     _warm_then_decay,
-    augment,
     evaluate,
     pick_device,
     predict_logits,
@@ -42,16 +42,21 @@ def digits() -> Dataset:
 
 
 def _train(
-    data: Dataset, head: HeadSpec = CAMRI, *, epochs: int = 1, learning_rate: float = 4e-3, seed: int = 0, images: int = 0
+    data: Dataset,
+    head: HeadSpec = CAMRI,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    images: int = 300,
 ) -> Trained:
-    """Train on the digits, or on the first few of them."""
+    """Train on the first few digits."""
     return train(
         "compact",
         head,
-        data.train[np.arange(images or len(data.train))],
+        data.train[np.arange(images)],
         data.validation,
         num_classes=10,
-        recipe=Recipe(epochs, learning_rate, data.augmentation),
+        recipe=recipe or Recipe(1, 4e-3, data.augmentation),
         seed=seed,
         device=CPU,
     )
@@ -304,12 +309,13 @@ def test_light_changes_contrast_and_brightness_in_both_directions() -> None:
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(digits: Dataset) -> None:
-    first = _train(digits, epochs=2, seed=5)
+    recipe = Recipe(2, 4e-3, digits.augmentation, batch_size=128)
+    first = _train(digits, recipe=recipe, seed=5)
     torch.manual_seed(123)  # what was drawn before must not matter
-    again = _train(digits, epochs=2, seed=5)
+    again = _train(digits, recipe=recipe, seed=5)
     assert _equal_states(first.classifier, again.classifier)
     assert np.array_equal(first.confusion, again.confusion)
-    other = _train(digits, epochs=2, seed=6)
+    other = _train(digits, recipe=recipe, seed=6)
     assert not np.array_equal(first.confusion, other.confusion)
     for name, weights in first.classifier.named_parameters():
         assert not torch.equal(weights, other.classifier.get_parameter(name)), name
@@ -329,9 +335,10 @@ def test_one_seed_pairs_the_losses(digits: Dataset, loss: Loss) -> None:
     At a learning rate of zero the weights stay what they were; the running mean of the first normalisation depends on
     the first convolution and on the images that came by, and on nothing else.
     """
-    body = _train(digits, HeadSpec("ce"), learning_rate=0.0, seed=4).classifier.body
-    paired = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), learning_rate=0.0, seed=4).classifier.body
-    other = _train(digits, HeadSpec("ce"), learning_rate=0.0, seed=5).classifier.body
+    still = Recipe(1, 0.0, digits.augmentation, batch_size=100)
+    body = _train(digits, HeadSpec("ce"), recipe=still, seed=4).classifier.body
+    paired = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), recipe=still, seed=4).classifier.body
+    other = _train(digits, HeadSpec("ce"), recipe=still, seed=5).classifier.body
     for name, weights in body.named_parameters():
         assert torch.equal(weights, paired.get_parameter(name)), name
     first = "features.0.weight"
@@ -342,9 +349,9 @@ def test_one_seed_pairs_the_losses(digits: Dataset, loss: Loss) -> None:
     assert not torch.equal(mean, other.get_buffer("features.1.running_mean"))
 
 
-@pytest.mark.parametrize("loss", ["ce", "l2", "camri", "arcface", "cosface-i"])
+@pytest.mark.parametrize("loss", ["ce", "camri", "cosface-i"])
 def test_a_few_epochs_recognise_digits(digits: Dataset, loss: Loss) -> None:
-    trained = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), epochs=4, learning_rate=8e-3)
+    trained = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), recipe=Recipe(4, 8e-3), images=len(digits.train))
     assert accuracy(trained.confusion) > 0.9
     counts = torch.bincount(digits.validation.labels, minlength=10)
     assert trained.confusion.sum(axis=1).tolist() == counts.tolist(), "a row for each true class"
@@ -380,7 +387,7 @@ def test_a_training_that_diverges_names_the_epoch_and_the_learning_rate(
     digits: Dataset, loss: Loss, learning_rate: float
 ) -> None:
     with pytest.raises(TrainingDivergedError, match=r"loss became (nan|inf) in epoch 1 .*learning rate") as raised:
-        _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), epochs=3, learning_rate=learning_rate)
+        _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), recipe=Recipe(3, learning_rate, batch_size=64))
     assert isinstance(raised.value, CamriTuneError)
     assert f"{learning_rate:.3g}" in str(raised.value)
     assert loss in str(raised.value)
@@ -389,11 +396,7 @@ def test_a_training_that_diverges_names_the_epoch_and_the_learning_rate(
 def test_divergence_in_a_later_epoch_is_named_as_such(digits: Dataset) -> None:
     """One step per epoch: the first loss is still finite, and the step after it ruins the weights."""
     with pytest.raises(TrainingDivergedError, match=r"in epoch 2 "):
-        _train(digits, epochs=4, learning_rate=math.inf, images=100)
-
-
-def test_a_very_high_but_bearable_learning_rate_still_trains_to_the_end(digits: Dataset) -> None:
-    assert np.all(np.isfinite(_train(digits, epochs=1, learning_rate=0.5).confusion))
+        _train(digits, recipe=Recipe(4, math.inf), images=100)
 
 
 @pytest.mark.parametrize(("epochs", "evaluated"), [(1, [1]), (3, [1, 2, 3]), (13, [2, 4, 6, 8, 10, 12, 13])])
@@ -465,7 +468,7 @@ def _rates(total: int, warmup: float) -> Sequence[float]:
 @given(total=st.integers(1, 500), warmup=st.floats(0, 0.9))
 def test_the_learning_rate_rises_once_and_then_falls_to_almost_nothing(total: int, warmup: float) -> None:
     rates = _rates(total, warmup)
-    assert all(0 < rate <= 1 for rate in rates), "no step is wasted at zero"
+    assert min(rates) > 0, "no step is wasted at zero"
     peak = rates.index(max(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -473,6 +476,11 @@ def test_the_learning_rate_rises_once_and_then_falls_to_almost_nothing(total: in
     assert _warm_then_decay(total, warmup)(total) == 0
     # The last step stands one even step above zero.
     assert rates[-1] <= 1 / max(1.0, total - max(1.0, warmup * total)) + 1e-12
+
+
+@given(total=st.integers(1, 500), warmup=st.floats(0, 0.9))
+def test_the_learning_rate_never_exceeds_what_the_recipe_says(total: int, warmup: float) -> None:
+    assert max(_rates(total, warmup)) <= 1 + 1e-9
 
 
 def test_the_learning_rate_reaches_its_full_height_after_the_warm_up() -> None:

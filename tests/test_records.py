@@ -1,0 +1,211 @@
+"""What the plain records say of themselves."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from camri_tune.records import (
+    Baseline,
+    Best,
+    Figure,
+    Measured,
+    PairedDifference,
+    Result,
+    Share,
+    Side,
+    TrialRecord,
+    TrialState,
+    measured_on_validation,
+)
+from camri_tune.stats import Interval, seed_interval, tango_interval
+
+GOOD = TrialRecord(0, "complete", {"learning_rate": 1e-3}, constraint=-0.01)
+
+
+def _record(seed: int, accuracy: float, recalls: tuple[float, ...]) -> TrialRecord:
+    return TrialRecord(
+        seed, "complete", {"learning_rate": 1e-3}, seed=seed, accuracy=accuracy, recall_per_class=recalls
+    )
+
+
+def _difference(gained: int, lost: int, n: int) -> PairedDifference:
+    return PairedDifference(gained, lost, n, tango_interval(gained, lost, n, confidence=0.90))
+
+
+@pytest.mark.parametrize("constraint", [-0.5, -1e-12, 0.0])
+def test_a_complete_trial_that_meets_its_constraint_is_feasible(constraint: float) -> None:
+    assert replace(GOOD, constraint=constraint).feasible
+
+
+@pytest.mark.parametrize("constraint", [1e-12, 0.5, math.inf, math.nan])
+def test_a_trial_below_the_floor_is_not_feasible(constraint: float) -> None:
+    assert not replace(GOOD, constraint=constraint).feasible
+
+
+def test_a_trial_without_a_constraint_is_never_feasible() -> None:
+    """Optuna takes a missing constraint for a met one."""
+    assert not replace(GOOD, constraint=None).feasible
+    assert not TrialRecord(0, "complete", {}, accuracy=1.0, recall=1.0).feasible
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "pruned", "failed"])
+def test_a_trial_that_did_not_complete_is_never_feasible(state: TrialState) -> None:
+    assert GOOD.feasible
+    assert not replace(GOOD, state=state).feasible
+
+
+def test_a_figure_by_hand() -> None:
+    figure = Figure((0.25, 0.5, 0.75))
+    assert figure.mean == 0.5
+    assert figure.sd == 0.25
+    assert figure.interval == seed_interval([0.25, 0.5, 0.75])
+    assert figure.as_json() == {
+        "mean": 0.5,
+        "sd": 0.25,
+        "n": 3,
+        "values": [0.25, 0.5, 0.75],
+        "interval": list(seed_interval([0.25, 0.5, 0.75]) or ()),
+    }
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=2, max_size=10))
+def test_a_figure_is_mean_and_sample_standard_deviation(values: list[float]) -> None:
+    figure = Figure(tuple(values))
+    assert figure.mean == pytest.approx(sum(values) / len(values))
+    assert figure.sd == pytest.approx(stats.tstd(values) if len(set(values)) > 1 else 0.0, abs=1e-9)
+    assert figure.interval is not None
+    assert figure.interval.low <= figure.mean + 1e-12
+    assert figure.interval.high >= figure.mean - 1e-12
+
+
+def test_one_seed_has_a_mean_but_no_spread() -> None:
+    figure = Figure((0.9,))
+    assert figure.mean == 0.9
+    assert figure.sd is None
+    assert figure.interval is None
+    assert figure.as_json() == {"mean": 0.9, "sd": None, "n": 1, "values": [0.9], "interval": None}
+
+
+def test_of_several_important_classes_each_seeds_worst_is_measured() -> None:
+    """The mean of the worst, not the worst of the means: class 1 is the worse one in seed 0, class 2 in seed 1."""
+    measured = Measured.over_seeds([0.8, 0.9], [(0.1, 0.5, 0.7), (0.2, 0.9, 0.6)], important=[1, 2])
+    assert measured.accuracy == Figure((0.8, 0.9))
+    assert measured.recall == Figure((0.5, 0.6))
+    assert measured.recall_per_class == (Figure((0.1, 0.2)), Figure((0.5, 0.9)), Figure((0.7, 0.6)))
+    assert json.loads(json.dumps(measured.as_json()))["recall"]["values"] == [0.5, 0.6]
+
+
+def test_seeds_with_different_numbers_of_classes_are_no_measurement() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Measured.over_seeds([0.8, 0.9], [(0.1, 0.5), (0.2, 0.9, 0.6)], important=[1])
+
+
+def test_records_are_measured_on_validation() -> None:
+    records = [_record(0, 0.8, (0.7, 0.9)), _record(1, 0.9, (0.8, 1.0))]
+    assert measured_on_validation(records, [0]) == Measured.over_seeds([0.8, 0.9], [(0.7, 0.9), (0.8, 1.0)], [0])
+
+
+def test_the_baseline_is_the_mean_over_its_seeds() -> None:
+    baseline = Baseline(2e-3, (_record(0, 0.8, (0.5, 0.9)), _record(1, 0.9, (0.75, 1.0))))
+    assert baseline.accuracy == pytest.approx(0.85)
+    assert baseline.recall_per_class == pytest.approx((0.625, 0.95))
+    assert baseline.measured([0]).recall == Figure((0.5, 0.75))
+
+
+def test_a_share_has_its_exact_interval() -> None:
+    share = Share(57, 60)
+    exact = stats.binomtest(57, 60).proportion_ci(method="exact")
+    assert share.value == 0.95
+    assert share.interval == pytest.approx((exact.low, exact.high))
+    assert share.as_json() == {"value": 0.95, "right": 57, "n": 60, "interval": list(share.interval)}
+
+
+def test_a_paired_difference_says_what_its_lower_bound_is() -> None:
+    difference = PairedDifference(40, 20, 160, Interval(0.046, 0.203))
+    assert difference.estimate == 0.125
+    assert difference.lower_bound == 0.046
+    assert json.loads(json.dumps(difference.as_json())) == {
+        "gained": 40,
+        "lost": 20,
+        "n": 160,
+        "interval": [0.046, 0.203],
+        "estimate": 0.125,
+        "lower_bound": 0.046,
+    }
+
+
+def test_a_worse_model_has_a_negative_difference() -> None:
+    difference = _difference(2, 10, 100)
+    assert difference.estimate == -0.08
+    assert difference.lower_bound < -0.08
+
+
+def _result(best: Best | None) -> Result:
+    measured = Measured.over_seeds([0.9, 0.92], [(0.8, 1.0), (0.85, 0.99)], [0])
+    return Result(
+        study="digits-camri-worst1",
+        dataset="digits",
+        classes=("0", "stop"),
+        important=(0, 1),
+        loss="camri",
+        tolerance=0.0,
+        epsilon=0.5,
+        seeds=2,
+        verdict="none" if best is None else "certified",
+        sentence="A sentence.",
+        notices=("A notice.",),
+        images={"train": 10, "validation": 5, "test": 5},
+        baseline=Side(measured, measured),
+        baseline_learning_rate=4e-3,
+        best=best,
+        trials={"complete": 3, "pruned": 1, "failed": 0},
+        wall_seconds=1.5,
+        versions={"torch": "2"},
+        folder="runs/digits-camri-worst1",
+    )
+
+
+def test_a_result_without_a_model_says_so_in_json() -> None:
+    value = json.loads(json.dumps(_result(None).as_json()))
+    assert value["schema"] == 1
+    assert value["verdict"] == "none"
+    assert value["best"] is None
+    assert value["accuracy_difference"] is None
+    assert value["baseline"]["test"]["accuracy"]["values"] == [0.9, 0.92]
+    assert value["baseline"]["params"] == {"learning_rate": 4e-3}
+
+
+def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
+    measured = Measured.over_seeds([0.91, 0.93], [(0.9, 1.0), (0.95, 0.99)], [0])
+    best = Best(
+        trial=7,
+        params={"scale": 16.0, "margin": 0.25},
+        side=Side(measured, measured),
+        exported_seed=1,
+        exported_accuracy=Share(93, 100),
+        exported_recall={0: Share(19, 20)},
+        accuracy_difference=_difference(3, 2, 100),
+        recall_difference=_difference(2, 0, 20),
+    )
+    value = json.loads(json.dumps(_result(best).as_json()))
+    assert value["best"]["trial"] == 7
+    assert value["best"]["params"] == {"scale": 16.0, "margin": 0.25}
+    assert value["best"]["test"]["recall"]["mean"] == pytest.approx(0.925)
+    assert value["best"]["exported"]["seed"] == 1
+    assert value["best"]["exported"]["test"]["accuracy"]["right"] == 93
+    assert value["best"]["exported"]["test"]["recall"]["0"]["n"] == 20
+    assert value["best"]["recall_difference"]["gained"] == 2
+    assert value["best"]["recall_difference"]["confidence"] == 0.95
+    difference = value["accuracy_difference"]
+    assert (difference["gained"], difference["lost"], difference["n"]) == (3, 2, 100)
+    assert difference["epsilon"] == pytest.approx(0.005), "points in the study, a fraction beside fractions"
+    assert difference["lower_bound"] == difference["interval"][0] < difference["estimate"] == 0.01
+
+
+def test_important_classes_are_named_where_the_name_is_not_the_number() -> None:
+    assert _result(None).important_names == "0, 1 (stop)"

@@ -1,0 +1,198 @@
+"""Intervals against published figures, independent derivations and simulated coverage."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from camri_tune.stats import binomial_interval, seed_interval, tango_interval
+
+
+@st.composite
+def _paired_counts(draw: st.DrawFn, most: int = 2000) -> tuple[int, int, int]:
+    """Gained, lost and n, discordant pairs seldom being many, as with two good models."""
+    n = draw(st.integers(1, most))
+    discordant = draw(st.integers(0, n))
+    gained = draw(st.integers(0, discordant))
+    return gained, discordant - gained, n
+
+
+def test_tango_reproduces_a_published_interval() -> None:
+    low, high = tango_interval(40, 20, 160, confidence=0.95)
+    assert (round(low, 3), round(high, 3)) == (0.031, 0.218)
+
+
+@pytest.mark.parametrize("n", [1, 20, 360, 12_630])
+def test_tango_without_any_discordant_pair_has_a_closed_form(n: int) -> None:
+    """There the score equation gives z^2 / (n + z^2), on both sides of zero."""
+    z2 = stats.norm.ppf(0.975) ** 2
+    low, high = tango_interval(0, 0, n)
+    assert low == pytest.approx(-z2 / (n + z2), abs=1e-8)
+    assert high == pytest.approx(z2 / (n + z2), abs=1e-8)
+
+
+def _naive_score(gained: int, lost: int, n: int, delta: float) -> float:
+    """Tango's statistic, with the restricted likelihood maximised by search instead of by formula."""
+
+    def unlikeliness(p_lost: float) -> float:
+        parts = ((gained, p_lost + delta), (lost, p_lost), (n - gained - lost, 1 - 2 * p_lost - delta))
+        return -math.fsum(count * math.log(max(p, 1e-300)) for count, p in parts if count)
+
+    least, most = max(0.0, -delta), (1 - delta) / 2
+    found = optimize.minimize_scalar(
+        unlikeliness, bounds=(least, most), method="bounded", options={"xatol": 1e-12, "maxiter": 1000}
+    )
+    variance = n * (2 * found.x + delta - delta**2)
+    return (gained - lost - n * delta) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95])
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(40, 20, 160), (3, 9, 360), (1, 0, 50), (0, 7, 60), (120, 90, 12_630), (5, 5, 11)]
+)
+def test_both_ends_are_where_the_score_of_the_likelihood_is_z(
+    gained: int, lost: int, n: int, confidence: float
+) -> None:
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    low, high = tango_interval(gained, lost, n, confidence)
+    assert _naive_score(gained, lost, n, low) == pytest.approx(z, abs=2e-3)
+    assert _naive_score(gained, lost, n, high) == pytest.approx(-z, abs=2e-3)
+
+
+@given(counts=_paired_counts(), confidence=st.floats(0.5, 0.999))
+@settings(deadline=None)
+def test_tango_mirrors_when_the_models_change_places(counts: tuple[int, int, int], confidence: float) -> None:
+    gained, lost, n = counts
+    low, high = tango_interval(gained, lost, n, confidence)
+    mirrored = tango_interval(lost, gained, n, confidence)
+    assert low == pytest.approx(-mirrored.high, abs=1e-8)
+    assert high == pytest.approx(-mirrored.low, abs=1e-8)
+
+
+@given(counts=_paired_counts(), confidence=st.floats(0.5, 0.999))
+@settings(deadline=None)
+def test_tango_contains_the_estimate_and_is_never_a_point(counts: tuple[int, int, int], confidence: float) -> None:
+    gained, lost, n = counts
+    low, high = tango_interval(gained, lost, n, confidence)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    assert high - low > 0.1 / n
+
+
+@given(counts=_paired_counts(most=200), factor=st.integers(2, 20))
+@settings(deadline=None)
+def test_tango_narrows_with_more_images_and_widens_with_confidence(counts: tuple[int, int, int], factor: int) -> None:
+    gained, lost, n = counts
+    low, high = tango_interval(gained, lost, n)
+    more = tango_interval(gained * factor, lost * factor, n * factor)
+    assert more.high - more.low < high - low
+    surer = tango_interval(gained, lost, n, confidence=0.99)
+    assert surer.low <= low
+    assert surer.high >= high
+    assert surer.high - surer.low > high - low
+
+
+@given(counts=_paired_counts(most=300))
+@settings(deadline=None)
+def test_one_image_more_in_favour_raises_both_ends(counts: tuple[int, int, int]) -> None:
+    gained, lost, n = counts
+    if gained + lost < n:
+        before, after = tango_interval(gained, lost, n), tango_interval(gained + 1, lost, n)
+        assert after.low > before.low
+        assert after.high > before.high
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(1, 0, 1), (50, 0, 50), (0, 50, 50), (25, 25, 50)])
+def test_tango_stands_where_every_pair_is_discordant(gained: int, lost: int, n: int) -> None:
+    low, high = tango_interval(gained, lost, n)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    assert low < high
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(-1, 0, 10), (0, -1, 10), (6, 5, 10), (0, 0, 0), (0, 0, -3)])
+def test_impossible_counts_are_named(gained: int, lost: int, n: int) -> None:
+    with pytest.raises(ValueError, match=rf"^gained {gained}, lost {lost} of {n}: "):
+        tango_interval(gained, lost, n)
+
+
+@pytest.mark.parametrize(
+    ("n", "p_gained", "p_lost"),
+    [(160, 0.25, 0.125), (500, 0.05, 0.05), (2000, 0.02, 0.03)],
+    ids=["as published", "no difference", "a little worse"],
+)
+def test_the_one_sided_lower_bound_holds_in_95_of_100_draws(n: int, p_gained: float, p_lost: float) -> None:
+    rng = np.random.default_rng(20_000)
+    draws = rng.multinomial(n, [p_gained, p_lost, 1 - p_gained - p_lost], size=20_000)[:, :2]
+    distinct, counts = np.unique(draws, axis=0, return_counts=True)
+    holds = [tango_interval(int(g), int(b), n, confidence=0.90).low <= p_gained - p_lost for g, b in distinct]
+    coverage = float(np.sum(counts[np.array(holds)]) / np.sum(counts))
+    assert 0.94 <= coverage <= 0.96
+
+
+@given(n=st.integers(1, 15_000), share=st.floats(0, 1), confidence=st.floats(0.5, 0.999))
+@settings(deadline=None)
+def test_the_binomial_interval_is_scipys_exact_one(n: int, share: float, confidence: float) -> None:
+    successes = round(share * n)
+    theirs = stats.binomtest(successes, n).proportion_ci(confidence, method="exact")
+    ours = binomial_interval(successes, n, confidence)
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert ours.low <= successes / n <= ours.high
+
+
+def test_a_perfect_recall_of_few_images_is_no_certainty() -> None:
+    """60 of 60: the lower end is (alpha / 2) ** (1 / 60)."""
+    assert binomial_interval(60, 60) == pytest.approx((0.025 ** (1 / 60), 1.0))
+    assert binomial_interval(0, 60) == pytest.approx((0.0, 1 - 0.025 ** (1 / 60)))
+    assert binomial_interval(60, 60).high == 1.0
+    assert binomial_interval(0, 60).low == 0.0
+
+
+@pytest.mark.parametrize(("successes", "n"), [(-1, 10), (11, 10), (0, 0), (1, -1)])
+def test_an_impossible_share_is_named(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{successes} successes of {n} is not a share"):
+        binomial_interval(successes, n)
+
+
+def test_the_interval_over_seeds_by_hand() -> None:
+    """Mean 0.53, sd sqrt(0.002 / 3), t of 3 degrees of freedom 3.182446."""
+    half = 3.182446305 * math.sqrt(0.002 / 3) / 2
+    assert seed_interval([0.50, 0.52, 0.54, 0.56]) == pytest.approx((0.53 - half, 0.53 + half), abs=1e-9)
+
+
+def test_the_interval_over_two_seeds_is_wide() -> None:
+    """t of 1 degree of freedom is 12.706: two seeds say little, and the interval must say so."""
+    half = 12.7062047 * math.sqrt(2 * 0.01**2) / math.sqrt(2)
+    assert seed_interval([0.49, 0.51]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+
+
+@given(values=st.lists(st.floats(0.2, 0.8), min_size=2, max_size=12), confidence=st.floats(0.5, 0.99))
+def test_the_interval_over_seeds_is_scipys(values: list[float], confidence: float) -> None:
+    sd = float(np.std(values, ddof=1))
+    interval = seed_interval(values, confidence)
+    assert interval is not None
+    if sd > 1e-9:
+        expected = stats.t.interval(confidence, len(values) - 1, loc=np.mean(values), scale=sd / math.sqrt(len(values)))
+        assert interval == pytest.approx(np.clip(expected, 0, 1).tolist(), abs=1e-9)
+
+
+def test_the_interval_over_seeds_stays_between_0_and_1() -> None:
+    assert seed_interval([0.0, 1.0]) == (0.0, 1.0)
+    assert seed_interval([0.99, 1.0, 1.0]) == pytest.approx((0.982324, 1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[], [0.9]])
+def test_one_seed_has_no_interval(values: list[float]) -> None:
+    assert seed_interval(values) is None
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_equal_seeds_have_an_interval_without_width(n: int) -> None:
+    assert seed_interval([0.95] * n) == pytest.approx((0.95, 0.95))
+
+
+def test_the_usual_confidence_is_95_percent() -> None:
+    assert tango_interval(5, 3, 100) == tango_interval(5, 3, 100, 0.95) != tango_interval(5, 3, 100, 0.9)
+    assert binomial_interval(9, 10) == binomial_interval(9, 10, 0.95) != binomial_interval(9, 10, 0.9)
+    assert seed_interval([0.5, 0.6, 0.7]) == seed_interval([0.5, 0.6, 0.7], 0.95) != seed_interval([0.5, 0.6, 0.7], 0.9)
