@@ -61,7 +61,7 @@ def rank_of(token: str, num_classes: int) -> int | None:
     """The place that `worstK` or `median` means in an ascending ranking; None for other tokens."""
     if token == "median":
         return num_classes // 2
-    if token.startswith("worst") and token.removeprefix("worst").isdigit():
+    if token.startswith("worst") and _is_number(token.removeprefix("worst")):
         place = int(token.removeprefix("worst")) - 1
         return place if 0 <= place < num_classes else None
     return None
@@ -73,4 +73,8 @@ def class_index(token: str, classes: Sequence[str]) -> int | None:
         for text in (token, token.lower()):
             if text in names:
                 return names.index(text)
-    return int(token) if token.isdigit() and int(token) < len(classes) else None
+    return int(token) if _is_number(token) and int(token) < len(classes) else None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()  # other scripts have digits that int() does not read

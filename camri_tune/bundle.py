@@ -1,5 +1,6 @@
 """An exported model on disk: weights as safetensors, the rest as JSON. Reading one never executes code from it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +30,7 @@ class ModelSpec(BaseModel):
     image_size: int = Field(ge=8, le=512)
     classes: tuple[str, ...] = Field(min_length=2)
     head: Literal["dense", "cosine"]
-    scale: float | None = Field(None, gt=0)
+    scale: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class BundleConfig(BaseModel):
@@ -44,10 +45,19 @@ class BundleConfig(BaseModel):
     dataset_fingerprint: str
     seed: int
     skip_corrupt: bool
+    weights_sha256: str = ""  # filled in when the bundle is written
     input: str = (
         "uint8 RGB (or one channel) images, whole image resized to image_size x image_size with bilinear antialiasing; "
         "contrast normalisation is part of the model"
     )
+
+    @field_validator("important")
+    @classmethod
+    def _important_are_classes(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        classes = info.data["spec"].classes if "spec" in info.data else ()
+        if classes and not all(0 <= c < len(classes) for c in value):
+            raise ValueError(f"must be indices from 0 to {len(classes) - 1}")
+        return value
 
 
 class Bundle:
@@ -82,7 +92,7 @@ def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
     try:
         classifier.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise BundleError(
             f"weights {str(path)!r} cannot be read for this model ({reason}); export them again"
         ) from None
@@ -96,6 +106,7 @@ def write_bundle(folder: Path, *, weights: Path, config: BundleConfig, metrics: 
     try:
         partial.chmod(0o755)  # mkdtemp makes it private; a bundle is as readable as what stands around it
         shutil.copyfile(weights, partial / WEIGHTS)
+        config = config.model_copy(update={"weights_sha256": sha256(partial / WEIGHTS)})
         (partial / CONFIG).write_text(config.model_dump_json(indent=2, by_alias=True) + "\n")
         (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
         (partial / CARD).write_text(card)
@@ -122,4 +133,17 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{folder / CONFIG}: {key}: {first['msg']}; export the model again") from None
     except (ValueError, OSError) as error:
         raise BundleError(f"{str(folder)!r} cannot be read ({error}); export the model again") from None
-    return Bundle(load_classifier(folder / WEIGHTS, config.spec), config, metrics)
+    if not isinstance(metrics, dict):
+        raise BundleError(
+            f"{folder / METRICS} must hold an object, not {type(metrics).__name__}; export the model again"
+        )
+    classifier = load_classifier(folder / WEIGHTS, config.spec)
+    if sha256(folder / WEIGHTS) != config.weights_sha256:
+        raise BundleError(f"{folder / WEIGHTS} was altered after it was written; export the model again")
+    return Bundle(classifier, config, metrics)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,8 @@ from camri_tune.errors import InputError
 Loss = Literal["ce", "camri", "l2", "arcface", "cosface-i"]
 BUILT_IN_DATASETS = ("digits", "gtsrb")
 
+STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
+
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 EXECUTION_FIELDS = frozenset({"trials", "workers", "device", "storage", "name", "out", "data_dir"})
 
@@ -50,18 +52,28 @@ class StudyConfig(BaseModel):
     @field_validator("important", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            value = str(value)
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return tuple(str(part) for part in value) if isinstance(value, list) else value
+        parts = str(value).split(",") if isinstance(value, str | int) else value
+        if not isinstance(parts, list | tuple):
+            return value
+        tokens = tuple(text for part in parts if (text := str(part).strip()))
+        if not tokens:
+            raise ValueError("must name at least 1 class")
+        return tokens
+
+    @field_validator("trials", "epochs", "seeds", "finalists", "image_size", "limit", "seed", mode="before")
+    @classmethod
+    def _truth_is_no_count(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must be a valid integer, not a truth value")
+        return value
 
     @field_validator("workers", mode="before")
     @classmethod
     def _workers_is_a_count(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and value.isascii() and value.isdigit():
             value = int(value)
-        if value != "auto" and not (isinstance(value, int) and value >= 1):
+        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value != "auto" and not counts:
             raise ValueError("must be a whole number of at least 1, or 'auto'")
         return value
 
@@ -77,6 +89,8 @@ class StudyConfig(BaseModel):
     def _name_is_a_folder_name(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
             raise ValueError("must be letters, digits, '.', '_' and '-', and start with a letter or digit")
+        if value is not None and value.endswith(STAGE_SUFFIXES):
+            raise ValueError(f"must not end in {' or '.join(STAGE_SUFFIXES)}, which name parts of a study")
         return value
 
     @property
@@ -86,7 +100,7 @@ class StudyConfig(BaseModel):
             return self.name
         source = self.dataset if self.dataset in BUILT_IN_DATASETS else Path(self.dataset).resolve().name
         text = "-".join((source, self.loss, *self.important))
-        return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:100]
+        return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_-")[:100]
 
     @property
     def folder(self) -> Path:
@@ -136,5 +150,5 @@ def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> st
     if first["type"] == "extra_forbidden":
         return f"{where}unknown key {key!r}; the keys are {', '.join(sorted(model.model_fields))}"
     option = f"--{key.replace('_', '-')}" if source == "command line" else key
-    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input should ")
-    return f"{where}{option} is {first['input']!r}, but should be {rule}".replace("should be must be", "must be")
+    rule = re.sub(r"^(Value error, must|\w+ should) ", "", first["msg"])
+    return f"{where}{option} is {first['input']!r}, but should {rule}"

@@ -123,19 +123,26 @@ def open_test_images(
         config = config.model_copy(update={"dataset": where})
     source = find_source(config)
     if source.fingerprint() == fingerprint:
-        return Dataset(
-            source, config
-        ).test(), f"the test part of {source.name}, which neither trained nor chose the model"
+        text = f"the test part of {source.name}, which neither trained nor chose the model"
+        return Dataset(source, config).test(), text
     foreign = sorted(set(source.classes) - set(classes))
     if foreign:
+        known = ", ".join(map(repr, classes[:5])) + (", …" if len(classes) > 5 else "")
         raise DataError(
-            f"class {foreign[0]!r} of {where!r} is unknown to the model, which has {', '.join(map(repr, classes[:5]))}"
-            f"{', …' if len(classes) > 5 else ''}"
+            f"class {foreign[0]!r} of {str(source.root or source.name)!r} is unknown to the model, which has {known}"
         )
-    part: Part = "test" if "test" in source.parts else "train"
-    images = _Cache(source, config.skip_corrupt, None).read(part)
+    parts: list[Part] = ["test"] if "test" in source.parts else sorted(source.parts)
+    if parts != ["test"] and source.root is not None and source.root.resolve() == Path(trained_on.dataset).resolve():
+        raise DataError(
+            f"data set {str(source.root)!r} has changed since the model was trained on it, so what it learned from "
+            f"cannot be told from the rest: restore the folder, or name other images with --data"
+        )
+    cache = _Cache(source, config.skip_corrupt, None)
+    read = [cache.read(part) for part in parts]
+    images = Images(*(torch.cat([getattr(r, name) for r in read]) for name in ("pixels", "labels", "groups")))
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
-    text = f"{'the test part' if part == 'test' else 'all images'} of {where}, which is not the data set of training"
+    which = "the test part" if parts == ["test"] else "all images"
+    text = f"{which} of {source.root or source.name}, which is not the data set of training"
     return replace(images, labels=labels), text
 
 
@@ -162,11 +169,13 @@ class _Cache:
         path = self._folder / f"{part}.safetensors"
         try:
             tensors = load_file(path)
-        except (OSError, SafetensorError):  # not there yet, or cut short: decode (again)
+            skipped, images = _unpack(tensors)
+        except (OSError, SafetensorError, KeyError):  # not there yet, cut short or another's: decode (again)
             tensors = self._decode(part)
             _write_whole(path, tensors)
-        self._skipped[part] = int(tensors["skipped"])
-        return Images(tensors["pixels"], tensors["labels"], tensors["groups"])
+            skipped, images = _unpack(tensors)
+        self._skipped[part] = skipped
+        return images
 
     def _decode(self, part: Part) -> dict[str, torch.Tensor]:
         items, size = self._source.parts[part], self._source.image_size
@@ -182,7 +191,9 @@ class _Cache:
             return None
 
         problems: list[str] = []
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            # Around the threads, not in them: filters belong to the whole process.
+            warnings.filterwarnings("ignore", message=".*(EXIF|Palette images|exceeds limit).*")
             for done, problem in enumerate(pool.map(decode, range(len(items))), start=1):
                 if problem is not None:
                     problems.append(problem)
@@ -197,6 +208,10 @@ class _Cache:
             "groups": torch.tensor([item.group for item in items], dtype=torch.int64)[good],
             "skipped": torch.tensor(len(problems)),
         }
+
+
+def _unpack(tensors: dict[str, torch.Tensor]) -> tuple[int, Images]:
+    return int(tensors["skipped"]), Images(tensors["pixels"], tensors["labels"], tensors["groups"])
 
 
 def _cache_folder() -> Path:

@@ -1,6 +1,5 @@
 """Images in memory, and one image file decoded."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from camri_tune.errors import DataError
 
-_SUFFIXES = frozenset(Image.registered_extensions())
+_SUFFIXES_OF_FORMATS = Image.registered_extensions()  # loads every plug-in
+# What Pillow itself decodes: PostScript and the like would start another program on the user's file.
+_FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "GRIB", "BUFR", "HDF5"})
+_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES_OF_FORMATS.items() if name in _FORMATS)
+_DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,  # AVIF
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
+)
 
 
 @dataclass(frozen=True)
@@ -45,27 +55,29 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     naming the file, where that is not possible.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", message=".*(EXIF|Palette images).*")
-            with Image.open(path) as opened:
-                image = _to_rgb(ImageOps.exif_transpose(opened))
+        with Image.open(path, formats=_FORMATS) as opened:
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and opened.width * opened.height > most:
+                raise ValueError(f"{opened.width}x{opened.height} pixels; at most {most:,} are read")
+            image = _to_rgb(ImageOps.exif_transpose(opened), opened.format)
     except UnidentifiedImageError:
         empty = path.stat().st_size == 0
         raise DataError(f"image file {str(path)!r} is {'empty' if empty else 'not an image'}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except _DECODING_ERRORS as error:
         raise DataError(f"image file {str(path)!r} cannot be decoded ({error})") from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
+    """To RGB; `name` is the file's format, which `image`, a copy, no longer knows."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 or 16 bit")
     if image.mode.startswith("I"):  # 16-bit greyscale (and 32-bit containers of it)
         values = np.asarray(image).astype(np.float64)
-        scale = 257.0 if values.max(initial=0) > 255 or image.mode != "I" else 1.0
+        deep = image.mode != "I" or name == "PPM" or values.max(initial=0) > 255
+        scale = 257.0 if deep else 1.0
         return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -78,7 +90,7 @@ def is_image_file(path: Path) -> bool:
     if path.suffix.lower() in _SUFFIXES:
         return True
     try:
-        with Image.open(path):
+        with Image.open(path, formats=_FORMATS):
             return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except _DECODING_ERRORS:
         return False

@@ -125,6 +125,7 @@ def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore) -> None
     trial.set_user_attr("device", str(plan.device))
     try:
         trained = _train(trial, stage, plan)
+        _keep_checkpoint(trial, trained, plan, store)
     except optuna.TrialPruned:
         trial.set_user_attr("seconds", time.perf_counter() - started)
         study.tell(trial, state=OptunaState.PRUNED)
@@ -135,7 +136,6 @@ def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore) -> None
         trial.set_user_attr("seconds", time.perf_counter() - started)
         study.tell(trial, state=OptunaState.FAIL)
         return
-    _keep_checkpoint(trial, trained, plan, store)
     trial.set_user_attr("seconds", time.perf_counter() - started)
     value = _set_scores(trial, trained.confusion, plan)
     study.tell(trial, value)

@@ -49,12 +49,13 @@ def verdict_of(difference: PairedDifference, epsilon: float) -> Verdict:
 
 
 def images_needed(difference: PairedDifference, epsilon: float) -> int | None:
-    """About how many test images would certify this difference; None where it is itself below `-epsilon`."""
+    """About how many test images would certify this difference; None where it is itself at or below `-epsilon`."""
     room = difference.estimate + epsilon
     if room <= 0:
         return None
     discordant = max(1, difference.gained + difference.lost) / difference.n
-    return math.ceil(1.645**2 * discordant / room**2)
+    # An approximation: where the exact bound has failed, it must not say that there were enough images.
+    return max(difference.n + 1, math.ceil(1.645**2 * discordant / room**2))
 
 
 def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: float, tolerance: float) -> str:
@@ -81,10 +82,12 @@ def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: flo
         kept = f"accuracy is certified to be not more than {epsilon:g} points below the baseline model's"
         return f"{gain}; {kept} ({bound})."
     needed = images_needed(accuracy, epsilon / 100)
-    way_out = (
-        f"about {needed:,} test images would be needed to tell" if needed
-        else f"accuracy on test itself fell by more than {epsilon:g} points"
-    )  # fmt: skip
+    if needed is not None:
+        way_out = f"about {needed:,} test images would be needed to tell"
+    elif accuracy.estimate < -epsilon / 100:
+        way_out = f"accuracy on test itself fell by more than {epsilon:g} points"
+    else:
+        way_out = "the difference is at the limit itself, which no number of images certifies; raise --epsilon"
     return (
         f"{gain}; accuracy was kept on validation, but is not certified on test to be within {epsilon:g} points of the "
         f"baseline model's ({bound}; {way_out})."

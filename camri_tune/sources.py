@@ -109,6 +109,11 @@ def _gtsrb(data_dir: Path) -> Source:
 
     try:
         train, test = listed("train"), listed("test")
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"{data_dir / 'gtsrb' / 'GT-final_test.csv'} is not the list of test labels (it lacks {error}): it is the "
+            f"file of that name from GTSRB_Final_Test_GT.zip, not the one beside the test images"
+        ) from None
     except (RuntimeError, OSError) as error:  # URLError is an OSError
         base = data_dir / "gtsrb"
         raise DataError(
@@ -119,6 +124,17 @@ def _gtsrb(data_dir: Path) -> Source:
         ) from None
     tracks: dict[tuple[int, str], int] = {}
     items = []
+    folders = {Path(path).parent.name for path, _ in train}
+    absent = [c for c in range(len(GTSRB_CLASSES)) if f"{c:05d}" not in folders]
+    if absent or len(folders) != len(GTSRB_CLASSES):
+        # torchvision numbers the folders that are there: one missing would shift every later label.
+        what = f"there are {len(folders)}"
+        if absent:
+            what = f"{absent[0]:05d} ({GTSRB_CLASSES[absent[0]]}) is missing or empty"
+        raise DataError(
+            f"{data_dir / 'gtsrb' / 'GTSRB' / 'Training'} must hold the folders 00000 to {len(GTSRB_CLASSES) - 1:05d} "
+            f"and no others, but {what}; unpack the training images again"
+        )
     for path, label in sorted(train):
         # TRACK_FRAME.ppm: the frames of one track show one physical sign.
         track = tracks.setdefault((label, Path(path).stem.split("_")[0]), len(tracks))
@@ -156,15 +172,22 @@ def _class_folders(root: Path) -> Source:
         "validation": ("val", "valid", "validation"),
         "test": ("test", "testing"),
     }
-    by_lower_name = {entry.name.lower(): entry for entry in root.iterdir() if entry.is_dir()}
+    # A folder called "train" or "test" that holds no folders is a class of that name.
+    by_lower_name = {
+        entry.name.lower(): entry
+        for entry in root.iterdir()
+        if entry.is_dir() and any(_is_class_folder(inner) for inner in entry.iterdir())
+    }
     folders: dict[Part, Path] = {}
     for part, choices in names.items():
         for name in choices:
             if name in by_lower_name:
                 folders.setdefault(part, by_lower_name[name])
-    if "train" not in folders:
-        folders = {"train": root}
-    classes = tuple(sorted(entry.name for entry in folders["train"].iterdir() if _is_class_folder(entry)))
+    held_out = [folder for part, folder in folders.items() if part != "train"]
+    folders.setdefault("train", root)
+    classes = tuple(
+        sorted(entry.name for entry in folders["train"].iterdir() if _is_class_folder(entry) and entry not in held_out)
+    )
     if len(classes) < 2:
         raise DataError(
             f"data set folder {str(folders['train'])!r} has {len(classes)} class folder(s), but a classifier needs at "
@@ -204,9 +227,13 @@ def _is_class_folder(entry: Path) -> bool:
 
 def _image_files(folder: Path) -> tuple[list[Path], int]:
     """Image files under a class folder, sorted, and how many other files were passed over."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
     found = [p for p in files if is_image_file(p)]
     return found, len(files) - len(found)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)  # .ipynb_checkpoints and .thumbnails hold copies
 
 
 def _resized(source: Source, size: int) -> Source:

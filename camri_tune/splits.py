@@ -35,12 +35,11 @@ def hold_out_groups(
     held: set[int] = set()
     kept: set[int] = set()
     # Classes with the fewest groups choose first: with groups that span classes, they have the least choice.
-    members = {c: rng.permutation(np.unique(groups[labels == c])) for c in range(len(classes))}
+    members = {c: _group_sizes(groups[labels == c], rng) for c in range(len(classes))}
     for c in sorted(members, key=lambda c: len(members[c])):
-        in_class = labels == c
-        sizes = {int(g): int(np.sum(in_class & (groups == g))) for g in members[c]}
+        sizes = members[c]
         if len(sizes) < 2:
-            what = f"{np.sum(in_class)} image(s) in {len(sizes)} group(s)"
+            what = f"{sum(sizes.values())} image(s) in {len(sizes)} group(s)"
             raise DataError(
                 f"class {classes[c]!r} has {what}, but needs at least 2 groups (or ungrouped images) to set some aside "
                 f"for {purpose}: add images, provide a folder for {purpose}, or leave the class out"
@@ -76,12 +75,13 @@ def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, c
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
     rank: dict[int, float] = {}
-    for c in range(len(classes)):
-        in_class = rng.permutation(np.unique(groups[labels == c]))
-        for place, g in enumerate(in_class):
-            key = -1.0 if place < 2 else place / len(in_class)
-            rank[int(g)] = min(key, rank.get(int(g), 1.0))
     sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
+    for c in range(len(classes)):
+        in_class = list(_group_sizes(groups[labels == c], rng))
+        first = sorted(in_class, key=lambda g: sizes[g])[:2]  # the smallest, so that small limits can be met
+        for place, g in enumerate(in_class):
+            key = -1.0 if g in first else place / len(in_class)
+            rank[g] = min(key, rank.get(g, 1.0))
     smallest = sum(sizes[g] for g, key in rank.items() if key < 0)
     if limit < smallest:
         raise DataError(
@@ -95,3 +95,9 @@ def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, c
             chosen.append(g)
             total += sizes[g]
     return np.flatnonzero(np.isin(groups, chosen))
+
+
+def _group_sizes(groups: IntArray, rng: np.random.Generator) -> dict[int, int]:
+    """Images of each group, the groups in random order."""
+    names, counts = np.unique(groups, return_counts=True)
+    return {int(names[place]): int(counts[place]) for place in rng.permutation(len(names))}

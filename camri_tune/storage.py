@@ -5,10 +5,10 @@ queue: whoever plans the work enqueues WAITING trials, workers claim them, and s
 many workers there are.
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ import optuna
 import sqlalchemy
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialModel
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune.config import StudyConfig
+from camri_tune.bundle import sha256
+from camri_tune.config import STAGE_SUFFIXES, StudyConfig
 from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError, StudyMismatchError
 from camri_tune.records import TrialRecord, TrialState
@@ -40,15 +42,20 @@ STORAGE_VARIABLE = "CAMRI_STORAGE"  # a password in the URL must not stand on a 
 
 def storage_url(config: StudyConfig) -> str:
     """The storage that `config` names; SQLite in the study's folder by default."""
-    return config.storage or f"sqlite:///{(config.folder / 'study.db').resolve()}"
+    if config.storage:
+        return config.storage
+    path = str((config.folder / "study.db").resolve())
+    return sqlalchemy.URL.create("sqlite", database=path).render_as_string(hide_password=False)
 
 
 def masked(url: str) -> str:
-    """The URL without its password."""
+    """The URL without passwords, neither in its login nor in its query."""
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
+        parsed = sqlalchemy.engine.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
         return "(unreadable URL)"
+    query = {key: "***" if "pass" in key.lower() else value for key, value in parsed.query.items()}
+    return parsed.set(query=query).render_as_string(hide_password=True)
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -58,13 +65,15 @@ def open_storage(url: str) -> RDBStorage:
     # Workers of one study write at the same time: they wait for each other instead of failing.
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
     try:
+        if sqlite and sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
+            raise ValueError("a database in memory cannot be shared with worker processes")
         storage = RDBStorage(url, engine_kwargs=options)
         if sqlite:
             sqlalchemy.event.listen(storage.engine, "connect", _tune_sqlite)
             storage.engine.dispose()  # connections made so far lack the settings
             with storage.engine.connect():
                 pass
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         reason = str(getattr(error, "orig", error)).splitlines()[0].replace(url, masked(url))
         raise InputError(
             f"storage {masked(url)} cannot be opened ({reason}); give a SQLAlchemy URL such as sqlite:///study.db"
@@ -118,7 +127,7 @@ class StudyStore:
         try:
             attributes = optuna.load_study(storage=storage, study_name=name).user_attrs
         except KeyError:
-            known = [n for n in optuna.get_all_study_names(storage) if not n.endswith((".baseline", ".finalists"))]
+            known = [n for n in optuna.get_all_study_names(storage) if not n.endswith(STAGE_SUFFIXES)]
             raise InputError(
                 f"study {name!r} is not in this storage, which has {', '.join(map(repr, known)) or 'no studies'}"
             ) from None
@@ -159,11 +168,25 @@ class StudyStore:
         """Take the next waiting trial of a queue for this process alone; None where none waits."""
         study = self.optuna_study(stage)
         for waiting in study.get_trials(deepcopy=False, states=(OptunaState.WAITING,)):
-            if self._storage.set_trial_state_values(waiting._trial_id, OptunaState.RUNNING):
+            if self._take(waiting._trial_id):
                 if sampler is not None:
                     study.sampler = sampler
                 return Trial(study, waiting._trial_id)
         return None
+
+    def _take(self, trial_id: int) -> bool:
+        """Turn one trial from WAITING to RUNNING; False where another process did.
+
+        Optuna's own change of state reads, then writes, which two processes on SQLite can do at the same time.
+        """
+        table = sqlalchemy.inspect(TrialModel).local_table
+        take = (
+            sqlalchemy.update(table)
+            .where(table.c.trial_id == trial_id, table.c.state == OptunaState.WAITING)
+            .values(state=OptunaState.RUNNING, datetime_start=datetime.now())
+        )
+        with self._storage.engine.begin() as connection:
+            return bool(connection.execute(take).rowcount == 1)
 
     def requeue_interrupted(self, worker: str | None = None) -> int:
         """Fail trials that dead processes left RUNNING and queue each again: those of `worker`, or all.
@@ -202,12 +225,6 @@ class StudyStore:
         except (optuna.artifacts.exceptions.ArtifactNotFound, OSError):
             return False
         return sha256(path) == record.sha256
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

@@ -194,4 +194,4 @@ def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> 
 
 def _warm_then_decay(total: int, warmup: float) -> Callable[[int], float]:
     rise = max(1.0, warmup * total)
-    return lambda step: min((step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))
+    return lambda step: min(1.0, (step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))

@@ -110,7 +110,7 @@ def test_a_model_answers_bit_for_bit_as_it_did(loss: Loss, channels: int, side: 
 def test_all_that_was_written_is_read(bundle: Path) -> None:
     read = read_bundle(bundle)
     assert isinstance(read, Bundle)
-    assert read.config == _config()
+    assert read.config.model_copy(update={"weights_sha256": ""}) == _config()
     assert read.classes == CLASSES
     assert read.metrics == {"verdict": "certified"}
     assert {path.name for path in bundle.iterdir()} == {WEIGHTS, CONFIG, METRICS, CARD}
@@ -119,9 +119,10 @@ def test_all_that_was_written_is_read(bundle: Path) -> None:
 
 
 def test_a_bundle_may_lie_anywhere(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_bundle(bundle).config
     bundle.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    assert read_bundle(Path("moved")).config == _config()
+    assert read_bundle(Path("moved")).config == before
 
 
 @pytest.mark.parametrize("loss", ["camri", "arcface", "cosface-i"])

@@ -191,7 +191,10 @@ def test_the_name_is_the_given_one_or_says_what_is_studied(tmp_path: Path) -> No
     assert config.folder == tmp_path / "runs" / "my_photos-camri-worst1"
 
 
-@given(dataset=st.text(min_size=1).filter(lambda text: "\0" not in text), important=st.lists(st.text(), min_size=1))
+NAMES = st.text(min_size=1).filter(str.strip)
+
+
+@given(dataset=st.text(min_size=1).filter(lambda text: "\0" not in text), important=st.lists(NAMES, min_size=1))
 @settings(deadline=None, max_examples=200)
 def test_any_names_make_a_folder_name_that_is_safe(dataset: str, important: list[str]) -> None:
     config = StudyConfig.build({"dataset": dataset, "important": important, "out": "runs"})

@@ -210,6 +210,16 @@ def test_gradients_are_finite_where_embedding_and_class_weight_are_parallel(
     assert max(gradient.abs().max().item() for gradient in gradients[1:]) < 1e4, "the class weight's is no explosion"
 
 
+@pytest.mark.parametrize("margin", [0.05, 0.5, 1.5, 3.1])
+def test_the_slope_is_bounded_next_to_the_boundary(margin: float) -> None:
+    """At 1 itself some versions of torch hide an infinite slope behind the clamp; a rounding step inside none does."""
+    head = CAMRILoss(2, 3, {0: margin})
+    steps = [0.0, 6e-8, 1.2e-7, 3e-7, 6e-7, 9e-7, -1.2e-7]
+    cosine = torch.tensor([[sign * (1 - step)] for step in steps for sign in (1, -1)], requires_grad=True)
+    (slope,) = torch.autograd.grad(head.with_margin(cosine, torch.zeros_like(cosine, dtype=torch.int64)).sum(), cosine)
+    assert slope.abs().max() <= 1 + 1 / math.sqrt(2e-6), "the slope at a cosine of 1 - 1e-6"
+
+
 @every_head
 def test_gradients_are_finite_for_an_embedding_of_zeros(make: MakeHead) -> None:
     head = _with_weight(make(), 13)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, Trial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune.bundle import load_classifier
+from camri_tune.bundle import load_classifier, sha256
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError, StudyMismatchError
@@ -41,7 +41,7 @@ from camri_tune.search import (
     starting_points,
     tuning_seed,
 )
-from camri_tune.storage import INTERRUPTED, Stage, StudyStore, masked, open_storage, sha256, storage_url
+from camri_tune.storage import INTERRUPTED, Stage, StudyStore, masked, open_storage, storage_url
 from camri_tune.training import predict_logits
 from tests.conftest import MakeFolder
 
