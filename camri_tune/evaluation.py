@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from camri_tune.bundle import load_classifier, read_bundle
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.datasets import Dataset, open_test_images
-from camri_tune.errors import BundleError, InputError
+from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.metrics import confusion_matrix, recall_per_class
 from camri_tune.records import Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
 from camri_tune.search import model_spec
@@ -33,6 +33,9 @@ class Judge:
         self, data: Dataset, store: StudyStore, important: Sequence[int], model: str, device: torch.device
     ) -> None:
         self.test = data.test()
+        for c in important:
+            if not (self.test.labels == c).any():
+                raise DataError(f"class {data.classes[c]!r} has no test images to be judged on: add some, or mend them")
         self._data = data
         self._store = store
         self._important = important

@@ -53,13 +53,15 @@ def images_needed(difference: PairedDifference, epsilon: float) -> int | None:
     room = difference.estimate + epsilon
     if room <= 0:
         return None
-    discordant = max(1, difference.gained + difference.lost) / difference.n
-    # An approximation: where the exact bound has failed, it must not say that there were enough images.
-    return max(difference.n + 1, math.ceil(1.645**2 * discordant / room**2))
+    # Tango's statistic at -epsilon grows with the square root of n where the shares stay as they are: solved for n.
+    gained, lost, delta = difference.gained / difference.n, difference.lost / difference.n, -epsilon
+    b = -gained - lost + (2 - gained + lost) * delta
+    q = (math.sqrt(max(b * b + 8 * lost * delta * (1 - delta), 0.0)) - b) / 4
+    return math.ceil(1.645**2 * (2 * q + delta * (1 - delta)) / room**2)
 
 
 def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: float, tolerance: float) -> str:
-    """One sentence of verdict that says what was measured, on what, over how many seeds."""
+    """One sentence of verdict: what the exported model gained and kept on test, and what is not shown."""
     if best is None:
         return (
             f"No model: no setting kept its mean validation accuracy over seeds at the baseline's"
@@ -75,7 +77,7 @@ def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: flo
     elif recall.estimate > 0:
         gain = f"Recall of {names} on test rose by {_points(recall.estimate)} ({counts}: too few to tell from no gain)"
     elif recall.estimate == 0:
-        gain = f"Recall of {names} on test did not change"
+        gain = f"Recall of {names} on test did not change ({counts})"
     else:
         gain = f"Recall of {names} on test FELL by {_points(-recall.estimate, sign=False)} ({counts})"
     if verdict == "certified":

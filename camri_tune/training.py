@@ -130,7 +130,13 @@ def train(
                 )
             confusion = None
             if epoch == recipe.epochs:
-                confusion = evaluate(classifier, validation, num_classes=num_classes, device=device)
+                logits = predict_logits(classifier, validation.pixels, device)
+                if not torch.isfinite(logits).all():  # the last step alone can ruin the weights
+                    raise TrainingDivergedError(
+                        f"the trained model's logits are not finite with {head}, learning rate "
+                        f"{recipe.learning_rate:.3g}; lower the learning rate"
+                    )
+                confusion = confusion_matrix(validation.labels.numpy(), logits.argmax(dim=1).numpy(), num_classes)
             elif epoch % evaluate_every == 0:
                 with _fast_precision(device):
                     confusion = evaluate(classifier, validation, num_classes=num_classes, device=device)
