@@ -206,6 +206,8 @@ def _states(folder: Path, study: str) -> list[str]:
 
 def _start(out: Path) -> "subprocess.Popen[bytes]":
     command = [str(COMMAND), "run", "--out", str(out), "--name", "d", *LONGER]
+    # As from a terminal: where the tests run as a background job, interrupts are ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
