@@ -97,7 +97,6 @@ class StudyStore:
         self._names: dict[Stage, str] = {
             "baseline": f"{name}.baseline", "search": name, "finalists": f"{name}.finalists"
         }  # fmt: skip
-        self._artifacts_folder = artifacts
         artifacts.mkdir(parents=True, exist_ok=True)
         self._artifacts = FileSystemArtifactStore(str(artifacts))
         self._studies: dict[Stage, Study] = {}

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -167,24 +166,18 @@ def worker_count(config: StudyConfig, device: torch.device) -> int:
     return cpu_count() if device.type == "cpu" else 1
 
 
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    yield
-
-
 def main(arguments: list[str]) -> None:
     """Entry of the processes that `LocalWorkers` starts: NAME DEVICE INDEX THREADS, storage in the environment."""
     name, device, index, threads = arguments
-    with _terminate_as_interrupt():
-        work(
-            storage_url=os.environ[STORAGE_VARIABLE],
-            name=name,
-            device=device,
-            index=int(index),
-            threads=int(threads) or None,
-            parent=os.getppid(),
-        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    work(
+        storage_url=os.environ[STORAGE_VARIABLE],
+        name=name,
+        device=device,
+        index=int(index),
+        threads=int(threads) or None,
+        parent=os.getppid(),
+    )
 
 
 if __name__ == "__main__":
