@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from camri_tune.config import Model
 from camri_tune.errors import BundleError
 from camri_tune.losses import CrossEntropyLoss, Head, NormFaceLoss
-from camri_tune.models import EMBEDDING_SIZE, Classifier, build_body
+from camri_tune.models import Classifier, build_body
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 
@@ -25,7 +26,7 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Literal["compact"]
+    model: Model
     channels: int = Field(ge=1, le=64)
     image_size: int = Field(ge=8, le=512)
     classes: tuple[str, ...] = Field(min_length=2)
@@ -48,7 +49,7 @@ class BundleConfig(BaseModel):
     weights_sha256: str = ""  # filled in when the bundle is written
     input: str = (
         "uint8 RGB (or one channel) images, whole image resized to image_size x image_size with bilinear antialiasing; "
-        "contrast normalisation is part of the model"
+        "normalisation is part of the model"
     )
 
     @field_validator("important")
@@ -81,14 +82,15 @@ def save_weights(classifier: Classifier, path: Path) -> None:
 
 def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
     """Rebuild a classifier from its spec and weights. Raises BundleError where they do not fit each other."""
+    body = build_body(spec.model, channels=spec.channels, image_size=spec.image_size)
     head: Head
     if spec.head == "dense":
-        head = CrossEntropyLoss(len(spec.classes), EMBEDDING_SIZE)
+        head = CrossEntropyLoss(len(spec.classes), body.embedding_size)
     else:
         if spec.scale is None:
             raise BundleError(f"{path.parent / CONFIG} has a cosine head without its scale; export the model again")
-        head = NormFaceLoss(len(spec.classes), EMBEDDING_SIZE, spec.scale)
-    classifier = Classifier(build_body(spec.model, channels=spec.channels, image_size=spec.image_size), head)
+        head = NormFaceLoss(len(spec.classes), body.embedding_size, spec.scale)
+    classifier = Classifier(body, head)
     try:
         classifier.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

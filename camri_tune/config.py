@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from camri_tune.errors import InputError
 
-Loss = Literal["ce", "camri", "l2", "arcface", "cosface-i"]
-BUILT_IN_DATASETS = ("digits", "gtsrb")
+Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
+Model = Literal["compact", "paper-cnn"]
+BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 
 STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
 
@@ -32,7 +33,7 @@ class StudyConfig(BaseModel):
     data_dir: Path = Path("data")
     important: tuple[str, ...] = Field(("worst1",), min_length=1)
     loss: Loss = "camri"
-    model: Literal["compact"] = "compact"
+    model: Model = "compact"
     trials: int = Field(20, ge=1)
     epochs: int | None = Field(None, ge=1)
     seeds: int = Field(3, ge=1)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
+from camri_tune.folders import Part, Source
 from camri_tune.images import Images, read_image
-from camri_tune.sources import Part, Source, find_source
+from camri_tune.sources import find_source
 from camri_tune.splits import hold_out_groups, limit_groups
 
 Progress = Callable[[int, int], None]
@@ -40,17 +41,18 @@ class Dataset:
         self.ignored_files = source.ignored
         self._cache = _Cache(source, config.skip_corrupt, on_progress)
         self._seed = config.seed
+        self._has_test = source.has("test")
 
         pool = self._pool()
-        if config.limit is not None:
-            index = limit_groups(
-                pool.labels.numpy(), pool.groups.numpy(), limit=config.limit, seed=config.seed, classes=self.classes
-            )
-            pool = pool[index]
-        if "validation" in source.parts:
+        if source.has("validation"):
             self.train, self.validation = pool, self._cache.read("validation")
         else:
             self.train, self.validation = self._hold_out(pool, "validation")
+        if config.limit is not None:  # after the split: fewer images to judge on would save little and decide badly
+            labels, groups = self.train.labels.numpy(), self.train.groups.numpy()
+            self.train = self.train[
+                limit_groups(labels, groups, limit=config.limit, seed=config.seed, classes=self.classes)
+            ]
         self.grouped = len(torch.unique(self.train.groups)) < len(self.train)
         for name, images in (("train", self.train), ("validation", self.validation)):
             self._require_every_class(images, name)
@@ -66,14 +68,14 @@ class Dataset:
 
     def test(self) -> Images:
         """The test part. Only the final judgement may call this."""
-        if self._cache.has("test"):
+        if self._has_test:
             return self._cache.read("test")
         return self._hold_out(self._cache.read("train"), "test")[1]
 
     def _pool(self) -> Images:
         """What training and validation are drawn from: everything that is not test."""
         images = self._cache.read("train")
-        return images if self._cache.has("test") else self._hold_out(images, "test")[0]
+        return images if self._has_test else self._hold_out(images, "test")[0]
 
     def _hold_out(self, images: Images, purpose: str) -> tuple[Images, Images]:
         kept, held_out = hold_out_groups(
@@ -131,7 +133,7 @@ def open_test_images(
         raise DataError(
             f"class {foreign[0]!r} of {str(source.root or source.name)!r} is unknown to the model, which has {known}"
         )
-    parts: list[Part] = ["test"] if "test" in source.parts else sorted(source.parts)
+    parts: list[Part] = ["test"] if source.has("test") else sorted({*source.parts, *source.packed})
     if parts != ["test"] and source.root is not None and source.root.resolve() == Path(trained_on.dataset).resolve():
         raise DataError(
             f"data set {str(source.root)!r} has changed since the model was trained on it, so what it learned from "
@@ -160,12 +162,9 @@ class _Cache:
     def skipped(self) -> int:
         return sum(self._skipped.values())
 
-    def has(self, part: Part) -> bool:
-        return part in self._source.parts
-
     def read(self, part: Part) -> Images:
-        if self._source.arrays is not None:
-            return self._source.arrays
+        if part in self._source.packed:
+            return _resized(self._source.packed[part].read(), self._source.image_size)
         path = self._folder / f"{part}.safetensors"
         try:
             tensors = load_file(path)
@@ -212,6 +211,13 @@ class _Cache:
 
 def _unpack(tensors: dict[str, torch.Tensor]) -> tuple[int, Images]:
     return int(tensors["skipped"]), Images(tensors["pixels"], tensors["labels"], tensors["groups"])
+
+
+def _resized(images: Images, size: int) -> Images:
+    if images.pixels.shape[-1] == size:
+        return images
+    pixels = torch.nn.functional.interpolate(images.pixels.float(), (size, size), mode="bilinear", antialias=True)
+    return replace(images, pixels=pixels.round().clamp(0, 255).to(torch.uint8))
 
 
 def _cache_folder() -> Path:

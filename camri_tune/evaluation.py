@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from camri_tune.bundle import load_classifier, read_bundle
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_test_images
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.metrics import confusion_matrix, recall_per_class
@@ -30,7 +30,7 @@ class Judge:
     """Measures a study's models on the test part, which is read when a judge is made and not before."""
 
     def __init__(
-        self, data: Dataset, store: StudyStore, important: Sequence[int], model: str, device: torch.device
+        self, data: Dataset, store: StudyStore, important: Sequence[int], model: Model, device: torch.device
     ) -> None:
         self.test = data.test()
         for c in important:

@@ -31,6 +31,71 @@ class CrossEntropyLoss(nn.Module):
         return F.cross_entropy(self.get_logits(embeddings), labels)
 
 
+class WeightedCrossEntropyLoss(CrossEntropyLoss):
+    """Cross-entropy whose terms of class c weigh `weight[c]`; classes that are not named weigh 1.
+
+    `-w_y log h_y` (Panchapagesan et al. 2016), averaged over the batch's size: PyTorch's own `weight` divides by the
+    sum of the weights, which takes part of the weight back. `weight` maps class index to a factor of at least 0.
+    """
+
+    weights: Tensor
+
+    def __init__(self, num_classes: int, embedding_size: int, weight: Mapping[int, float]) -> None:
+        super().__init__(num_classes, embedding_size)
+        # Not saved with the weights of the network: inference needs no loss.
+        self.register_buffer("weights", _per_class("weight", weight, num_classes, default=1.0), persistent=False)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(self.get_logits(embeddings), labels, reduction="none")
+        return (self.weights[labels] * losses).mean()
+
+
+class CRWWCELoss(CrossEntropyLoss):
+    """Categorical real-world-weight cross-entropy (Ho and Wookey, IEEE Access 2020, arXiv 2001.00570).
+
+    `-[w_fn[y] log h_y + sum_{k != y} w_fp[y, k] log(1 - h_k)]`, averaged over the batch: a true image of class y costs
+    w_fn[y] for what its own probability lacks and w_fp[y, k] for what each wrong class k has. `w_fn` maps class index
+    to a factor (1 for classes that are not named); `w_fp` maps class y to the factor of its whole row (0 for others),
+    or is the matrix (C, C), whose diagonal is not read. With every w_fp zero it is weighted cross-entropy.
+    """
+
+    w_fn: Tensor
+    w_fp: Tensor
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, w_fn: Mapping[int, float], w_fp: Mapping[int, float] | Tensor
+    ) -> None:
+        super().__init__(num_classes, embedding_size)
+        if isinstance(w_fp, Tensor):
+            if w_fp.shape != (num_classes, num_classes) or not bool((w_fp >= 0).all() and w_fp.isfinite().all()):
+                raise ValueError(
+                    f"w_fp must be a matrix ({num_classes}, {num_classes}) of finite factors of at least 0"
+                )
+            matrix = w_fp.to(torch.float32, copy=True)
+        else:
+            matrix = _per_class("w_fp", w_fp, num_classes, default=0.0)[:, None].repeat(1, num_classes)
+        matrix.fill_diagonal_(0)
+        self.register_buffer("w_fn", _per_class("w_fn", w_fn, num_classes, default=1.0), persistent=False)
+        self.register_buffer("w_fp", matrix, persistent=False)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        logits = self.get_logits(embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            missed = self.w_fn[labels] * F.cross_entropy(logits, labels, reduction="none")
+            return (missed - (self.w_fp[labels] * log_complement(logits)).sum(dim=1)).mean()
+
+
+def log_complement(logits: Tensor) -> Tensor:
+    """log(1 - h_k) (N, C) of the softmax h of logits (N, C), also where h_k is almost 1; finite gradients."""
+    everything = logits.logsumexp(dim=1, keepdim=True)
+    top = F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
+    # Only the largest h can come near 1, and for it alone is 1 - h the sum of the others; all others are at most 1/2.
+    others = logits.masked_fill(top, -math.inf)
+    return torch.where(
+        top, others.logsumexp(dim=1, keepdim=True) - everything, torch.log1p(-(others - everything).exp())
+    )
+
+
 class NormFaceLoss(nn.Module):
     """Softmax over scaled cosines, `s * cos(theta_k)`: embeddings and class weights both normalised.
 
@@ -72,17 +137,10 @@ class _MarginLoss(NormFaceLoss):
     margins: Tensor
 
     def __init__(
-        self, num_classes: int, embedding_size: int, margin: float | Mapping[int, float], scale: float, most: float
+        self, num_classes: int, embedding_size: int, margin: Mapping[int, float], scale: float, most: float
     ) -> None:
         super().__init__(num_classes, embedding_size, scale)
-        by_class = margin if isinstance(margin, Mapping) else dict.fromkeys(range(num_classes), margin)
-        margins = torch.zeros(num_classes)
-        for c, value in by_class.items():
-            if not 0 <= c < num_classes:
-                raise ValueError(f"margin names class {c}, but classes are 0 to {num_classes - 1}")
-            if not 0 <= value < most:
-                raise ValueError(f"margin of class {c} is {value}, but must be at least 0 and below {most:.4g}")
-            margins[c] = value
+        margins = _per_class("margin", margin, num_classes, default=0.0, most=most)
         # Not saved with the weights: an exported model has no margin.
         self.register_buffer("margins", margins, persistent=False)
 
@@ -134,6 +192,21 @@ Head = CrossEntropyLoss | NormFaceLoss
 def adacos_scale(num_classes: int) -> float:
     """AdaCos's fixed scale, `sqrt(2) log(C - 1)` (Zhang et al., CVPR 2019): where cosine softmax has useful slope."""
     return math.sqrt(2) * math.log(max(num_classes - 1, 2))
+
+
+def _per_class(
+    name: str, values: Mapping[int, float], num_classes: int, *, default: float, most: float = math.inf
+) -> Tensor:
+    """One value per class (C,), those not named at `default`."""
+    tensor = torch.full((num_classes,), default)
+    for c, value in values.items():
+        if not 0 <= c < num_classes:
+            raise ValueError(f"{name} names class {c}, but classes are 0 to {num_classes - 1}")
+        if not 0 <= value < most:
+            rule = f"at least 0 and below {most:.4g}" if math.isfinite(most) else "a finite number of at least 0"
+            raise ValueError(f"{name} of class {c} is {value}, but must be {rule}")
+        tensor[c] = value
+    return tensor
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from camri_tune.config import Model
 from camri_tune.losses import Head
-
-EMBEDDING_SIZE = 128
 
 
 class ContrastNormalisation(nn.Module):
@@ -30,12 +29,16 @@ def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[
 class CompactCNN(nn.Module):
     """Five convolutions to a batch-normalised embedding (N, 128); 0.44 M parameters for 32x32 RGB.
 
-    Images (N, C, S, S) of any side from 8 pixels are brought to a 4x4 map; the first halving is a strided 4x4
-    convolution, since full resolution is where a small network spends most of its time.
+    Each image's light and contrast are evened out first. Images (N, C, S, S) of any side from 8 pixels are brought to a
+    4x4 map; the first halving is a strided 4x4 convolution, since full resolution is where a small network spends most
+    of its time.
     """
+
+    embedding_size = 128
 
     def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
+        self.normalise = ContrastNormalisation()
         # Small images have fewer halvings to give: the stem's goes first, then the last pool's.
         stem = _block(channels, 32, 4, 2) if image_size >= 24 else _block(channels, 32)
         last_pool: nn.Module = nn.MaxPool2d(2) if image_size in (16, 32) else nn.AdaptiveMaxPool2d(4)
@@ -53,34 +56,73 @@ class CompactCNN(nn.Module):
         self.embed = nn.Sequential(
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(96 * 16, EMBEDDING_SIZE, bias=False),
-            nn.BatchNorm1d(EMBEDDING_SIZE),
+            nn.Linear(96 * 16, self.embedding_size, bias=False),
+            nn.BatchNorm1d(self.embedding_size),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.embed(self.features(images))
+        features: Tensor = self.embed(self.features(_channels_last(self.normalise(images))))
         return features
 
 
-class Classifier(nn.Module):
-    """Images to logits: contrast normalisation, network, head without margin. This is what is exported."""
+class PaperCNN(nn.Module):
+    """The CAMRI authors' network for CIFAR-10: 13 convolutions of 3x3 with ReLU to an embedding (N, 512).
 
-    def __init__(self, body: nn.Module, head: Head) -> None:
+    Images (N, C, S, S) of any side from 8 pixels, scaled to [0, 1] and not normalised otherwise. Batch normalisation
+    follows the ReLU where it stands, as in their code.
+    """
+
+    embedding_size = 512
+
+    def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
-        self.normalise = ContrastNormalisation()
+        layers: list[nn.Module] = []
+        inputs = channels
+        # Numbers are convolutions of so many channels, B is batch normalisation, P halves and drops out a quarter.
+        plan = "64 64 B 64 P 128 128 B 128 P 256 256 B 256 256 256 B 512 512"
+        for step in plan.split():
+            if step == "B":
+                layers.append(nn.BatchNorm2d(inputs))
+            elif step == "P":
+                layers += [nn.MaxPool2d(2), nn.Dropout(0.25)]
+            else:
+                layers += [nn.Conv2d(inputs, int(step), 3, padding=1), nn.ReLU(inplace=True)]
+                inputs = int(step)
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        dense = nn.Linear(inputs, self.embedding_size)
+        nn.init.kaiming_normal_(dense.weight)
+        self.embed = nn.Sequential(dense, nn.BatchNorm1d(self.embedding_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.embed(self.features(_channels_last(images.float() / 255)))
+        return features
+
+
+Body = CompactCNN | PaperCNN
+_BODIES: dict[Model, type[CompactCNN] | type[PaperCNN]] = {"compact": CompactCNN, "paper-cnn": PaperCNN}
+
+
+class Classifier(nn.Module):
+    """Images to logits: network with its own normalisation, head without margin. This is what is exported."""
+
+    def __init__(self, body: Body, head: Head) -> None:
+        super().__init__()
         self.body = body
         self.head = head
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (N, D) of uint8 images (N, C, S, S)."""
-        embeddings: Tensor = self.body(self.normalise(images).contiguous(memory_format=torch.channels_last))
+        """Embeddings (N, D) of uint8 or float images (N, C, S, S) of range 0 to 255."""
+        embeddings: Tensor = self.body(images)
         return embeddings
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head.get_logits(self.embed(images))
 
 
-def build_body(name: str, *, channels: int, image_size: int) -> nn.Module:
+def build_body(name: Model, *, channels: int, image_size: int) -> Body:
     """The network called `name`, freshly initialised from torch's global generator, in channels_last."""
-    bodies = {"compact": CompactCNN}
-    return bodies[name](channels, image_size).to(memory_format=torch.channels_last)
+    return _BODIES[name](channels, image_size).to(memory_format=torch.channels_last)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)

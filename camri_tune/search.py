@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 import torch
@@ -16,18 +17,39 @@ from optuna.trial import Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import ModelSpec, save_weights
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset
 from camri_tune.errors import TrainingDivergedError
 from camri_tune.losses import adacos_scale
 from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
 from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner
 from camri_tune.storage import Stage, StudyStore
-from camri_tune.training import HeadSpec, Progress, Recipe, Trained, train
+from camri_tune.training import HeadSpec, Progress, Trained, recipe_of, train
 
-DEFAULT_LEARNING_RATE = 4e-3
-SCALE_RANGE = (4.0, 64.0)
-MARGIN_RANGE = (0.0, 0.6)
+
+class Range(NamedTuple):
+    """What a parameter of a loss may be, and whether each important class has one of its own."""
+
+    low: float
+    high: float
+    log: bool
+    per_class: bool
+
+
+SCALE = Range(4.0, 64.0, log=True, per_class=False)
+MARGIN = Range(0.0, 0.6, log=False, per_class=True)
+WEIGHT = Range(1.0, 32.0, log=True, per_class=True)
+W_FP = Range(0.03, 8.0, log=True, per_class=True)
+# Beside the learning rate, which every loss has.
+SPACES: dict[Loss, dict[str, Range]] = {
+    "ce": {},
+    "wce": {"weight": WEIGHT},
+    "crwwce": {"w_fn": WEIGHT, "w_fp": W_FP},
+    "l2": {"scale": SCALE},
+    "arcface": {"scale": SCALE, "margin": MARGIN._replace(per_class=False)},
+    "camri": {"scale": SCALE, "margin": MARGIN},
+    "cosface-i": {"scale": SCALE, "margin": MARGIN},
+}
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 TUNING_SEED_OFFSET = 20_000
@@ -42,7 +64,7 @@ class Plan:
     device: torch.device
     important: tuple[int, ...] = ()
     floor: float | None = None
-    baseline_learning_rate: float = DEFAULT_LEARNING_RATE
+    baseline_learning_rate: float = 0.0
 
     @property
     def epochs(self) -> int:
@@ -59,35 +81,52 @@ def tuning_seed(config: StudyConfig) -> int:
     return config.seed * 100_000 + TUNING_SEED_OFFSET
 
 
-def has_scale(loss: Loss) -> bool:
-    return loss != "ce"
+def parameter_names(loss: Loss, important: Sequence[int]) -> dict[str, str]:
+    """Every parameter of a loss by its name in a study, with its name in `SPACES`.
+
+    With several important classes one per class is called `margin_CLASS`.
+    """
+    names: dict[str, str] = {}
+    for name, allowed in SPACES[loss].items():
+        several = allowed.per_class and len(important) > 1
+        names |= {f"{name}_{c}": name for c in sorted(important)} if several else {name: name}
+    return names
 
 
-def has_margin(loss: Loss) -> bool:
-    return loss in ("camri", "arcface", "cosface-i")
+def head_spec(loss: Loss, params: Mapping[str, float], important: Sequence[int]) -> HeadSpec:
+    """The head and loss that a trial's parameters stand for."""
 
+    def by_class(name: str) -> dict[int, float]:
+        return {c: params[key] for c in important if (key := name if name in params else f"{name}_{c}") in params}
 
-def margin_names(loss: Loss, important: Sequence[int]) -> dict[int, str]:
-    """The margin parameter of each important class: `margin`, or with several classes `margin_CLASS`."""
-    if loss == "arcface" or len(important) == 1:
-        return dict.fromkeys(important, "margin")
-    return {c: f"margin_{c}" for c in important}
+    return HeadSpec(
+        loss,
+        scale=params.get("scale", HeadSpec.scale),
+        margins=by_class("margin"),
+        weights=by_class("weight") or by_class("w_fn"),
+        w_fp=by_class("w_fp"),
+    )
 
 
 def starting_points(
     loss: Loss, important: Sequence[int], num_classes: int, learning_rate: float
 ) -> list[dict[str, float]]:
     """Known good points to try first: the authors' scales 8 and 16 and AdaCos's, margins of a few pi/64."""
-    if not has_scale(loss):
-        return [{"learning_rate": learning_rate}]
-    adacos = min(max(adacos_scale(num_classes), SCALE_RANGE[0]), SCALE_RANGE[1])
+    step = math.pi / 64
+    adacos = min(max(adacos_scale(num_classes), SCALE.low), SCALE.high)
+    scale, margin = (16.0, 8.0, 16.0, adacos), (4 * step, 4 * step, 8 * step, 2 * step)
+    values = {"scale": scale, "margin": margin, "weight": (2.0, 4.0, 8.0, 16.0), "w_fn": (2.0, 4.0, 8.0, 2.0),
+              "w_fp": (0.1, 0.3, 1.0, 2.0)}  # fmt: skip
+    if loss == "l2":
+        values["scale"] = (16.0, 8.0, 32.0, adacos)
     points = []
-    for scale, steps in ((16.0, 4), (8.0, 4), (16.0, 8), (adacos, 2)):
-        point = {"learning_rate": learning_rate, "scale": scale}
-        if has_margin(loss):
-            point |= dict.fromkeys(margin_names(loss, important).values(), steps * math.pi / 64)
-        points.append(point)
-    return points if has_margin(loss) else [p for i, p in enumerate(points) if i != 2]  # without a margin 0 and 2 agree
+    for place in range(len(scale)):
+        point = {"learning_rate": learning_rate}
+        for name, kind in parameter_names(loss, important).items():
+            point[name] = values[kind][place]
+        if point not in points:
+            points.append(point)
+    return points
 
 
 def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
@@ -96,15 +135,11 @@ def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
         return HeadSpec("ce"), trial.suggest_float("learning_rate", 1e-5, 1.0, log=True)
     loss, base = plan.config.loss, plan.baseline_learning_rate
     learning_rate = trial.suggest_float("learning_rate", base / 4, base * 4, log=True)
-    if not has_scale(loss):
-        return HeadSpec(loss), learning_rate
-    scale = trial.suggest_float("scale", *SCALE_RANGE, log=True)
-    margins = {}
-    if has_margin(loss):
-        names = margin_names(loss, plan.important)
-        values = {name: trial.suggest_float(name, *MARGIN_RANGE) for name in sorted(set(names.values()))}
-        margins = {c: values[name] for c, name in names.items()}
-    return HeadSpec(loss, scale, margins), learning_rate
+    params = {}
+    for name, kind in parameter_names(loss, plan.important).items():
+        allowed = SPACES[loss][kind]
+        params[name] = trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)
+    return head_spec(loss, params, plan.important), learning_rate
 
 
 def make_sampler(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
@@ -165,9 +200,10 @@ def _train(trial: Trial, stage: Stage, plan: Plan) -> Trained:
                 )  # before pruning: a trial without constraint looks feasible
                 raise optuna.TrialPruned
 
-    recipe = Recipe(epochs=plan.epochs, learning_rate=learning_rate, augmentation=plan.data.augmentation)
+    model = plan.config.model
+    recipe = recipe_of(model, epochs=plan.epochs, learning_rate=learning_rate, augmentation=plan.data.augmentation)
     return train(
-        plan.config.model,
+        model,
         head,
         plan.data.train,
         plan.data.validation,
@@ -202,14 +238,14 @@ def _keep_checkpoint(trial: Trial, trained: Trained, plan: Plan, store: StudySto
         store.save_checkpoint(trial, path)
 
 
-def model_spec(data: Dataset, model: str, loss: Loss, params: Mapping[str, float]) -> ModelSpec:
+def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, float]) -> ModelSpec:
     """How to rebuild a trial's model for inference."""
     return ModelSpec(
         model=model,
         channels=data.channels,
         image_size=data.image_size,
         classes=data.classes,
-        head="dense" if loss == "ce" else "cosine",
+        head="cosine" if "scale" in SPACES[loss] else "dense",
         scale=params.get("scale"),
     )
 

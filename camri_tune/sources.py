@@ -1,10 +1,10 @@
-"""Where images come from: the built-in data sets and folders of class folders, listed but not yet decoded."""
+"""The data sets by name, and the source that a study's configuration names."""
 
-import hashlib
-import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ import torch
 from camri_tune.augmentation import Augmentation
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
-from camri_tune.images import Images, is_image_file
+from camri_tune.folders import Item, Packed, Part, Source, class_folders, image_files
+from camri_tune.images import Images
 
-Part = Literal["train", "validation", "test"]
-CACHE_FORMAT = 1  # raise when decoding changes, so that old caches are not read
+Opened = TypeVar("Opened")
+PHOTOGRAPHS = Augmentation(shift=0.12, zoom=0.12, light=0.1, mirror=True)
+AWA2_URL = "https://cvml.ista.ac.at/AwA2/AwA2-data.zip"
 GTSRB_CLASSES = tuple(
     """Speed limit 20|Speed limit 30|Speed limit 50|Speed limit 60|Speed limit 70|Speed limit 80|
     End of speed limit 80|Speed limit 100|Speed limit 120|No passing|No passing for trucks|Right of way|Priority road|
@@ -25,67 +27,29 @@ GTSRB_CLASSES = tuple(
     Ahead only|Go straight or right|Go straight or left|Keep right|Keep left|Roundabout|End of no passing|
     End of no passing for trucks""".replace("\n    ", "").split("|")
 )
-
-
-class Item(NamedTuple):
-    path: Path
-    label: int
-    group: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a data set's images come from. `parts` holds files; `arrays` holds what needs no decoding."""
-
-    name: str
-    root: Path | None
-    classes: tuple[str, ...]
-    image_size: int
-    epochs: int
-    augmentation: Augmentation
-    parts: dict[Part, list[Item]] = field(default_factory=dict)
-    arrays: Images | None = None
-    ignored: int = 0
-
-    def fingerprint(self) -> str:
-        """What a study is on: names and sizes of files, or the bytes of arrays; moving the folder keeps it."""
-        digest = hashlib.sha256(json.dumps([self.classes, self.image_size]).encode())
-        for part, items in sorted(self.parts.items()):
-            for item in items:
-                path = item.path.relative_to(self.root) if self.root else item.path
-                digest.update(f"{part}\0{path}\0{item.path.stat().st_size}\0{item.label}\0{item.group}\n".encode())
-        if self.arrays is not None:
-            digest.update(self.arrays.pixels.numpy().tobytes() + self.arrays.labels.numpy().tobytes())
-        return digest.hexdigest()[:20]
-
-    def cache_key(self) -> str:
-        """What a decoded copy is of: also where the files are and when they changed, for sizes can stay the same."""
-        digest = hashlib.sha256(f"{CACHE_FORMAT}\0{self.fingerprint()}".encode())
-        for _, items in sorted(self.parts.items()):
-            for item in items:
-                digest.update(f"{item.path}\0{item.path.stat().st_mtime_ns}\n".encode())
-        return digest.hexdigest()[:20]
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def find_source(config: StudyConfig) -> Source:
     """The source that `config` names. Raises DataError in one clear line where there is none."""
+    built_in = {"gtsrb": _gtsrb, "cifar10": _cifar10, "mnist": _mnist, "awa2": _awa2}
     if config.dataset == "digits":
         source = _digits()
-    elif config.dataset == "gtsrb":
-        source = _gtsrb(config.data_dir)
+    elif config.dataset in built_in:
+        source = built_in[config.dataset](config.data_dir)
     else:
         source = _folder(config.dataset)
-    if config.image_size is not None and config.image_size != source.image_size:
-        source = _resized(source, config.image_size)
-    return source
+    return source if config.image_size is None else replace(source, image_size=config.image_size)
 
 
 def _digits() -> Source:
     from sklearn.datasets import load_digits  # noqa: PLC0415 - half a second that other data sets need not pay
 
-    bunch = load_digits()
-    pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    def read() -> Images:
+        bunch = load_digits()
+        pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
+        return _ungrouped(pixels, torch.from_numpy(bunch.target))
+
     return Source(
         name="digits",
         root=None,
@@ -93,7 +57,7 @@ def _digits() -> Source:
         image_size=8,
         epochs=20,
         augmentation=Augmentation(rotate=8, shift=0.06, zoom=0.08, shear=0.08),
-        arrays=Images(pixels, labels, torch.arange(len(labels))),
+        packed={"train": Packed((), read)},
     )
 
 
@@ -101,26 +65,21 @@ def _gtsrb(data_dir: Path) -> Source:
     from torchvision.datasets import GTSRB  # noqa: PLC0415 - two seconds that other data sets need not pay
 
     def listed(split: str) -> list[tuple[str, int]]:
-        try:
-            data = GTSRB(str(data_dir), split=split)
-        except (RuntimeError, OSError):
-            data = GTSRB(str(data_dir), split=split, download=True)
-        return list(data._samples)  # the list of (path, label); there is no public name for it
+        # `_samples` is the list of (path, label); there is no public name for it.
+        return _open_or_download(
+            lambda download: list(GTSRB(str(data_dir), split=split, download=download)._samples),
+            f"data set gtsrb is not complete in --data-dir {str(data_dir)!r}",
+            f"put the images under {base}/GTSRB/Training/CLASS/*.ppm and {base}/GTSRB/Final_Test/Images/*.ppm and the "
+            f"labels in {base}/GT-final_test.csv, or name the folder that holds 'gtsrb' with --data-dir",
+        )
 
+    base = data_dir / "gtsrb"
     try:
         train, test = listed("train"), listed("test")
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"{data_dir / 'gtsrb' / 'GT-final_test.csv'} is not the list of test labels (it lacks {error}): it is the "
-            f"file of that name from GTSRB_Final_Test_GT.zip, not the one beside the test images"
-        ) from None
-    except (RuntimeError, OSError) as error:  # URLError is an OSError
-        base = data_dir / "gtsrb"
-        raise DataError(
-            f"data set gtsrb is not complete in --data-dir {str(data_dir)!r} and could not be downloaded "
-            f"({_first_line(error)}): put the images under {base}/GTSRB/Training/CLASS/*.ppm and "
-            f"{base}/GTSRB/Final_Test/Images/*.ppm and the labels in {base}/GT-final_test.csv, or name the folder that "
-            f"holds 'gtsrb' with --data-dir"
+            f"{base / 'GT-final_test.csv'} is not the list of test labels (it lacks {error}): it is the file of that "
+            f"name from GTSRB_Final_Test_GT.zip, not the one beside the test images"
         ) from None
     tracks: dict[tuple[int, str], int] = {}
     items = []
@@ -132,7 +91,7 @@ def _gtsrb(data_dir: Path) -> Source:
         if absent:
             what = f"{absent[0]:05d} ({GTSRB_CLASSES[absent[0]]}) is missing or empty"
         raise DataError(
-            f"{data_dir / 'gtsrb' / 'GTSRB' / 'Training'} must hold the folders 00000 to {len(GTSRB_CLASSES) - 1:05d} "
+            f"{base / 'GTSRB' / 'Training'} must hold the folders 00000 to {len(GTSRB_CLASSES) - 1:05d} "
             f"and no others, but {what}; unpack the training images again"
         )
     for path, label in sorted(train):
@@ -144,12 +103,125 @@ def _gtsrb(data_dir: Path) -> Source:
         raise DataError(f"test image {str(missing[0])!r} is listed in GT-final_test.csv but does not exist")
     return Source(
         name="gtsrb",
-        root=data_dir / "gtsrb",
+        root=base,
         classes=GTSRB_CLASSES,
         image_size=32,
         epochs=12,
         augmentation=Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6),
         parts={"train": items, "test": [Item(Path(p), label, i) for i, (p, label) in enumerate(test)]},
+    )
+
+
+def _cifar10(data_dir: Path) -> Source:
+    """From torchvision's files, or from class folders DATA_DIR/cifar10/{train,test}/CLASS/*."""
+    folder = data_dir / "cifar10"
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        source = class_folders(folder)
+        if source.classes != CIFAR10_CLASSES:
+            raise DataError(f"{folder / 'train'} must hold the ten class folders {', '.join(CIFAR10_CLASSES)}")
+        return replace(source, name="cifar10", epochs=20, augmentation=PHOTOGRAPHS)
+
+    from torchvision.datasets import CIFAR10  # noqa: PLC0415 - two seconds that other data sets need not pay
+
+    def read(part: Part) -> Images:
+        data = CIFAR10(str(data_dir), train=part == "train")
+        return _ungrouped(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
+
+    _open_or_download(
+        lambda download: CIFAR10(str(data_dir), download=download),
+        f"data set cifar10 is not complete in --data-dir {str(data_dir)!r}",
+        f"put the Python version's files under {data_dir / CIFAR10.base_folder}/, or images under "
+        f"{folder}/train/CLASS/ and {folder}/test/CLASS/, or name the folder that holds one of them with --data-dir",
+    )
+    batches = data_dir / CIFAR10.base_folder
+    names: dict[Part, list[str]] = {
+        "train": [name for name, _ in CIFAR10.train_list],
+        "test": [name for name, _ in CIFAR10.test_list],
+    }
+    return Source(
+        name="cifar10",
+        root=batches,
+        classes=CIFAR10_CLASSES,
+        image_size=32,
+        epochs=20,
+        augmentation=PHOTOGRAPHS,
+        packed={part: Packed(tuple(batches / n for n in names[part]), partial(read, part)) for part in names},
+    )
+
+
+def _mnist(data_dir: Path) -> Source:
+    from torchvision.datasets import MNIST  # noqa: PLC0415 - two seconds that other data sets need not pay
+
+    def read(part: Part) -> Images:
+        data = MNIST(str(data_dir), train=part == "train")
+        return _ungrouped(data.data[:, None], data.targets)
+
+    raw = data_dir / "MNIST" / "raw"
+    _open_or_download(
+        lambda download: MNIST(str(data_dir), download=download),
+        f"data set mnist is not complete in --data-dir {str(data_dir)!r}",
+        f"put the four IDX files under {raw}/, or name the folder that holds 'MNIST' with --data-dir",
+    )
+    prefixes: dict[Part, str] = {"train": "train", "test": "t10k"}
+    files = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    return Source(
+        name="mnist",
+        root=raw,
+        classes=tuple(str(c) for c in range(10)),
+        image_size=28,
+        epochs=8,
+        augmentation=Augmentation(rotate=10, shift=0.07, zoom=0.1, shear=0.1),
+        packed={
+            part: Packed(tuple(raw / f"{prefix}-{name}" for name in files), partial(read, part))
+            for part, prefix in prefixes.items()
+        },
+    )
+
+
+def _awa2(data_dir: Path) -> Source:
+    """Animals with Attributes 2 (Xian et al. 2018): 37,322 photographs of 50 animals, as published.
+
+    Its published split is for zero-shot learning and shares no class between its parts. As the CAMRI paper does, the
+    images are split at random instead: test and validation are drawn from all, by class, with the study's seed.
+    """
+    places = [data_dir / "awa2" / "Animals_with_Attributes2", data_dir / "Animals_with_Attributes2"]
+
+    def find(download: bool) -> Path:
+        if download:
+            from torchvision.datasets.utils import download_and_extract_archive  # noqa: PLC0415 - as above
+
+            download_and_extract_archive(AWA2_URL, str(data_dir / "awa2"), remove_finished=True)
+        for place in places:
+            if (place / "classes.txt").is_file() and (place / "JPEGImages").is_dir():
+                return place
+        raise FileNotFoundError("no classes.txt beside a folder JPEGImages")
+
+    root = _open_or_download(
+        find,
+        f"data set awa2 is not complete in --data-dir {str(data_dir)!r}",
+        f"unpack AwA2-data.zip (13 GB) so that {places[0]}/ holds classes.txt and JPEGImages/CLASS/*.jpg, or name the "
+        f"folder that holds 'awa2' with --data-dir",
+    )
+    # Lines such as "     1	antelope".
+    classes = tuple(line.split()[-1] for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    items: list[Item] = []
+    ignored = 0
+    for label, name in enumerate(classes):
+        folder = root / "JPEGImages" / name
+        found, others = image_files(folder) if folder.is_dir() else ([], 0)
+        if not found:
+            raise DataError(f"{root / 'classes.txt'} lists {name!r}, but {folder} has no images; unpack the zip again")
+        items += [Item(path, label, len(items) + place) for place, path in enumerate(found)]
+        ignored += others
+    return Source(
+        name="awa2",
+        root=root,
+        classes=classes,
+        image_size=64,
+        epochs=20,
+        augmentation=PHOTOGRAPHS,
+        parts={"train": items},
+        ignored=ignored,
     )
 
 
@@ -161,87 +233,25 @@ def _folder(dataset: str) -> Source:
             raise DataError(f"data set {dataset!r} is a file; give a folder of class folders, or one of {known}")
         raise DataError(f"unknown data set {dataset!r}: give one of {known}, or the path of a folder of class folders")
     try:
-        return _class_folders(root)
+        return class_folders(root)
     except OSError as error:
         raise DataError(f"data set folder {dataset!r} cannot be read ({error.strerror}: {error.filename})") from None
 
 
-def _class_folders(root: Path) -> Source:
-    names: dict[Part, tuple[str, ...]] = {
-        "train": ("train", "training"),
-        "validation": ("val", "valid", "validation"),
-        "test": ("test", "testing"),
-    }
-    # A folder called "train" or "test" that holds no folders is a class of that name.
-    by_lower_name = {
-        entry.name.lower(): entry
-        for entry in root.iterdir()
-        if entry.is_dir() and any(_is_class_folder(inner) for inner in entry.iterdir())
-    }
-    folders: dict[Part, Path] = {}
-    for part, choices in names.items():
-        for name in choices:
-            if name in by_lower_name:
-                folders.setdefault(part, by_lower_name[name])
-    held_out = [folder for part, folder in folders.items() if part != "train"]
-    folders.setdefault("train", root)
-    classes = tuple(
-        sorted(entry.name for entry in folders["train"].iterdir() if _is_class_folder(entry) and entry not in held_out)
-    )
-    if len(classes) < 2:
-        raise DataError(
-            f"data set folder {str(folders['train'])!r} has {len(classes)} class folder(s), but a classifier needs at "
-            f"least 2: lay it out as PATH/CLASS/*.jpg or PATH/train/CLASS/*.jpg"
-        )
-    parts: dict[Part, list[Item]] = {}
-    ignored = 0
-    for part, folder in folders.items():
-        unknown = sorted({entry.name for entry in folder.iterdir() if _is_class_folder(entry)} - set(classes))
-        if unknown:
-            raise DataError(
-                f"class folder {str(folder / unknown[0])!r} has no counterpart in {str(folders['train'])!r}"
-            )
-        items = []
-        for label, name in enumerate(classes):
-            found, others = _image_files(folder / name)
-            ignored += others
-            if not found:
-                raise DataError(f"class folder {str(folder / name)!r} has no images; add some or remove the folder")
-            items += [(path, label) for path in found]
-        parts[part] = [Item(path, label, index) for index, (path, label) in enumerate(items)]
-    return Source(
-        name=root.resolve().name,
-        root=root,
-        classes=classes,
-        image_size=32,
-        epochs=20,
-        augmentation=Augmentation(rotate=8, shift=0.1, zoom=0.1, light=0.1),
-        parts=parts,
-        ignored=ignored,
-    )
+def _open_or_download(open_it: Callable[[bool], Opened], problem: str, way_out: str) -> Opened:
+    """`open_it(False)`, and where that fails `open_it(True)`, which downloads. Raises DataError where both fail."""
+    try:
+        return open_it(False)
+    except (RuntimeError, OSError):
+        pass
+    try:
+        return open_it(True)
+    except (RuntimeError, OSError) as error:  # URLError is an OSError
+        raise DataError(f"{problem} and could not be downloaded ({_first_line(error)}): {way_out}") from None
 
 
-def _is_class_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__"))
-
-
-def _image_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files under a class folder, sorted, and how many other files were passed over."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
-    found = [p for p in files if is_image_file(p)]
-    return found, len(files) - len(found)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)  # .ipynb_checkpoints and .thumbnails hold copies
-
-
-def _resized(source: Source, size: int) -> Source:
-    arrays = source.arrays
-    if arrays is not None:
-        pixels = torch.nn.functional.interpolate(arrays.pixels.float(), (size, size), mode="bilinear", antialias=True)
-        arrays = replace(arrays, pixels=pixels.round().clamp(0, 255).to(torch.uint8))
-    return replace(source, image_size=size, arrays=arrays)
+def _ungrouped(pixels: torch.Tensor, labels: torch.Tensor) -> Images:
+    return Images(pixels, labels.to(torch.int64), torch.arange(len(labels)))
 
 
 def _first_line(error: Exception) -> str:

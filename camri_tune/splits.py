@@ -67,9 +67,9 @@ def hold_out_groups(
 
 
 def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, classes: Sequence[str]) -> IntArray:
-    """Indices of at most `limit` images: whole groups, classes in about their own proportions, two groups of each.
+    """Indices of at most `limit` images: whole groups, one of each class and more, in about the classes' proportions.
 
-    Raises DataError with the smallest possible limit where `limit` cannot keep two groups of every class.
+    Raises DataError with the smallest possible limit where `limit` cannot keep a group of every class.
     """
     if limit >= len(labels):
         return np.arange(len(labels))
@@ -78,14 +78,14 @@ def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, c
     sizes = dict(zip(*(part.tolist() for part in np.unique(groups, return_counts=True)), strict=True))
     for c in range(len(classes)):
         in_class = list(_group_sizes(groups[labels == c], rng))
-        first = sorted(in_class, key=lambda g: sizes[g])[:2]  # the smallest, so that small limits can be met
+        first = min(in_class, key=lambda g: sizes[g])  # the smallest, so that small limits can be met
         for place, g in enumerate(in_class):
-            key = -1.0 if g in first else place / len(in_class)
+            key = -1.0 if g == first else place / len(in_class)
             rank[g] = min(key, rank.get(g, 1.0))
     smallest = sum(sizes[g] for g, key in rank.items() if key < 0)
     if limit < smallest:
         raise DataError(
-            f"--limit {limit} is too few: two groups of each of {len(classes)} classes are {smallest} images; "
+            f"--limit {limit} is too few: one group of each of {len(classes)} classes is {smallest} images; "
             f"give at least {smallest}"
         )
     chosen: list[int] = []

@@ -9,9 +9,10 @@ from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError
 from camri_tune.images import describe_counts
 from camri_tune.records import Baseline, TrialRecord
-from camri_tune.search import DEFAULT_LEARNING_RATE, replicate_seed, starting_points, tuning_seed
+from camri_tune.search import replicate_seed, starting_points, tuning_seed
 from camri_tune.selection import finalists, nothing_to_gain, rank_settings
 from camri_tune.storage import INTERRUPTED, Stage, StudyStore
+from camri_tune.training import default_learning_rate
 from camri_tune.worker import LocalWorkers, worker_count
 
 ROUNDS_OF_FINALISTS = 2
@@ -60,15 +61,16 @@ class Stages:
     def measure_baseline(self) -> Baseline:
         """Tune the learning rate of cross-entropy, then train it on R fresh seeds; settle who is important."""
         tuning, seeds = tuning_seed(self.config), self.seeds()
+        default = default_learning_rate(self.config.model)
         while True:
             self._finish("baseline")  # what an earlier run left queued comes first
             tried = [r for r in self.records("baseline") if r.seed == tuning]
-            rates = next_learning_rates(tried, DEFAULT_LEARNING_RATE)
+            rates = next_learning_rates(tried, default)
             if not rates:
                 break
             for rate in rates:
                 self.store.enqueue("baseline", {"learning_rate": rate}, seed=tuning)
-        best = best_learning_rate(tried, DEFAULT_LEARNING_RATE)
+        best = best_learning_rate(tried, default)
         if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
         done = {r.seed for r in self.records("baseline")}

@@ -9,17 +9,27 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from camri_tune.augmentation import Augmentation, augment
-from camri_tune.config import Loss
+from camri_tune.config import Loss, Model
 from camri_tune.errors import InputError, TrainingDivergedError
 from camri_tune.images import Images
-from camri_tune.losses import ArcFaceLoss, CAMRILoss, CosFaceLoss, CrossEntropyLoss, Head, NormFaceLoss
+from camri_tune.losses import (
+    ArcFaceLoss,
+    CAMRILoss,
+    CosFaceLoss,
+    CrossEntropyLoss,
+    CRWWCELoss,
+    Head,
+    NormFaceLoss,
+    WeightedCrossEntropyLoss,
+)
 from camri_tune.metrics import IntArray, confusion_matrix
-from camri_tune.models import EMBEDDING_SIZE, Classifier, build_body
+from camri_tune.models import Classifier, build_body
 
 EVALUATIONS = 6  # per training: enough for a learning curve and a pruner, 3 % of the time
 EVALUATION_BATCH = 512
@@ -27,36 +37,58 @@ EVALUATION_BATCH = 512
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head and loss by name. `margins` maps class index to radians (a cosine difference for `cosface-i`)."""
+    """A head and loss by name, with what that loss reads of the rest.
+
+    All map class index to a value: `margins` to radians (a cosine difference for `cosface-i`; for `arcface` the first
+    holds for every class), `weights` to the factor of `wce` and to w_fn of `crwwce`, `w_fp` to that of `crwwce`.
+    """
 
     loss: Loss
     scale: float = 16.0
     margins: dict[int, float] = field(default_factory=dict)
+    weights: dict[int, float] = field(default_factory=dict)
+    w_fp: dict[int, float] = field(default_factory=dict)
 
-    def build(self, num_classes: int) -> Head:
-        match self.loss:
-            case "ce":
-                return CrossEntropyLoss(num_classes, EMBEDDING_SIZE)
-            case "l2":
-                return NormFaceLoss(num_classes, EMBEDDING_SIZE, self.scale)
-            case "camri":
-                return CAMRILoss(num_classes, EMBEDDING_SIZE, self.margins, self.scale)
-            case "cosface-i":
-                return CosFaceLoss(num_classes, EMBEDDING_SIZE, self.margins, self.scale)
-            case "arcface":
-                return ArcFaceLoss(num_classes, EMBEDDING_SIZE, next(iter(self.margins.values()), 0.0), self.scale)
+    def build(self, num_classes: int, embedding_size: int) -> Head:
+        builders: dict[Loss, Callable[[int, int], Head]] = {
+            "ce": CrossEntropyLoss,
+            "wce": partial(WeightedCrossEntropyLoss, weight=self.weights),
+            "crwwce": partial(CRWWCELoss, w_fn=self.weights, w_fp=self.w_fp),
+            "l2": partial(NormFaceLoss, scale=self.scale),
+            "arcface": partial(ArcFaceLoss, margin=next(iter(self.margins.values()), 0.0), scale=self.scale),
+            "camri": partial(CAMRILoss, margin=self.margins, scale=self.scale),
+            "cosface-i": partial(CosFaceLoss, margin=self.margins, scale=self.scale),
+        }
+        return builders[self.loss](num_classes, embedding_size)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW, the learning rate rising linearly over a fifth of the steps, then down to zero."""
+    """How a model is trained: AdamW, the learning rate rising linearly over a fifth of the steps, then down to zero.
+
+    With `constant` it neither rises nor falls.
+    """
 
     epochs: int
     learning_rate: float
     augmentation: Augmentation = field(default_factory=Augmentation)
     batch_size: int = 256
     weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
     warmup: float = 0.2
+    constant: bool = False
+
+
+def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation) -> Recipe:
+    """The recipe that belongs to a network. The paper's has the authors': Adam, constant rate, 64 images, unchanged."""
+    if model == "paper-cnn":
+        return Recipe(epochs, learning_rate, batch_size=64, weight_decay=0.0, betas=(0.9, 0.999), constant=True)
+    return Recipe(epochs, learning_rate, augmentation)
+
+
+def default_learning_rate(model: Model) -> float:
+    """Where the search for the baseline's learning rate starts."""
+    return 1e-3 if model == "paper-cnn" else 4e-3
 
 
 @dataclass(frozen=True)
@@ -79,7 +111,7 @@ class Trained:
 
 
 def train(
-    model: str,
+    model: Model,
     head: HeadSpec,
     images: Images,
     validation: Images,
@@ -100,12 +132,12 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
         body = build_body(model, channels=images.pixels.shape[1], image_size=images.pixels.shape[2])
-        classifier = Classifier(body, head.build(num_classes)).to(device)
+        classifier = Classifier(body, head.build(num_classes, body.embedding_size)).to(device)
         optimizer = _optimizer(classifier, recipe, device)
         pixels, labels = images.pixels.to(device), images.labels.to(device)
         batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_then_decay(steps * recipe.epochs, recipe.warmup))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps * recipe.epochs, recipe))
         evaluate_every = max(1, recipe.epochs // EVALUATIONS)
 
         for epoch in range(1, recipe.epochs + 1):
@@ -195,9 +227,12 @@ def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> 
     weights = [p for p in classifier.parameters() if p.ndim > 1]
     others = [p for p in classifier.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
-def _warm_then_decay(total: int, warmup: float) -> Callable[[int], float]:
-    rise = max(1.0, warmup * total)
+def _schedule(total: int, recipe: Recipe) -> Callable[[int], float]:
+    """The learning rate of each step, as a factor."""
+    if recipe.constant:
+        return lambda step: 1.0
+    rise = max(1.0, recipe.warmup * total)
     return lambda step: min(1.0, (step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))

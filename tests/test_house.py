@@ -21,6 +21,7 @@ FLOORS = [
     {"training"},
     {"models", "datasets"},
     {"sources"},
+    {"folders"},
     {"augmentation", "images", "losses", "splits", "records"},
     {"metrics", "stats", "config"},
     {"errors"},
