@@ -27,7 +27,7 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self._rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self._live: Live | None = None
-        self._reported: set[tuple[str, int]] = set()
+        self._reported: set[tuple[str, str, int]] = set()
         self._view: _View | None = None
 
     def __enter__(self) -> Self:
@@ -58,21 +58,22 @@ class Console:
         """What the whole run will train, for the time to go."""
         self._view = _View(dict(planned), epochs, workers)
 
-    def update(self, stage: str, records: Sequence[TrialRecord], classes: Sequence[str]) -> None:
-        """Show where a stage stands."""
-        for record in records:
-            key = (stage, record.number)
-            if record.state in ("complete", "pruned", "failed") and key not in self._reported:
-                self._reported.add(key)
-                if self._view is not None:
-                    self._view.finished(stage, record)
-                if self._live is None or record.state == "failed":
-                    self.say(self._line(stage, record))
+    def update(self, stage: str, records: Mapping[str, Sequence[TrialRecord]]) -> None:
+        """Show where a stage stands, with each study's records by its label."""
+        for label, found in records.items():
+            for record in found:
+                key = (stage, label, record.number)
+                if record.state in ("complete", "pruned", "failed") and key not in self._reported:
+                    self._reported.add(key)
+                    if self._view is not None:
+                        self._view.finished(stage, record)
+                    if self._live is None or record.state == "failed":
+                        self.say(self._line(stage, label, record))
         if self._live is not None and self._view is not None:
-            self._live.update(self._view.render(stage, records, classes))
+            self._live.update(self._view.render(stage, records))
 
-    def _line(self, stage: str, record: TrialRecord) -> str:
-        parts = [f"{STAGE_TITLES[stage]} #{record.number}: {record.state}"]
+    def _line(self, stage: str, label: str, record: TrialRecord) -> str:
+        parts = [f"{STAGE_TITLES[stage]} {label} #{record.number}: {record.state}".replace("  ", " ")]
         if record.accuracy is not None:
             parts.append(f"accuracy {record.accuracy:.4f}")
         if record.recall is not None:
@@ -111,20 +112,22 @@ class _View:
         left = sum(max(0, n - self._done[stage]) for stage, n in self._planned.items()) - self._running
         return max(0.0, left) * sum(self._seconds) / len(self._seconds) / self._workers
 
-    def render(self, stage: str, records: Sequence[TrialRecord], classes: Sequence[str]) -> Group:
-        running = [r for r in records if r.state == "running"]
-        self._running = sum(r.epoch for r in running) / self._epochs
-        ended = sum(1 for r in records if r.state in ("complete", "pruned", "failed"))
-        total = max(len(records), 1)
+    def render(self, stage: str, records: Mapping[str, Sequence[TrialRecord]]) -> Group:
+        everything = [(label, r) for label, found in records.items() for r in found]
+        running = [(label, r) for label, r in everything if r.state == "running"]
+        self._running = sum(r.epoch for _, r in running) / self._epochs
+        ended = sum(1 for _, r in everything if r.state in ("complete", "pruned", "failed"))
+        total = max(len(everything), 1)
         left = self.seconds_left()
         time_text = f"about {_duration(left)} to go" if left is not None else "time to go: after the first training"
         lines: list[RenderableType] = [
             Text(f"{STAGE_TITLES[stage]}: {ended} of {total} trainings · {time_text}", style="bold"),
             _bar(ended + self._running, total),
         ]
-        lines += [Text(f"  #{r.number}  epoch {r.epoch}/{self._epochs}  {_parameters(r.params)}") for r in running]
-        if stage == "search":
-            best = finalists(records, 1)
+        for label, r in running:
+            lines.append(Text(f"  {label} #{r.number}  epoch {r.epoch}/{self._epochs}  {_parameters(r.params)}"))
+        if stage == "search" and len(records) == 1:
+            best = finalists(next(iter(records.values())), 1)
             lines.append(
                 Text(
                     f"  best feasible: #{best[0].number}, recall {best[0].recall:.4f}, accuracy {best[0].accuracy:.4f}"

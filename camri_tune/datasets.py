@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
 from camri_tune.folders import Part, Source
-from camri_tune.images import Images, read_image
+from camri_tune.images import Images, describe_counts, read_image
 from camri_tune.sources import find_source
 from camri_tune.splits import hold_out_groups, limit_groups
 
@@ -61,10 +61,18 @@ class Dataset:
     def channels(self) -> int:
         return int(self.train.pixels.shape[1])
 
-    @property
-    def skipped_files(self) -> int:
-        """Corrupt files left out so far (`--skip-corrupt`)."""
-        return self._cache.skipped
+    def notices(self) -> list[str]:
+        """What a user should know of the files that were read."""
+        lines = []
+        if self._cache.skipped:
+            lines.append(f"{self._cache.skipped} corrupt image file(s) were left out (--skip-corrupt).")
+        if self.ignored_files:
+            lines.append(f"{self.ignored_files} file(s) that are no images were passed over.")
+        return lines
+
+    def __str__(self) -> str:
+        parts = f"train {describe_counts(self.train)}, validation {describe_counts(self.validation)}"
+        return f"{self.name}, {len(self.classes)} classes, {parts}"
 
     def test(self) -> Images:
         """The test part. Only the final judgement may call this."""

@@ -4,15 +4,13 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from camri_tune.baseline import check_important
+from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
 from camri_tune.config import StudyConfig
 from camri_tune.console import Console
@@ -23,11 +21,10 @@ from camri_tune.images import Images
 from camri_tune.records import Baseline, Best, Result, Side, TrialRecord, Verdict, without_nan
 from camri_tune.report import model_card
 from camri_tune.search import model_spec
-from camri_tune.selection import rank_models, rank_settings, sentence_of, verdict_of
-from camri_tune.stages import Stages
+from camri_tune.selection import nothing_to_gain, rank_models, rank_settings, sentence_of, verdict_of
+from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
 from camri_tune.training import pick_device
-from camri_tune.worker import LocalWorkers, worker_count
 
 
 def run(config: StudyConfig, console: Console | None = None) -> Result:
@@ -40,37 +37,54 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
     device = pick_device(config.device)
     if not is_writable_folder(config.folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
-    with _only_run(config.folder), console:
-        started = time.monotonic()
+    with only_run(config.folder), console:
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)
-        stages = Stages(config, data, store, console)
-        stages.begin(device)
-        try:
-            with LocalWorkers(
-                store=store,
-                storage_url=storage_url(config),
-                device=device,
-                count=worker_count(config, device),
-                log_folder=config.folder / "logs",
-            ) as workers:
-                stages.workers = workers
-                baseline = stages.measure_baseline()
-                stages.search(baseline)
-                retrained = stages.retrain_finalists(baseline)
-                store.set("stage", "done")
-        finally:
-            store.set("wall_seconds", store.attributes.get("wall_seconds", 0.0) + time.monotonic() - started)
+        stages = Stages(config, data, store)
+        planned = {
+            "baseline": len(START_FACTORS) + config.seeds,
+            "search": config.trials,
+            "finalists": min(config.finalists, config.trials) * config.seeds,
+        }
+        one = {"": stages}
+        with Crew.at_work(stages, planned, device, console) as crew:
+            baseline = crew.carry_out("baseline", stages.plan_baseline, one)
+            stages.adopt(baseline, resolve_important(config.important, data.classes, baseline))
+            notices = data.notices() + _describe(stages, baseline, console)
+            stages.plan_search(baseline)
+            crew.finish("search", one)
+            stages.check_search()
+            retrained = crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
         console.say("Judging on the test part")
-        result, chosen = _judge(stages, baseline, retrained, device)
-        _write_json(config.folder / "result.json", result.as_json())
+        result, chosen = _judge(stages, baseline, retrained, device, notices, console)
+        write_json(config.folder / "result.json", result.as_json())
         _export(stages, result, chosen)
         return result
 
 
+def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]:
+    """Say how good the baseline is. Returns what to notice."""
+    classes, recall = stages.data.classes, baseline.recall_per_class
+    recalls = ", ".join(f"{c} ({classes[c]}) {recall[c]:.4f}" for c in stages.important)
+    console.say(
+        f"Baseline over {stages.config.seeds} seed(s), learning rate {baseline.learning_rate:.3g}: validation accuracy "
+        f"{baseline.accuracy:.4f}, recall of the important class {recalls}"
+    )
+    notice = nothing_to_gain(recall, stages.important, classes)
+    if notice is None:
+        return []
+    console.say(notice)
+    return [notice]
+
+
 def _judge(
-    stages: Stages, baseline: Baseline, retrained: dict[int, list[TrialRecord]], device: torch.device
+    stages: Stages,
+    baseline: Baseline,
+    retrained: dict[int, list[TrialRecord]],
+    device: torch.device,
+    notices: list[str],
+    console: Console,
 ) -> tuple[Result, TrialRecord | None]:
     """Read the test part, for the baseline's models and for those of the best setting that is intact."""
     config = stages.config
@@ -87,8 +101,8 @@ def _judge(
         records = retrained[number]
         new = [judge.predictions(record, config.loss) for record in records]
         if any(answers is None for answers in new):
-            stages.notices.append(f"Trial {number} was passed over: a checkpoint of it is missing or altered.")
-            stages.console.say(stages.notices[-1])
+            notices.append(f"Trial {number} was passed over: a checkpoint of it is missing or altered.")
+            console.say(notices[-1])
             continue
         chosen = rank_models(records)[0]
         place = records.index(chosen)
@@ -98,7 +112,7 @@ def _judge(
     verdict: Verdict = "none"
     if best is not None:
         verdict = verdict_of(best.accuracy_difference, config.epsilon / 100)
-    return _result(stages, baseline, judge, old_answers, verdict, best), chosen
+    return _result(stages, baseline, judge, old_answers, verdict, best, notices), chosen
 
 
 def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
@@ -138,7 +152,13 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
 
 
 def _result(
-    stages: Stages, baseline: Baseline, judge: Judge, old: Sequence[Answers], verdict: Verdict, best: Best | None
+    stages: Stages,
+    baseline: Baseline,
+    judge: Judge,
+    old: Sequence[Answers],
+    verdict: Verdict,
+    best: Best | None,
+    notices: Sequence[str],
 ) -> Result:
     config, data, important = stages.config, stages.data, stages.important
     records = stages.records("search")
@@ -154,7 +174,7 @@ def _result(
         seeds=config.seeds,
         verdict=verdict,
         sentence=sentence_of(verdict, best, names=names, epsilon=config.epsilon, tolerance=config.tolerance),
-        notices=tuple(stages.notices),
+        notices=tuple(notices),
         images={
             "train": len(data.train),
             "validation": len(data.validation),
@@ -176,23 +196,7 @@ def _count(images: Images, important: Sequence[int]) -> int:
     return int(torch.isin(images.labels, torch.tensor(important)).sum())
 
 
-@contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Two runs of one study at once would plan the same work twice."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another run works on {str(folder)!r} now; wait for it, or start another study with --name"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(without_nan(value), indent=2) + "\n")
     os.replace(partial, path)

@@ -89,22 +89,30 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
 
 
 class StudyStore:
-    """One study's three queues, its stored configuration and its checkpoints."""
+    """One study's three queues, its stored configuration and its checkpoints.
 
-    def __init__(self, storage: RDBStorage, name: str, artifacts: Path) -> None:
+    A study `within` another, as the cells of a comparison are, shares that one's baseline and folder of checkpoints.
+    """
+
+    def __init__(
+        self, storage: RDBStorage, name: str, config: StudyConfig, *, within: "StudyStore | None" = None
+    ) -> None:
         self.name = name
+        self.config = config
         self._storage = storage
-        self._names: dict[Stage, str] = {
-            "baseline": f"{name}.baseline", "search": name, "finalists": f"{name}.finalists"
-        }  # fmt: skip
-        artifacts.mkdir(parents=True, exist_ok=True)
-        self._artifacts = FileSystemArtifactStore(str(artifacts))
+        shared = f"{name}.baseline" if within is None else within._names["baseline"]
+        self._names: dict[Stage, str] = {"baseline": shared, "search": name, "finalists": f"{name}.finalists"}
+        self._folder: Path = config.folder / "artifacts" if within is None else within._folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._artifacts = FileSystemArtifactStore(str(self._folder))
         self._studies: dict[Stage, Study] = {}
 
     @classmethod
-    def create(cls, storage: RDBStorage, config: StudyConfig, data: Dataset) -> "StudyStore":
+    def create(
+        cls, storage: RDBStorage, config: StudyConfig, data: Dataset, *, within: "StudyStore | None" = None
+    ) -> "StudyStore":
         """Open the study that `config` names, or make it. Raises StudyMismatchError, naming a field that differs."""
-        store = cls(storage, config.study_name, config.folder / "artifacts")
+        store = cls(storage, config.study_name, config, within=within)
         for stage, name in store._names.items():
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
@@ -118,6 +126,8 @@ class StudyStore:
             _require_equal(stored, identity, config)
         store.set("config", config.model_dump(mode="json", exclude={"storage"}))
         store.set("classes", list(data.classes))
+        if within is not None:
+            within.set("cells", sorted({*within.attributes.get("cells", []), store.name}))
         return store
 
     @classmethod
@@ -133,17 +143,18 @@ class StudyStore:
         if "config" not in attributes:
             raise InputError(f"study {name!r} was not made by camri-tune run; start it with that command first")
         config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
-        return cls(storage, name, config.folder / "artifacts")
+        return cls(storage, name, config)
+
+    def cell(self, name: str) -> "StudyStore":
+        """One of the studies within this one; `attributes["cells"]` names those that are there by now."""
+        attributes = optuna.load_study(storage=self._storage, study_name=name).user_attrs
+        config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
+        return StudyStore(self._storage, name, config, within=self)
 
     @property
     def attributes(self) -> Mapping[str, Any]:
         """What is stored with the study as a whole (read anew)."""
         return self.optuna_study("search").user_attrs
-
-    @property
-    def config(self) -> StudyConfig:
-        """The configuration that the study was last started with."""
-        return StudyConfig.build(self.attributes["config"], source=f"study {self.name!r}")
 
     def set(self, key: str, value: Any) -> None:
         """Store a JSON value with the study as a whole."""
@@ -190,7 +201,8 @@ class StudyStore:
     def requeue_interrupted(self, worker: str | None = None) -> int:
         """Fail trials that dead processes left RUNNING and queue each again: those of `worker`, or all.
 
-        All is right only for a run that has just taken the study's lock and has not started workers yet.
+        Those of the studies within this one, too. All is right only for a run that has just taken the study's lock and
+        has not started workers yet.
         """
         count = 0
         for stage in STAGES:
@@ -205,7 +217,7 @@ class StudyStore:
                 self._storage.set_trial_user_attr(trial._trial_id, "failure", INTERRUPTED)
                 study.tell(trial.number, state=OptunaState.FAIL)
                 count += 1
-        return count
+        return count + sum(self.cell(name).requeue_interrupted(worker) for name in self.attributes.get("cells", []))
 
     def save_checkpoint(self, trial: Trial, path: Path) -> None:
         """Keep a checkpoint file as an artifact of `trial`, with its SHA-256 on the trial."""

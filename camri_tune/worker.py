@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,7 +37,7 @@ def work(
     index: int = 0,
     parent: int | None = None,
 ) -> None:
-    """Serve study `name` until its run is done, or until process `parent`, where one is named, is gone.
+    """Serve study `name` and those within it until its run is done, or until process `parent`, if named, is gone.
 
     `index` sets this worker's sampler apart from the others'. Raises StudyMismatchError where this machine's data are
     not the study's.
@@ -48,24 +49,29 @@ def work(
         torch.set_num_threads(threads)
     data = open_dataset(config)
     _require_same_data(store, data)
-    sampler = make_sampler(config, seed=config.seed * 1_000 + index)
     target = pick_device(device)
-    while store.attributes.get("stage") != "done" and parent in (None, os.getppid()):
-        for stage in STAGES:
-            trial = store.claim(stage, sampler if stage == "search" else None)
+    stores = {name: store}
+    samplers = {name: make_sampler(config, seed=config.seed * 1_000 + index)}
+    while (attributes := store.attributes).get("stage") != "done" and parent in (None, os.getppid()):
+        for cell in attributes.get("cells", []):
+            if cell not in stores:
+                stores[cell] = store.cell(cell)
+                samplers[cell] = make_sampler(config, seed=config.seed * 1_000 + index)
+        for stage, serving in product(STAGES, stores.values()):
+            trial = serving.claim(stage, samplers[serving.name] if stage == "search" else None)
             if trial is not None:
-                run_trial(trial, stage, _plan(store, config, data, target), store)
+                run_trial(trial, stage, _plan(serving, data, target), serving)
                 break
         else:
             time.sleep(IDLE_SECONDS)
 
 
-def _plan(store: StudyStore, config: StudyConfig, data: Dataset, device: torch.device) -> Plan:
+def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:
     baseline = store.attributes.get("baseline")
     if baseline is None:
-        return Plan(config, data, device)
+        return Plan(store.config, data, device)
     return Plan(
-        config,
+        store.config,
         data,
         device,
         important=tuple(baseline["important"]),
