@@ -17,7 +17,10 @@ from camri_tune.config import StudyConfig, read_study_file
 from camri_tune.errors import CamriTuneError
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
     from camri_tune.records import Result
+    from camri_tune.table1 import Table
 
 INTERRUPTED_EXIT_CODE = 130
 NO_MODEL_EXIT_CODE = 3
@@ -40,14 +43,14 @@ DataDirOption = Annotated[
 @app.command()
 def run(
     study: Annotated[Path | None, typer.Argument(help="A study file (.toml); options given here win over it.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="digits, gtsrb, or a folder of class folders.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="digits, gtsrb, cifar10, mnist, awa2, or a folder.")] = None,
     data_dir: DataDirOption = None,
     important: Annotated[
         str | None,
         typer.Option(help="Class that must not be missed: index, name, worst1, worst2, median; several with commas."),
     ] = None,
-    loss: Annotated[str | None, typer.Option(help="camri, l2, arcface, cosface-i or ce.")] = None,
-    model: Annotated[str | None, typer.Option(help="Network: compact.")] = None,
+    loss: Annotated[str | None, typer.Option(help="camri, l2, arcface, cosface-i, wce, crwwce or ce.")] = None,
+    model: Annotated[str | None, typer.Option(help="Network: compact or paper-cnn.")] = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
@@ -80,6 +83,55 @@ def run(
     _show(result, as_json)
     if result.best is None:
         raise typer.Exit(NO_MODEL_EXIT_CODE)
+
+
+@app.command()
+def compare(
+    dataset: Annotated[str, typer.Option(help="Data sets, separated by commas; see `run`.")] = "digits",
+    data_dir: DataDirOption = None,
+    important: Annotated[str, typer.Option(help="Classes, each a column of its own.")] = "worst1,worst2,median",
+    methods: Annotated[
+        str, typer.Option(help="Any of ce, threshold, wce, crwwce, l2, arcface, camri, cosface-i.")
+    ] = "ce,threshold,wce,crwwce,l2,arcface,camri,cosface-i",
+    protocol: Annotated[
+        str, typer.Option(help="ours: validation chooses. paper: chosen on test, as the paper did, labelled as such.")
+    ] = "ours",
+    model: Annotated[str | None, typer.Option(help="Network: compact or paper-cnn.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trainings of the search, for each method and class.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
+    finalists: Annotated[int | None, typer.Option(help="Best trials that are retrained on fresh seeds.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
+    skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Database URL (default: SQLite in the folder).")] = None,
+    name: Annotated[str, typer.Option(help="Name of the comparison and of its folder.")] = "compare",
+    out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Many methods under one protocol: the paper's Table 1. The same command again resumes."""
+    options = dict(locals())
+    for key in ("dataset", "methods", "protocol", "as_json", "quiet"):
+        del options[key]
+    config = _config(None, {key: value for key, value in options.items() if value is not None})
+
+    from camri_tune.comparison import compare as compare_methods  # noqa: PLC0415
+    from camri_tune.console import Console  # noqa: PLC0415
+    from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
+
+    table = compare_methods(
+        config,
+        datasets=read_datasets(dataset),
+        methods=read_methods(methods),
+        protocol=read_protocol(protocol),
+        console=Console(quiet=quiet),
+    )
+    _show_comparison(table, as_json)
 
 
 @app.command()
@@ -129,9 +181,46 @@ def evaluate(
 
 
 @app.command()
+def figures(
+    which: Annotated[str, typer.Option(help="2 (the losses over a plane), 3 (MNIST in a plane), or both.")] = "2,3",
+    data_dir: DataDirOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for figure2.html, figure3.html and figure3.json.")] = Path(
+        "figures"
+    ),
+    margin: Annotated[float, typer.Option(help="Margin of the important class, in radians.")] = 0.4,
+    scale: Annotated[float, typer.Option(help="Scale of figure 3's cosine losses.")] = 16.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each of figure 3's three networks.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=10, help="Train them on at most N images.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Base of all random numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """The paper's Figures 2 and 3, from the real losses and from networks trained on MNIST."""
+    from camri_tune.figures import write_figures  # noqa: PLC0415
+
+    for path in write_figures(
+        which.split(","),
+        out=out,
+        data_dir=data_dir or _default_data_dir(),
+        margin=margin,
+        scale=scale,
+        epochs=epochs,
+        limit=limit,
+        seed=seed,
+        device=device,
+        say=lambda text: print(text, file=sys.stderr),
+    ):
+        print(path)
+
+
+@app.command()
 def datasets() -> None:
     """What can be trained on."""
     print("digits    1,797 handwritten digits, 8x8, 10 classes; comes with scikit-learn, no download")
+    print(
+        "cifar10   60,000 photographs, 32x32, 10 classes; from DATA_DIR/cifar10 or torchvision's files, or downloaded"
+    )
+    print("mnist     70,000 handwritten digits, 28x28, 10 classes; from DATA_DIR/MNIST/raw, else downloaded")
+    print("awa2      37,322 photographs of 50 animals, resized to 64x64; from DATA_DIR/awa2, else downloaded (13 GB)")
     print("gtsrb     51,839 traffic signs at 32x32, 43 classes; from DATA_DIR/gtsrb, else downloaded")
     print("PATH      a folder: PATH/train/CLASS/*, optional PATH/val and PATH/test; or PATH/CLASS/*, split by us")
 
@@ -187,21 +276,39 @@ def _default_data_dir() -> Path:
 
 
 def _show(result: "Result", as_json: bool) -> None:
-    from rich.console import Console as RichConsole  # noqa: PLC0415
-
     from camri_tune.console import result_table  # noqa: PLC0415
     from camri_tune.records import without_nan  # noqa: PLC0415
 
     if as_json:
         print(json.dumps(without_nan(result.as_json()), indent=2))
-    # Where standard output is not a terminal, its width is nobody's: let no figure be cut.
-    console = RichConsole(stderr=as_json, highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+    console = _result_console(as_json)
     console.print(result_table(result))
     console.print(result.sentence, soft_wrap=True)
     for notice in result.notices:
         console.print(notice, soft_wrap=True)
     where = f"{result.folder}/best" if result.best else f"nothing; {result.folder}/result.json has the figures"
     console.print(f"Exported: {where}", soft_wrap=True)
+
+
+def _show_comparison(table: "Table", as_json: bool) -> None:
+    from camri_tune.console import comparison_tables  # noqa: PLC0415
+    from camri_tune.records import without_nan  # noqa: PLC0415
+    from camri_tune.table1 import legend  # noqa: PLC0415
+
+    if as_json:
+        print(json.dumps(without_nan(table.as_json()), indent=2))
+    console = _result_console(as_json)
+    for part in comparison_tables(table):
+        console.print(part)
+    console.print(legend(table), soft_wrap=True)
+    console.print(f"Files: {table.folder}/comparison.*", soft_wrap=True)
+
+
+def _result_console(as_json: bool) -> "RichConsole":
+    from rich.console import Console as RichConsole  # noqa: PLC0415
+
+    # Where standard output is not a terminal, its width is nobody's: let no figure be cut.
+    return RichConsole(stderr=as_json, highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
 
 
 def _fail(message: str, code: int) -> NoReturn:

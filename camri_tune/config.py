@@ -99,9 +99,13 @@ class StudyConfig(BaseModel):
         """The study's name and the name of its folder: `--name`, or data set, loss and important classes."""
         if self.name:
             return self.name
-        source = self.dataset if self.dataset in BUILT_IN_DATASETS else Path(self.dataset).resolve().name
-        text = "-".join((source, self.loss, *self.important))
+        text = "-".join((self.source_name, self.loss, *self.important))
         return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_-")[:100]
+
+    @property
+    def source_name(self) -> str:
+        """The data set's name, for a folder that folder's own."""
+        return self.dataset if self.dataset in BUILT_IN_DATASETS else Path(self.dataset).resolve().name
 
     @property
     def folder(self) -> Path:

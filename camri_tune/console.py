@@ -17,6 +17,8 @@ from rich.text import Text
 
 from camri_tune.records import Figure, Result, Side, TrialRecord
 from camri_tune.selection import finalists
+from camri_tune.table1 import TITLES, Outcome, below, best_of
+from camri_tune.table1 import Table as Comparison
 
 STAGE_TITLES = {"baseline": "Baseline (cross-entropy)", "search": "Search", "finalists": "Finalists on fresh seeds"}
 
@@ -164,6 +166,39 @@ def result_table(result: Result) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """A table for each data set and class: recall and accuracy on test, as trained and with a bias; the paper's."""
+    tables = []
+    for dataset, token in comparison.columns():
+        cells = comparison.column(dataset, token)
+        best = best_of(cells)
+        title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
+        table = Table(title=Text(title), title_justify="left")
+        for head in ("", "recall", "accuracy", "gain in recall", "recall, bias", "accuracy, bias", "paper"):
+            table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+        for cell in cells:
+            row = [TITLES[cell.method], *_scores(cell.trained), _gain(cell.trained), *_scores(cell.matched)]
+            row.append(f"{cell.paper[0]:.4f} / {cell.paper[1]:.4f}" if cell.paper else "-")
+            table.add_row(*row, style="bold" if cell is best else "")
+        tables.append(table)
+    return tables
+
+
+def _scores(outcome: Outcome | None) -> tuple[str, str]:
+    if outcome is None:
+        return "-", "-"
+    recall, accuracy = (f"{f.mean:.4f}" + (f" ± {f.sd:.4f}" if f.sd is not None else "") for f in outcome.test)
+    return recall, accuracy + (" †" if below(outcome.accuracy_difference) else "")
+
+
+def _gain(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    interval = outcome.recall_difference.interval
+    span = f" [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]" if interval else ""
+    return f"{100 * outcome.recall_difference.mean:+.2f}{span}"
 
 
 def _figure(side: Side | None, part: str, name: str) -> Figure | None:

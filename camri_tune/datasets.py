@@ -21,7 +21,7 @@ from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
 from camri_tune.folders import Part, Source
 from camri_tune.images import Images, describe_counts, read_image
-from camri_tune.sources import find_source
+from camri_tune.sources import find_source, is_data_dir_of
 from camri_tune.splits import hold_out_groups, limit_groups
 
 Progress = Callable[[int, int], None]
@@ -125,7 +125,7 @@ def open_test_images(
     """
     config = trained_on
     if where is not None and config.dataset in BUILT_IN_DATASETS and where != config.dataset:
-        if (Path(where) / config.dataset).is_dir():
+        if is_data_dir_of(config.dataset, Path(where)):
             config = config.model_copy(update={"data_dir": Path(where)})
         else:
             config = config.model_copy(update={"dataset": where})
@@ -142,10 +142,11 @@ def open_test_images(
             f"class {foreign[0]!r} of {str(source.root or source.name)!r} is unknown to the model, which has {known}"
         )
     parts: list[Part] = ["test"] if source.has("test") else sorted({*source.parts, *source.packed})
-    if parts != ["test"] and source.root is not None and source.root.resolve() == Path(trained_on.dataset).resolve():
+    same_root = source.root is not None and source.root.resolve() == Path(trained_on.dataset).resolve()
+    if parts != ["test"] and (same_root or config.dataset == trained_on.dataset):
         raise DataError(
-            f"data set {str(source.root)!r} has changed since the model was trained on it, so what it learned from "
-            f"cannot be told from the rest: restore the folder, or name other images with --data"
+            f"data set {str(source.root or source.name)!r} has changed since the model was trained on it, so what it "
+            f"learned from cannot be told from the rest: restore the folder, or name other images with --data"
         )
     cache = _Cache(source, config.skip_corrupt, None)
     read = [cache.read(part) for part in parts]
@@ -172,7 +173,14 @@ class _Cache:
 
     def read(self, part: Part) -> Images:
         if part in self._source.packed:
-            return _resized(self._source.packed[part].read(), self._source.image_size)
+            try:
+                images = self._source.packed[part].read()
+            except (RuntimeError, OSError) as error:  # the files were whole when the data set was opened
+                raise DataError(
+                    f"the {part} part of {self._source.name} can no longer be read ({error}): "
+                    f"put the files under {self._source.root} back and run again"
+                ) from None
+            return _resized(images, self._source.image_size)
         path = self._folder / f"{part}.safetensors"
         try:
             tensors = load_file(path)
@@ -224,8 +232,14 @@ def _unpack(tensors: dict[str, torch.Tensor]) -> tuple[int, Images]:
 def _resized(images: Images, size: int) -> Images:
     if images.pixels.shape[-1] == size:
         return images
-    pixels = torch.nn.functional.interpolate(images.pixels.float(), (size, size), mode="bilinear", antialias=True)
-    return replace(images, pixels=pixels.round().clamp(0, 255).to(torch.uint8))
+    resized = [  # in pieces: as floats, all of them together would be large
+        torch.nn.functional.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        for some in torch.split(images.pixels, 1024)
+    ]
+    return replace(images, pixels=torch.cat(resized))
 
 
 def _cache_folder() -> Path:

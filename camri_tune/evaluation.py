@@ -16,6 +16,7 @@ from camri_tune.bundle import load_classifier, read_bundle
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_test_images
 from camri_tune.errors import BundleError, DataError, InputError
+from camri_tune.images import Images
 from camri_tune.metrics import confusion_matrix, recall_per_class
 from camri_tune.records import Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
 from camri_tune.search import model_spec
@@ -43,7 +44,12 @@ class Judge:
         self._device = device
 
     def predictions(self, record: TrialRecord, loss: Loss) -> Answers | None:
-        """Answers of a trial's model; None where its checkpoint is missing or altered."""
+        """Answers of a trial's model on test; None where its checkpoint is missing or altered."""
+        logits = self.logits(record, loss, self.test)
+        return None if logits is None else logits.argmax(dim=1).numpy()
+
+    def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
+        """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.safetensors"
             if not self._store.fetch_checkpoint(record, path):
@@ -53,7 +59,7 @@ class Judge:
                 classifier = load_classifier(path, spec).to(self._device)
             except BundleError:
                 return None
-        return predict_logits(classifier, self.test.pixels, self._device).argmax(dim=1).numpy()
+        return predict_logits(classifier, images.pixels, self._device)
 
     def measured(self, answers: Sequence[Answers]) -> Measured:
         """Figures over the seeds of one setting, from its models' answers."""

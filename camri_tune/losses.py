@@ -67,10 +67,11 @@ class CRWWCELoss(CrossEntropyLoss):
     ) -> None:
         super().__init__(num_classes, embedding_size)
         if isinstance(w_fp, Tensor):
-            if w_fp.shape != (num_classes, num_classes) or not bool((w_fp >= 0).all() and w_fp.isfinite().all()):
-                raise ValueError(
-                    f"w_fp must be a matrix ({num_classes}, {num_classes}) of finite factors of at least 0"
-                )
+            shape = (num_classes, num_classes)
+            wrong = w_fp[~((w_fp >= 0) & w_fp.isfinite())].tolist() if w_fp.shape == shape else []
+            if w_fp.shape != shape or wrong:
+                found = f"holds {wrong[0]}" if wrong else f"has the shape {tuple(w_fp.shape)}"
+                raise ValueError(f"w_fp {found}, but must be a matrix {shape} of finite factors of at least 0")
             matrix = w_fp.to(torch.float32, copy=True)
         else:
             matrix = _per_class("w_fp", w_fp, num_classes, default=0.0)[:, None].repeat(1, num_classes)
@@ -87,6 +88,8 @@ class CRWWCELoss(CrossEntropyLoss):
 
 def log_complement(logits: Tensor) -> Tensor:
     """log(1 - h_k) (N, C) of the softmax h of logits (N, C), also where h_k is almost 1; finite gradients."""
+    # The largest at 0: what all logits have in common would only be rounded.
+    logits = logits - logits.detach().amax(dim=1, keepdim=True)
     everything = logits.logsumexp(dim=1, keepdim=True)
     top = F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
     # Only the largest h can come near 1, and for it alone is 1 - h the sum of the others; all others are at most 1/2.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from camri_tune.stats import Interval, binomial_interval, seed_interval
@@ -34,6 +34,12 @@ class TrialRecord:
     def feasible(self) -> bool:
         """Complete, with the constraint recorded and met: what Optuna's `best_trial` does not insist on."""
         return self.state == "complete" and self.constraint is not None and self.constraint <= 0
+
+    def for_classes(self, important: Sequence[int]) -> "TrialRecord":
+        """The same training with `recall` of these classes (the lowest), where both are known."""
+        if self.recall is None or not self.recall_per_class or not important:
+            return self
+        return replace(self, recall=min(self.recall_per_class[c] for c in important))
 
 
 @dataclass(frozen=True)

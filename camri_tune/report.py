@@ -1,6 +1,14 @@
-"""What people read afterwards: the model card of an exported bundle."""
+"""What people read afterwards: the model card of an exported bundle, and a comparison as CSV, JSON and Markdown."""
 
-from camri_tune.records import Figure, Result
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+
+from camri_tune.pages import comparison_page
+from camri_tune.records import Figure, Result, without_nan
+from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
 
 
 def model_card(result: Result) -> str:
@@ -53,3 +61,75 @@ Use: `camri-tune evaluate FOLDER`. Weights: safetensors, no code.
 
 def _text(figure: Figure) -> str:
     return f"{figure.mean:.4f}" if figure.sd is None else f"{figure.mean:.4f} ± {figure.sd:.4f}"
+
+
+def write_comparison(table: Table) -> None:
+    """Write `comparison.json`, `.csv`, `.md` and `.html` into the table's folder (`comparison-paper.*` where it chose)."""
+    stem = "comparison" if table.protocol == "ours" else "comparison-paper"
+    texts = {
+        "json": json.dumps(without_nan(table.as_json()), indent=1) + "\n",
+        "csv": comparison_csv(table),
+        "md": comparison_markdown(table),
+        "html": comparison_page(table),
+    }
+    for suffix, text in texts.items():
+        partial = table.folder / f"{stem}.{suffix}.partial"
+        partial.write_text(text)
+        os.replace(partial, table.folder / f"{stem}.{suffix}")
+
+
+def comparison_csv(table: Table) -> str:
+    """One row for each data set, class and method; shares as they are, empty where nothing kept accuracy."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ["recall", "recall_sd", "accuracy", "accuracy_sd", "recall_gain", "recall_gain_low", "recall_gain_high"]
+    head = ["dataset", "important", "class", "class_name", "method", *names]
+    head += [f"matched_{name}" for name in names] + ["paper_recall", "paper_accuracy", "best"]
+    writer.writerow(head)
+    for column in table.columns():
+        cells = table.column(*column)
+        for cell in cells:
+            row: list[object] = [cell.dataset, cell.token, cell.important, cell.class_name, cell.method]
+            for outcome in (cell.trained, cell.matched):
+                row += [""] * len(names) if outcome is None else _csv_values(outcome)
+            writer.writerow([*row, *(cell.paper or ("", "")), int(cell is best_of(cells))])
+    return out.getvalue()
+
+
+def _csv_values(outcome: Outcome) -> list[object]:
+    low, high = outcome.recall_difference.interval or ("", "")
+    recall, accuracy = outcome.test
+    numbers = [recall.mean, recall.sd, accuracy.mean, accuracy.sd, outcome.recall_difference.mean, low, high]
+    return [round(value, 6) if isinstance(value, float) else "" for value in numbers]
+
+
+def comparison_markdown(table: Table) -> str:
+    """A table for each data set, methods down and classes across: recall / accuracy on test, as in the paper."""
+    parts = []
+    for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
+        tokens = [token for name, token in table.columns() if name == dataset]
+        columns = {token: table.column(dataset, token) for token in tokens}
+        heads = [f"{token}: {cells[0].important} ({cells[0].class_name})" for token, cells in columns.items()]
+        views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
+        views.append(("with a bias tuned to the baseline's validation accuracy", lambda c: cell_text(c, c.matched)))
+        if any(cell.paper for cells in columns.values() for cell in cells):
+            views.append(("the paper's figures", lambda c: f"{c.paper[0]:.4f} / {c.paper[1]:.4f}" if c.paper else "-"))
+        for what, show in views:
+            parts.append(
+                f"### {dataset}, {what}\n\n| recall / accuracy | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}"
+            )
+            for place, first in enumerate(next(iter(columns.values()))):
+                texts = []
+                for cells in columns.values():
+                    text = show(cells[place])
+                    best = what == "as trained" and cells[place] is best_of(cells)
+                    texts.append(f"**{text}**" if best else text)
+                parts[-1] += f"\n| {TITLES[first.method]} | {' | '.join(texts)} |"
+    return "\n\n".join([*parts, legend(table), ""])
+
+
+def cell_text(cell: Cell, outcome: Outcome | None) -> str:
+    """Recall / accuracy on test, means ± sd over seeds; '-' where no setting kept accuracy."""
+    if outcome is None:
+        return "-"
+    return " / ".join(_text(figure) for figure in outcome.test) + (" †" if below(outcome.accuracy_difference) else "")

@@ -81,6 +81,11 @@ def tuning_seed(config: StudyConfig) -> int:
     return config.seed * 100_000 + TUNING_SEED_OFFSET
 
 
+def looks_at_class(loss: Loss) -> bool:
+    """Whether training depends on which class is important."""
+    return any(allowed.per_class for allowed in SPACES[loss].values())
+
+
 def parameter_names(loss: Loss, important: Sequence[int]) -> dict[str, str]:
     """Every parameter of a loss by its name in a study, with its name in `SPACES`.
 

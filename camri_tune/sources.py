@@ -1,10 +1,14 @@
 """The data sets by name, and the source that a study's configuration names."""
 
+import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,6 +32,13 @@ GTSRB_CLASSES = tuple(
     End of no passing for trucks""".replace("\n    ", "").split("|")
 )
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# What a data set's files lie in, under --data-dir.
+_FOLDERS = {
+    "gtsrb": ("gtsrb",),
+    "cifar10": ("cifar10", "cifar-10-batches-py"),
+    "mnist": ("MNIST",),
+    "awa2": ("awa2", "Animals_with_Attributes2"),
+}
 
 
 def find_source(config: StudyConfig) -> Source:
@@ -40,6 +51,11 @@ def find_source(config: StudyConfig) -> Source:
     else:
         source = _folder(config.dataset)
     return source if config.image_size is None else replace(source, image_size=config.image_size)
+
+
+def is_data_dir_of(dataset: str, folder: Path) -> bool:
+    """Whether `folder` holds the files of that built-in data set, as --data-dir does."""
+    return any((folder / name).is_dir() for name in _FOLDERS.get(dataset, ()))
 
 
 def _digits() -> Source:
@@ -116,9 +132,12 @@ def _cifar10(data_dir: Path) -> Source:
     """From torchvision's files, or from class folders DATA_DIR/cifar10/{train,test}/CLASS/*."""
     folder = data_dir / "cifar10"
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        source = class_folders(folder)
-        if source.classes != CIFAR10_CLASSES:
-            raise DataError(f"{folder / 'train'} must hold the ten class folders {', '.join(CIFAR10_CLASSES)}")
+        source = _folder(str(folder))
+        if odd := sorted({*source.classes} ^ {*CIFAR10_CLASSES}):
+            raise DataError(
+                f"{folder / 'train'} must hold the class folders {', '.join(CIFAR10_CLASSES)} and no others, but "
+                f"{odd[0]!r} is {'one too many' if odd[0] in source.classes else 'missing'}; unpack the images again"
+            )
         return replace(source, name="cifar10", epochs=20, augmentation=PHOTOGRAPHS)
 
     from torchvision.datasets import CIFAR10  # noqa: PLC0415 - two seconds that other data sets need not pay
@@ -156,14 +175,27 @@ def _mnist(data_dir: Path) -> Source:
         data = MNIST(str(data_dir), train=part == "train")
         return _ungrouped(data.data[:, None], data.targets)
 
+    def find(download: bool) -> None:
+        for path in filter(Path.is_file, paths):  # which torchvision takes as they are, and does not fetch again
+            if not _is_whole_idx(path):
+                raise DataError(f"{path} is damaged: remove it, and it is downloaded again, or put a whole one there")
+        if download:
+            MNIST(str(data_dir), download=True)
+        for path in paths:
+            path.stat()
+
     raw = data_dir / "MNIST" / "raw"
+    prefixes: dict[Part, str] = {"train": "train", "test": "t10k"}
+    files: dict[Part, tuple[Path, ...]] = {
+        part: (raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte")
+        for part, prefix in prefixes.items()
+    }
+    paths = [path for of_part in files.values() for path in of_part]
     _open_or_download(
-        lambda download: MNIST(str(data_dir), download=download),
+        find,
         f"data set mnist is not complete in --data-dir {str(data_dir)!r}",
         f"put the four IDX files under {raw}/, or name the folder that holds 'MNIST' with --data-dir",
     )
-    prefixes: dict[Part, str] = {"train": "train", "test": "t10k"}
-    files = ("images-idx3-ubyte", "labels-idx1-ubyte")
     return Source(
         name="mnist",
         root=raw,
@@ -171,11 +203,16 @@ def _mnist(data_dir: Path) -> Source:
         image_size=28,
         epochs=8,
         augmentation=Augmentation(rotate=10, shift=0.07, zoom=0.1, shear=0.1),
-        packed={
-            part: Packed(tuple(raw / f"{prefix}-{name}" for name in files), partial(read, part))
-            for part, prefix in prefixes.items()
-        },
+        packed={part: Packed(files[part], partial(read, part)) for part in files},
     )
+
+
+def _is_whole_idx(path: Path) -> bool:
+    """Whether a file of bytes in MNIST's format is as long as it says, which is told without reading its images."""
+    with path.open("rb") as file:
+        *kind, dimensions = file.read(4) or b"\0"
+        shape = [int.from_bytes(file.read(4), "big") for _ in range(dimensions)]
+        return kind == [0, 0, 8] and path.stat().st_size == file.tell() + math.prod(shape)
 
 
 def _awa2(data_dir: Path) -> Source:
@@ -187,14 +224,21 @@ def _awa2(data_dir: Path) -> Source:
     places = [data_dir / "awa2" / "Animals_with_Attributes2", data_dir / "Animals_with_Attributes2"]
 
     def find(download: bool) -> Path:
-        if download:
-            from torchvision.datasets.utils import download_and_extract_archive  # noqa: PLC0415 - as above
-
-            download_and_extract_archive(AWA2_URL, str(data_dir / "awa2"), remove_finished=True)
         for place in places:
             if (place / "classes.txt").is_file() and (place / "JPEGImages").is_dir():
                 return place
-        raise FileNotFoundError("no classes.txt beside a folder JPEGImages")
+        if there := [place for place in places if place.exists()]:  # nothing is fetched over what a user has laid out
+            raise FileNotFoundError(f"{there[0]} is there, but has no classes.txt beside a folder JPEGImages")
+        if not download:
+            raise FileNotFoundError(places[0])
+        from torchvision.datasets.utils import download_and_extract_archive  # noqa: PLC0415 - as above
+
+        places[0].parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere first: what an interrupted download leaves would be taken for the whole.
+        with tempfile.TemporaryDirectory(prefix="download-", dir=places[0].parent) as scratch:
+            download_and_extract_archive(AWA2_URL, scratch)
+            (Path(scratch) / places[0].name).rename(places[0])
+        return find(download=False)
 
     root = _open_or_download(
         find,
@@ -204,6 +248,11 @@ def _awa2(data_dir: Path) -> Source:
     )
     # Lines such as "     1	antelope".
     classes = tuple(line.split()[-1] for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise DataError(
+            f"{root / 'classes.txt'} must list at least 2 classes, each once, as lines such as '1 antelope', but lists "
+            f"{len(classes)}, {len(set(classes))} of them different; unpack the zip again"
+        )
     items: list[Item] = []
     ignored = 0
     for label, name in enumerate(classes):
@@ -246,7 +295,7 @@ def _open_or_download(open_it: Callable[[bool], Opened], problem: str, way_out: 
         pass
     try:
         return open_it(True)
-    except (RuntimeError, OSError) as error:  # URLError is an OSError
+    except (RuntimeError, OSError, HTTPException, BadZipFile) as error:  # URLError is an OSError
         raise DataError(f"{problem} and could not be downloaded ({_first_line(error)}): {way_out}") from None
 
 

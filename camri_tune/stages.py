@@ -26,13 +26,16 @@ Planned = TypeVar("Planned")
 
 
 class Stages:
-    """One study's work: what it plans next, and what it has found out so far."""
+    """One study's work: what it plans next, and what it has found out so far.
 
-    def __init__(self, config: StudyConfig, data: Dataset, store: StudyStore) -> None:
+    `important` is given where the study's trials serve other classes than those it was searched for.
+    """
+
+    def __init__(self, config: StudyConfig, data: Dataset, store: StudyStore, important: tuple[int, ...] = ()) -> None:
         self.config = config
         self.data = data
         self.store = store
-        self.important: tuple[int, ...] = ()
+        self.important = important
 
     def plan_baseline(self) -> Baseline | None:
         """The cross-entropy baseline; None where something of it was missing, and is queued now.
@@ -125,8 +128,11 @@ class Stages:
         return baseline.accuracy - self.config.tolerance_fraction - 1e-9
 
     def records(self, stage: Stage) -> list[TrialRecord]:
-        """Trials of a stage that count: an interrupted one lives on in the one queued in its place."""
-        return [r for r in self.store.records(stage) if r.failure != INTERRUPTED]
+        """Trials of a stage that count, with the recall of this study's important classes.
+
+        An interrupted one lives on in the one queued in its place.
+        """
+        return [r.for_classes(self.important) for r in self.store.records(stage) if r.failure != INTERRUPTED]
 
 
 class Crew:

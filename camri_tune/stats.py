@@ -15,7 +15,13 @@ class Interval(NamedTuple):
 
 
 def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Student's t interval for the mean over seeds, cut to [0, 1]; None with fewer than two seeds.
+    """`mean_interval` of a share, cut to [0, 1]."""
+    interval = mean_interval(values, confidence)
+    return None if interval is None else Interval(max(0.0, interval.low), min(1.0, interval.high))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """Student's t interval for the mean over seeds; None with fewer than two seeds.
 
     It speaks of seeds alone: with the same images, another seed gives a mean like this.
     """
@@ -25,7 +31,7 @@ def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     mean = sum(values) / n
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * sd / math.sqrt(n)
-    return Interval(max(0.0, mean - half), min(1.0, mean + half))
+    return Interval(mean - half, mean + half)
 
 
 def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:

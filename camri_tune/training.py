@@ -31,7 +31,7 @@ from camri_tune.losses import (
 from camri_tune.metrics import IntArray, confusion_matrix
 from camri_tune.models import Classifier, build_body
 
-EVALUATIONS = 6  # per training: enough for a learning curve and a pruner, 3 % of the time
+EVALUATIONS = 6  # per training: enough for a learning curve and a pruner
 EVALUATION_BATCH = 512
 
 
@@ -138,7 +138,9 @@ def train(
         batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps * recipe.epochs, recipe))
-        evaluate_every = max(1, recipe.epochs // EVALUATIONS)
+        # Where validation is large beside training, fewer: they would cost more than they tell.
+        affordable = 1 + recipe.epochs * len(images) // (3 * len(validation))
+        evaluate_every = math.ceil(recipe.epochs / min(EVALUATIONS, affordable))
 
         for epoch in range(1, recipe.epochs + 1):
             classifier.train()

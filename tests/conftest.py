@@ -1,4 +1,4 @@
-"""What several test modules share: a cache of their own, the real traffic signs, small image folders."""
+"""What several test modules share: a cache of their own, the real data sets, small image folders."""
 
 import os
 import subprocess
@@ -23,26 +23,43 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def gtsrb_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds `gtsrb/`: CAMRI_DATA, or unpacked from the shared archive."""
+def _real_data(name: str, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the data set `name` lies in `folder`: CAMRI_DATA, or unpacked from the shared archive."""
     named = os.environ.get("CAMRI_DATA")
-    if named and (Path(named) / "gtsrb").is_dir():
+    if named and (Path(named) / folder).is_dir():
         return Path(named)
     if UNPACK.exists():
         # Parallel test processes have base folders of their own under one parent: they unpack once.
         base = tmp_path_factory.getbasetemp()
         shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         with FileLock(shared / "unpack.lock"):
-            subprocess.run([str(UNPACK), str(shared / "data"), "gtsrb"], check=True)
+            subprocess.run([str(UNPACK), str(shared / "data"), name], check=True)
         return shared / "data"
     reason = (
-        "the real GTSRB images are not here: set CAMRI_DATA to the folder that holds 'gtsrb' "
+        f"the real images of {name} are not here: set CAMRI_DATA to the folder that holds {folder!r} "
         f"(it is {named!r}), or put the archive's unpack script at ../shared/data/unpack"
     )
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def gtsrb_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds `gtsrb/`."""
+    return _real_data("gtsrb", "gtsrb", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds `MNIST/`."""
+    return _real_data("mnist", "MNIST", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds `cifar10/`."""
+    return _real_data("cifar10", "cifar10", tmp_path_factory)
 
 
 @pytest.fixture

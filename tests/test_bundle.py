@@ -26,13 +26,14 @@ from camri_tune.bundle import (
     save_weights,
     write_bundle,
 )
-from camri_tune.config import Loss
+from camri_tune.config import Loss, Model
 from camri_tune.errors import BundleError
 from camri_tune.models import Classifier, build_body
 from camri_tune.training import HeadSpec, predict_logits
 
 CLASSES = ("go", "stop", "überholen verboten")
 SIDE = 8
+DENSE: tuple[Loss, ...] = ("ce", "wce", "crwwce")
 
 
 def _spec(**values: Any) -> ModelSpec:
@@ -53,11 +54,12 @@ def _config(**values: Any) -> BundleConfig:
     return BundleConfig(**{**usual, **values})
 
 
-def _classifier(loss: Loss = "camri", channels: int = 1, side: int = SIDE) -> Classifier:
+def _classifier(loss: Loss = "camri", channels: int = 1, side: int = SIDE, model: Model = "compact") -> Classifier:
     """A network with weights and running statistics of its own."""
     torch.manual_seed(3)
-    head = HeadSpec(loss, scale=12.5, margins={1: 0.3} if loss not in ("ce", "l2") else {}).build(len(CLASSES))
-    classifier = Classifier(build_body("compact", channels=channels, image_size=side), head)
+    body = build_body(model, channels=channels, image_size=side)
+    head = HeadSpec(loss, scale=12.5, margins={1: 0.3}, weights={1: 4.0}, w_fp={1: 0.5})
+    classifier = Classifier(body, head.build(len(CLASSES), body.embedding_size))
     with torch.no_grad():
         classifier.embed(torch.randint(0, 256, (64, channels, side, side), dtype=torch.uint8))
     return classifier.eval()
@@ -91,12 +93,26 @@ def _refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("loss", "channels", "side"),
-    [("ce", 1, 8), ("camri", 1, 8), ("camri", 3, 32), ("l2", 3, 16), ("arcface", 3, 24), ("cosface-i", 3, 40)],
+    ("loss", "channels", "side", "model"),
+    [
+        ("ce", 1, 8, "compact"),
+        ("wce", 3, 16, "compact"),
+        ("crwwce", 1, 9, "compact"),
+        ("camri", 1, 8, "compact"),
+        ("camri", 3, 32, "compact"),
+        ("l2", 3, 16, "compact"),
+        ("arcface", 3, 24, "compact"),
+        ("cosface-i", 3, 40, "compact"),
+        ("crwwce", 1, 8, "paper-cnn"),
+        ("camri", 3, 9, "paper-cnn"),
+    ],
 )
-def test_a_model_answers_bit_for_bit_as_it_did(loss: Loss, channels: int, side: int, tmp_path: Path) -> None:
-    classifier = _classifier(loss, channels, side)
-    spec = _spec(channels=channels, image_size=side, **({"head": "dense", "scale": None} if loss == "ce" else {}))
+def test_a_model_answers_bit_for_bit_as_it_did(
+    loss: Loss, channels: int, side: int, model: Model, tmp_path: Path
+) -> None:
+    classifier = _classifier(loss, channels, side, model)
+    head = {"head": "dense", "scale": None} if loss in DENSE else {}
+    spec = _spec(model=model, channels=channels, image_size=side, **head)
     _write(tmp_path / "best", classifier, _config(spec=spec))
     read = read_bundle(tmp_path / "best")
     assert not read.classifier.training
@@ -135,6 +151,14 @@ def test_there_is_no_margin_among_the_weights(loss: Loss, tmp_path: Path) -> Non
         assert names == set(none.keys())
     assert not [name for name in names if "margin" in name]
     assert "head.weight" in names
+
+
+@pytest.mark.parametrize("loss", ["wce", "crwwce"])
+def test_there_is_no_weight_of_the_loss_among_the_weights(loss: Loss, tmp_path: Path) -> None:
+    save_weights(_classifier(loss), tmp_path / "weighted")
+    save_weights(_classifier("ce"), tmp_path / "plain")
+    with safe_open(tmp_path / "weighted", "pt") as weighted, safe_open(tmp_path / "plain", "pt") as plain:
+        assert set(weighted.keys()) == set(plain.keys())
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -256,6 +280,8 @@ def test_weights_of_another_network_are_refused(bundle: Path) -> None:
     save_weights(_classifier("camri", channels=3), bundle / WEIGHTS)
     assert WEIGHTS in _refusal(bundle)
     save_weights(_classifier("ce"), bundle / WEIGHTS)  # has a bias that a cosine head has not
+    assert WEIGHTS in _refusal(bundle)
+    save_weights(_classifier(model="paper-cnn"), bundle / WEIGHTS)
     assert WEIGHTS in _refusal(bundle)
 
 

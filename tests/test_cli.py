@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--dataset", "foo"], ["'foo'", "digits", "gtsrb", "folder"]),
+        (["--dataset", "foo"], ["'foo'", "digits", "gtsrb", "cifar10", "mnist", "awa2", "folder"]),
         (["--important", "10"], ["'10'", "0 to 9", "worst1"]),
         (["--important", "nope"], ["'nope'", "0 to 9"]),
         (["--important", "worst11"], ["'worst11'", "worst10"]),
@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parents[1]
         (["--workers", "0"], ["--workers", "0", "auto"]),
         (["--workers", "many"], ["--workers", "'many'", "auto"]),
         (["--name", "../x"], ["--name", "'../x'", "letters"]),
-        (["--limit", "5"], ["--limit 5", "at least 20"]),
+        (["--limit", "5"], ["--limit 5", "at least 10"]),
         (["--storage", "nonsense"], ["storage", "sqlite:///study.db"]),
         (["--bogus"], ["--bogus"]),
     ],

@@ -1,7 +1,6 @@
-"""Images in: what is listed, how it is decoded, how it is split, what is kept in the cache, and what is refused."""
+"""Folders of images: what is listed, how it is decoded and split, what is kept in the cache, and what is refused."""
 
 import contextlib
-import csv
 import io
 import math
 import os
@@ -11,44 +10,27 @@ import tempfile
 import threading
 import time
 import warnings
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets.gtsrb as torchvision_gtsrb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, features
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
 
-from camri_tune import datasets
-from camri_tune.config import StudyConfig
+from camri_tune.config import BUILT_IN_DATASETS
 from camri_tune.datasets import Dataset, open_dataset, open_test_images
 from camri_tune.errors import DataError
 from camri_tune.images import Images, read_image
-from camri_tune.sources import GTSRB_CLASSES
-from camri_tune.training import HeadSpec, Recipe, train
 from tests.conftest import MakeFolder
-
-Pixels = NDArray[np.uint8]
-SIDE = 8
-
-
-def _open(dataset: object, **values: object) -> Dataset:
-    return open_dataset(_config(dataset, **values))
-
-
-def _config(dataset: object, **values: object) -> StudyConfig:
-    return StudyConfig.build({"dataset": str(dataset), "image_size": SIDE, **values})
+from tests.opening import SIDE, Pixels, build_config, forbid_decoding, message_of, open_data, read_rgb, same
 
 
 def _count(data: Dataset) -> int:
@@ -64,53 +46,7 @@ def _shown(images: Images) -> set[tuple[int, ...]]:
 
 
 def _colours(folder: Path) -> set[tuple[int, ...]]:
-    return {tuple(_pixels(path)[0, 0].tolist()) for path in folder.rglob("*.png")}
-
-
-def _pixels(path: Path) -> Pixels:
-    """An 8-bit RGB file as (H, W, 3)."""
-    with Image.open(path) as image:
-        assert image.mode == "RGB"
-        return np.asarray(image).copy()
-
-
-def _message(raised: "pytest.ExceptionInfo[DataError]") -> str:
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
-
-
-# --- digits -----------------------------------------------------------------------------------------------------------
-
-
-def test_digits_are_split_into_three_parts_that_share_nothing() -> None:
-    data = open_dataset(StudyConfig())
-    test = data.test()
-    parts = (data.train, data.validation, test)
-    assert (data.channels, data.image_size, data.classes) == (1, 8, tuple("0123456789"))
-    assert [images.pixels.dtype for images in parts] == [torch.uint8] * 3
-    groups = [set(images.groups.tolist()) for images in parts]
-    assert len(set.union(*groups)) == sum(len(images) for images in parts) == 1797
-    assert abs(len(test) / 1797 - 0.2) < 0.01
-    assert abs(len(data.validation) / (1797 - len(test)) - 0.2) < 0.01
-    for images in parts:
-        shares = torch.bincount(images.labels, minlength=10) / len(images)
-        assert bool(((shares - 0.1).abs() < 0.015).all())
-
-
-def test_digits_have_their_own_pixels_and_labels() -> None:
-    data = open_dataset(StudyConfig())
-    bunch = load_digits()
-    for images in (data.train, data.validation, data.test()):
-        rows = images.groups.numpy()
-        expected = (bunch.images[rows] * 255 / 16).round().astype(np.uint8)
-        assert np.array_equal(images.pixels[:, 0].numpy(), expected)
-        assert images.labels.tolist() == bunch.target[rows].tolist()
-
-
-def test_another_seed_draws_another_test_part() -> None:
-    first, second = (set(open_dataset(StudyConfig(seed=seed)).test().groups.tolist()) for seed in (0, 1))
-    assert first != second
+    return {tuple(read_rgb(path)[0, 0].tolist()) for path in folder.rglob("*.png")}
 
 
 # --- folders of class folders -----------------------------------------------------------------------------------------
@@ -136,7 +72,7 @@ def test_folders_in_every_layout(
         if name:
             counts |= {f"{name}/cat": 3, f"{name}/dog": 4}
     root = image_folder(counts)
-    data = _open(root)
+    data = open_data(root)
     parts = {"train": _shown(data.train), "validation": _shown(data.validation), "test": _shown(data.test())}
     assert data.classes == ("cat", "dog")
     assert data.channels == 3
@@ -158,7 +94,7 @@ def test_folders_in_every_layout(
 def test_class_names_are_sorted_and_label_their_own_images(image_folder: MakeFolder) -> None:
     names = ["b", "a", "10", "9", "Ümlaut", "C"]
     root = image_folder(dict.fromkeys(names, 5))
-    data = _open(root)
+    data = open_data(root)
     assert data.classes == tuple(sorted(names))
     for label, name in enumerate(data.classes):
         shown = [_shown(i[np.flatnonzero(i.labels.numpy() == label)]) for i in (data.train, data.validation)]
@@ -167,7 +103,7 @@ def test_class_names_are_sorted_and_label_their_own_images(image_folder: MakeFol
 
 def test_images_deeper_inside_a_class_folder_belong_to_the_class(image_folder: MakeFolder) -> None:
     root = image_folder({"a/2019/may": 4, "a/2020": 4, "b": 5})
-    data = _open(root)
+    data = open_data(root)
     assert data.classes == ("a", "b")
     assert _shown(data.train) | _shown(data.validation) | _shown(data.test()) == _colours(root)
 
@@ -177,7 +113,7 @@ def test_a_test_folder_beside_the_class_folders_is_no_class(image_folder: MakeFo
     root = image_folder({"cat": 6, "dog": 6, "test/cat": 2, "test/dog": 2})
     refusal = ""
     try:
-        data = _open(root)
+        data = open_data(root)
     except DataError as error:
         refusal = str(error)
     if refusal:
@@ -199,10 +135,10 @@ def test_other_files_and_hidden_ones_are_passed_over(image_folder: MakeFolder) -
     shutil.copy(root / "a" / "000.png", root / "a" / ".000.png")
     (root / ".git").mkdir()
     (root / "__MACOSX").mkdir()
-    data = _open(root)
+    data = open_data(root)
     assert _shown(data.train) | _shown(data.validation) | _shown(data.test()) == expected
     assert data.ignored_files == 3
-    assert data.skipped_files == 0
+    assert data.notices() == ["3 file(s) that are no images were passed over."]
 
 
 def test_hidden_folders_inside_a_class_folder_are_passed_over(image_folder: MakeFolder) -> None:
@@ -211,14 +147,14 @@ def test_hidden_folders_inside_a_class_folder_are_passed_over(image_folder: Make
     hidden = root / "a" / ".ipynb_checkpoints"
     hidden.mkdir()
     shutil.copy(root / "a" / "000.png", hidden / "000-checkpoint.png")
-    data = _open(root)
+    data = open_data(root)
     assert _count(data) == 12
 
 
 def test_a_document_that_pillow_can_only_write_is_no_corrupt_image(image_folder: MakeFolder) -> None:
     root = image_folder({"a": 6, "b": 6})
     Image.new("RGB", (8, 8)).save(root / "a" / "licence.pdf")
-    data = _open(root)
+    data = open_data(root)
     assert _count(data) == 12
     assert data.ignored_files == 1
 
@@ -447,7 +383,7 @@ def test_odd_names_are_found_in_a_folder(image_folder: MakeFolder) -> None:
     root = image_folder({"a": 3, "b": 3})
     for index, name in enumerate(["photo.txt", "photo", "photo.PNG", "photo.jpg", "photo.v2.final"]):
         Image.new("RGB", (SIDE, SIDE), (200, 200, index)).save(root / "a" / name, format="PNG")
-    data = _open(root)
+    data = open_data(root)
     shown = _shown(data.train) | _shown(data.validation) | _shown(data.test())
     assert {(200, 200, index) for index in range(5)} < shown
     assert data.ignored_files == 0
@@ -512,18 +448,18 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(name: str, image_fold
     path.write_bytes(BAD_IMAGES[name]())
     with pytest.raises(DataError) as raised:
         read_image(path, SIDE)
-    assert repr(str(path)) in _message(raised)
+    assert repr(str(path)) in message_of(raised)
     with pytest.raises(DataError) as raised:
-        _open(root)
-    assert repr(str(path)) in _message(raised)
-    assert "--skip-corrupt" in _message(raised)
+        open_data(root)
+    assert repr(str(path)) in message_of(raised)
+    assert "--skip-corrupt" in message_of(raised)
 
     for _ in range(2):  # decoded, then from the cache
-        data = _open(root, skip_corrupt=True)
-        assert data.skipped_files == 1
+        data = open_data(root, skip_corrupt=True)
+        assert data.notices() == ["1 corrupt image file(s) were left out (--skip-corrupt)."]
         assert _count(data) == 12
     with pytest.raises(DataError):  # what was left out once is not left out for good
-        _open(root)
+        open_data(root)
 
 
 def test_the_reason_says_what_is_wrong(tmp_path: Path) -> None:
@@ -545,10 +481,10 @@ def test_several_bad_images_are_counted(image_folder: MakeFolder) -> None:
     for name in ("x.png", "y.png", "z.png"):
         (root / "b" / name).write_text("no")
     with pytest.raises(DataError) as raised:
-        _open(root)
-    assert "x.png" in _message(raised)
-    assert "2 more" in _message(raised)
-    assert _open(root, skip_corrupt=True).skipped_files == 3
+        open_data(root)
+    assert "x.png" in message_of(raised)
+    assert "2 more" in message_of(raised)
+    assert open_data(root, skip_corrupt=True).notices() == ["3 corrupt image file(s) were left out (--skip-corrupt)."]
 
 
 def test_a_class_of_bad_images_alone_is_named(image_folder: MakeFolder) -> None:
@@ -556,8 +492,8 @@ def test_a_class_of_bad_images_alone_is_named(image_folder: MakeFolder) -> None:
     for path in (root / "b").iterdir():
         path.write_text("no")
     with pytest.raises(DataError, match="'b'") as raised:
-        _open(root, skip_corrupt=True)
-    assert _message(raised)
+        open_data(root, skip_corrupt=True)
+    assert message_of(raised)
 
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -630,17 +566,17 @@ def _open_for_writing(pipe: Path) -> int:
 def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
     for name in ("foo", str(tmp_path / "nowhere")):
         with pytest.raises(DataError, match="unknown data set") as raised:
-            _open(name)
-        for part in (repr(name), "digits", "gtsrb", "folder"):
-            assert part in _message(raised)
+            open_data(name)
+        for part in (repr(name), *BUILT_IN_DATASETS, "folder"):
+            assert part in message_of(raised)
 
 
 def test_a_file_is_no_data_set(tmp_path: Path) -> None:
     path = tmp_path / "images.zip"
     path.touch()
     with pytest.raises(DataError, match="is a file") as raised:
-        _open(path)
-    assert repr(str(path)) in _message(raised)
+        open_data(path)
+    assert repr(str(path)) in message_of(raised)
 
 
 @pytest.mark.parametrize(
@@ -665,54 +601,42 @@ def test_a_folder_that_cannot_be_trained_on_gets_one_line(
     root = image_folder(counts)
     root.mkdir(exist_ok=True)
     with pytest.raises(DataError) as raised:
-        _open(root)
+        open_data(root)
     for part in parts:
-        assert part.format(root=root) in _message(raised)
+        assert part.format(root=root) in message_of(raised)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _same(first: Images, second: Images) -> bool:
-    pairs = ((first.pixels, second.pixels), (first.labels, second.labels), (first.groups, second.groups))
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def _forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, size: int) -> Pixels:
-        raise AssertionError(f"{path} is decoded again at {size}")
-
-    monkeypatch.setattr(datasets, "read_image", refuse)
-
-
 def test_a_second_start_decodes_nothing(image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder({"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
-    first = _open(root)
+    first = open_data(root)
     first_test = first.test()
-    _forbid_decoding(monkeypatch)
-    second = _open(root)
+    forbid_decoding(monkeypatch)
+    second = open_data(root)
     for before, after in (
         (first.train, second.train),
         (first.validation, second.validation),
         (first_test, second.test()),
     ):
-        assert _same(before, after)
+        assert same(before, after)
     assert second.fingerprint == first.fingerprint
     with pytest.raises(AssertionError, match="decoded again"):  # the check itself works
-        _open(root, image_size=16)
+        open_data(root, image_size=16)
 
 
 def test_the_test_part_is_not_opened_before_it_is_asked_for(image_folder: MakeFolder, own_cache: Path) -> None:
     root = image_folder({"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
     (root / "test" / "b" / "torn.png").write_text("no image")
-    data = _open(root)
+    data = open_data(root)
     assert {path.name for path in own_cache.rglob("*.safetensors")} == {"train.safetensors"}
     with pytest.raises(DataError, match=r"torn\.png"):
         data.test()
-    data = _open(root, skip_corrupt=True)
-    assert data.skipped_files == 0
+    data = open_data(root, skip_corrupt=True)
+    assert data.notices() == []
     assert len(data.test()) == 4
-    assert data.skipped_files == 1
+    assert data.notices() == ["1 corrupt image file(s) were left out (--skip-corrupt)."]
     assert {path.name for path in own_cache.rglob("*")} >= {"train.safetensors", "test.safetensors"}
 
 
@@ -721,7 +645,7 @@ def test_a_damaged_cache_file_is_built_anew(
     damage: str, image_folder: MakeFolder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folder({"a": 6, "b": 6})
-    first = _open(root)
+    first = open_data(root)
     (path,) = own_cache.rglob("*.safetensors")
     whole = path.read_bytes()
     match damage:
@@ -735,31 +659,31 @@ def test_a_damaged_cache_file_is_built_anew(
             path.write_bytes(bytes(len(whole)))
         case "other tensors":
             save_file({"weights": torch.zeros(3)}, path)
-    second = _open(root)
-    assert _same(first.train, second.train)
-    assert _same(first.validation, second.validation)
+    second = open_data(root)
+    assert same(first.train, second.train)
+    assert same(first.validation, second.validation)
     assert path.read_bytes() == whole
     assert [p.name for p in own_cache.rglob("*") if p.is_file()] == [path.name], "no partial files"
-    _forbid_decoding(monkeypatch)
-    assert _same(_open(root).train, first.train)
+    forbid_decoding(monkeypatch)
+    assert same(open_data(root).train, first.train)
 
 
 def test_a_changed_folder_is_another_data_set(image_folder: MakeFolder) -> None:
     root = image_folder({"a": 6, "b": 6})
-    prints = [_open(root).fingerprint]
+    prints = [open_data(root).fingerprint]
     Image.new("RGB", (8, 8), "white").save(root / "a" / "more.png")
-    prints.append(_open(root).fingerprint)
+    prints.append(open_data(root).fingerprint)
     (root / "a" / "more.png").unlink()
-    assert _open(root).fingerprint == prints[0]
+    assert open_data(root).fingerprint == prints[0]
     Image.new("RGB", (40, 40), "white").save(root / "a" / "000.png")  # a file of another size
-    changed = _open(root)
+    changed = open_data(root)
     prints.append(changed.fingerprint)
     assert (255, 255, 255) in _shown(changed.train) | _shown(changed.validation) | _shown(changed.test())
     (root / "a" / "000.png").rename(root / "a" / "zzz.png")
-    prints.append(_open(root).fingerprint)
+    prints.append(open_data(root).fingerprint)
     (root / "a" / "zzz.png").rename(root / "b" / "zzz.png")
-    prints.append(_open(root).fingerprint)
-    prints.append(_open(root, image_size=16).fingerprint)
+    prints.append(open_data(root).fingerprint)
+    prints.append(open_data(root, image_size=16).fingerprint)
     assert len(set(prints)) == len(prints)
 
 
@@ -770,7 +694,7 @@ def test_pixels_replaced_by_others_of_the_same_size_are_read_anew(image_folder: 
         for name in ("a", "b"):
             for index in range(6):
                 Image.new("RGB", (8, 8), (shade, index, 0)).save(root / name / f"{index}.bmp")
-        data = _open(root)
+        data = open_data(root)
         assert set(data.train.pixels[:, 0].flatten().tolist()) == {shade}
 
 
@@ -778,21 +702,21 @@ def test_moving_a_folder_changes_nothing(
     image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folder({"a": 6, "b": 6})
-    first = _open(root)
+    first = open_data(root)
     (tmp_path / "elsewhere").mkdir()
     moved = root.rename(tmp_path / "elsewhere" / root.name)
-    second = _open(moved)
+    second = open_data(moved)
     assert second.fingerprint == first.fingerprint
-    assert _same(first.train, second.train)
+    assert same(first.train, second.train)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert _open(root.name).fingerprint == first.fingerprint
+    assert open_data(root.name).fingerprint == first.fingerprint
 
 
 def test_renaming_a_folder_keeps_what_it_holds(image_folder: MakeFolder) -> None:
     """`evaluate` must know the training images under any name: else it would judge a model on what it learned from."""
     root = image_folder({"a": 6, "b": 6})
-    first = _open(root).fingerprint
-    assert _open(root.rename(root.with_name("renamed"))).fingerprint == first
+    first = open_data(root).fingerprint
+    assert open_data(root.rename(root.with_name("renamed"))).fingerprint == first
 
 
 def test_a_cache_that_cannot_be_written_only_warns(
@@ -803,7 +727,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
     blocked.touch()
     monkeypatch.setenv("CAMRI_CACHE", str(blocked))  # a folder below a file cannot be made, not even by root
     with pytest.warns(UserWarning, match="could not be written") as warned:
-        data = _open(root)
+        data = open_data(root)
     assert len(data.train) + len(data.validation) > 0
     assert str(blocked) in str(warned[0].message)
     assert "\n" not in str(warned[0].message)
@@ -812,257 +736,34 @@ def test_a_cache_that_cannot_be_written_only_warns(
 def test_progress_tells_of_every_image(image_folder: MakeFolder) -> None:
     root = image_folder({"a": 400, "b": 300})
     heard: list[tuple[int, int]] = []
-    open_dataset(_config(root), lambda done, total: heard.append((done, total)))
+    open_dataset(build_config(root), lambda done, total: heard.append((done, total)))
     assert heard == [(500, 700), (700, 700)]
 
 
 # --- a limit ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_limit_bounds_training_and_validation_and_leaves_test_alone(image_folder: MakeFolder) -> None:
+def test_a_limit_bounds_training_and_leaves_validation_and_test_whole(image_folder: MakeFolder) -> None:
     root = image_folder({"a": 40, "b": 40})
-    whole, limited = _open(root), _open(root, limit=20)
-    assert len(limited.train) + len(limited.validation) == 20
-    assert _shown(limited.test()) == _shown(whole.test())
+    whole, limited = open_data(root), open_data(root, limit=20)
+    assert len(limited.train) == 20
+    assert _shown(limited.train) < _shown(whole.train)
+    assert torch.bincount(limited.train.labels).tolist() == [10, 10]
+    assert same(limited.validation, whole.validation)
+    assert same(limited.test(), whole.test())
     assert limited.fingerprint == whole.fingerprint
-    with pytest.raises(DataError, match=r"--limit 3 .*at least 4"):
-        _open(root, limit=3)
+    assert len(open_data(root, limit=2).train) == 2
+    with pytest.raises(DataError, match=r"--limit 1 .*at least 2$"):
+        open_data(root, limit=1)
+    assert same(open_data(root, limit=10_000).train, whole.train)
 
 
-# --- real traffic signs -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def signs(gtsrb_dir: Path) -> Dataset:
-    return open_dataset(StudyConfig.build({"dataset": "gtsrb", "data_dir": gtsrb_dir}))
-
-
-def test_gtsrb_has_all_its_images_classes_and_tracks(signs: Dataset, gtsrb_dir: Path) -> None:
-    listed = list((gtsrb_dir / "gtsrb" / "GTSRB" / "Training").glob("*/*.ppm"))
-    assert len(signs.train) + len(signs.validation) == len(listed) == 39_209
-    assert len(signs.test()) == 12_630
-    assert signs.classes == GTSRB_CLASSES
-    assert len(set(GTSRB_CLASSES)) == 43
-    assert (signs.channels, signs.image_size, signs.grouped) == (3, 32, True)
-
-    groups = torch.cat([signs.train.groups, signs.validation.groups])
-    labels = torch.cat([signs.train.labels, signs.validation.labels])
-    tracks = {(path.parent.name, path.name.split("_")[0]) for path in listed}
-    assert len(torch.unique(groups)) == len(tracks) == 1_307
-    pairs = set(zip(groups.tolist(), labels.tolist(), strict=True))
-    assert len(pairs) == 1_307, "one class in a track"
-    assert set(torch.bincount(groups).tolist()) == {29, 30}
-    assert torch.bincount(labels).tolist() == [sum(int(p.parent.name) == c for p in listed) for c in range(43)]
-    assert not set(signs.train.groups.tolist()) & set(signs.validation.groups.tolist())
-
-
-@pytest.mark.parametrize("name", ["00000/00000_00000", "00014/00003_00012", "00025/00010_00029", "00042/00001_00005"])
-def test_gtsrb_training_labels_are_those_of_the_folders(name: str, signs: Dataset, gtsrb_dir: Path) -> None:
-    wanted = _pixels(gtsrb_dir / "gtsrb" / "GTSRB" / "Training" / f"{name}.ppm").transpose(2, 0, 1).copy()
-    found = []
-    for images in (signs.train, signs.validation):
-        rows = (images.pixels == torch.from_numpy(wanted)).flatten(1).all(dim=1)
-        found += images.labels[rows].tolist()
-    assert found == [int(name.split("/", maxsplit=1)[0])]
-
-
-def test_gtsrb_test_labels_are_those_of_the_official_file(signs: Dataset, gtsrb_dir: Path) -> None:
-    with (gtsrb_dir / "gtsrb" / "GT-final_test.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
-    test = signs.test()
-    assert test.labels.tolist() == [int(row["ClassId"]) for row in rows]
-    for index in (0, 1, 6_000, 12_629):
-        path = gtsrb_dir / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / rows[index]["Filename"]
-        assert np.array_equal(test.pixels[index].numpy(), _pixels(path).transpose(2, 0, 1))
-    # Two that were looked at: the first is "no trucks", the second "speed limit 30".
-    assert [GTSRB_CLASSES[label] for label in test.labels[:2]] == ["No trucks", "Speed limit 30"]
-
-
-# --- traffic signs that come over the network -------------------------------------------------------------------------
-
-
-def _write_small_gtsrb(root: Path) -> None:
-    """The real layout in small: 43 classes of 3 tracks of 2 frames, of sizes and ratios as photographed, one test
-    image of each class in mixed order, and the files that the real archives hold besides."""
-    rng = np.random.default_rng(0)
-
-    def sign(path: Path, label: int) -> None:
-        pixels = rng.integers(0, 60, (24, 20, 3)) + np.array([label * 4, 190 - label * 4, label % 7 * 27])
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-
-    training, testing = root / "GTSRB" / "Training", root / "GTSRB" / "Final_Test" / "Images"
-    testing.mkdir(parents=True)
-    for label in range(43):
-        folder = training / f"{label:05}"
-        folder.mkdir(parents=True)
-        (folder / f"GT-{label:05}.csv").write_text("Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n")
-        for track in range(3):
-            for frame in range(2):
-                sign(folder / f"{track:05}_{frame:05}.ppm", label)
-    (root / "GTSRB" / "Readme.txt").write_text("German Traffic Sign Recognition Benchmark\n")
-    rows = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
-    for index, label in enumerate(rng.permutation(43).tolist()):
-        sign(testing / f"{index:05}.ppm", label)
-        rows.append(f"{index:05}.ppm;20;24;5;5;15;19;{label}")
-    unlabelled = [row.rpartition(";")[0] for row in rows]
-    (testing / "GT-final_test.test.csv").write_text("\n".join(unlabelled) + "\n")
-    (root / "GT-final_test.csv").write_text("\n".join(rows) + "\n")
-
-
-@pytest.fixture(scope="module")
-def small_gtsrb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds a small `gtsrb/`. Copy it before changing it."""
-    folder = tmp_path_factory.mktemp("small")
-    _write_small_gtsrb(folder / "gtsrb")
-    return folder
-
-
-class _Server(ThreadingHTTPServer):
-    asked: list[str]
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *arguments: Any) -> None:
-        assert isinstance(self.server, _Server)
-        self.server.asked.append(self.path)
-
-
-@pytest.fixture
-def archives(small_gtsrb: Path, tmp_path: Path) -> Iterator[_Server]:
-    """A web server on the loopback with three archives, as the university has them."""
-    folder, source = tmp_path / "archives", small_gtsrb / "gtsrb"
-    folder.mkdir()
-    for name, beginning in {
-        "GTSRB-Training_fixed.zip": "GTSRB/Training",
-        "GTSRB_Final_Test_Images.zip": "GTSRB/Final_Test",
-        "GTSRB_Final_Test_GT.zip": "GT-final_test.csv",
-    }.items():
-        with zipfile.ZipFile(folder / name, "w") as archive:
-            for path in sorted(source.rglob("*")):
-                relative = path.relative_to(source).as_posix()
-                if path.is_file() and relative.startswith(beginning):
-                    archive.write(path, relative)
-    with _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
-        server.asked = []
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def _route_downloads(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
-    """Torchvision's own download, from another address; our archives have other sums than the real ones."""
-    real = torchvision_gtsrb.download_and_extract_archive
-
-    def routed(url: str, download_root: str, md5: str) -> None:
-        assert len(md5) == 32, "what comes from outside is checked"
-        real(f"{base}/{url.rpartition('/')[2]}", download_root)
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(torchvision_gtsrb, "download_and_extract_archive", routed)
-
-
-def test_gtsrb_is_downloaded_where_it_is_not_there(
-    archives: _Server, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _route_downloads(monkeypatch, f"http://127.0.0.1:{archives.server_port}")
-    values = {"dataset": "gtsrb", "data_dir": tmp_path / "data", "image_size": None}
-    data = _open(**values)
-    assert {path.rpartition("/")[2].partition(" ")[0] for path in archives.asked} == {
-        "GTSRB-Training_fixed.zip",
-        "GTSRB_Final_Test_Images.zip",
-        "GTSRB_Final_Test_GT.zip",
-    }
-    assert len(data.train) + len(data.validation) == 43 * 6
-    assert len(torch.unique(torch.cat([data.train.groups, data.validation.groups]))) == 43 * 3
-    test = data.test()
-    assert sorted(test.labels.tolist()) == list(range(43))
-    trained = train(
-        "compact",
-        HeadSpec("camri", margins={14: 0.2}),
-        data.train,
-        data.validation,
-        num_classes=43,
-        recipe=Recipe(epochs=1, learning_rate=1e-3, augmentation=data.augmentation),
-        seed=0,
-        device=torch.device("cpu"),
-    )
-    assert trained.confusion.sum() == len(data.validation)
-
-    archives.asked.clear()
-    assert _open(**values).fingerprint == data.fingerprint
-    assert archives.asked == [], "downloaded once"
-
-
-def test_without_data_and_network_the_folders_to_fill_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with _Server(("127.0.0.1", 0), _Quiet) as server:
-        port = server.server_port  # free again, and refused, once this server is closed
-    _route_downloads(monkeypatch, f"http://127.0.0.1:{port}")
-    with pytest.raises(DataError) as raised:
-        _open("gtsrb", data_dir=tmp_path / "data")
-    base = tmp_path / "data" / "gtsrb"
-    for part in (
-        "could not be downloaded",
-        f"{base}/GTSRB/Training/",
-        f"{base}/GTSRB/Final_Test/Images/",
-        f"{base}/GT-final_test.csv",
-        "--data-dir",
-    ):
-        assert part in _message(raised)
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test of incomplete data may reach the real server."""
-    _route_downloads(monkeypatch, "http://127.0.0.1:9")
-
-
-def _copy(small_gtsrb: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(small_gtsrb, tmp_path / "copy")
-
-
-@pytest.mark.usefixtures("offline", "own_cache")
-def test_gtsrb_without_its_test_labels_names_the_file(small_gtsrb: Path, tmp_path: Path) -> None:
-    data_dir = _copy(small_gtsrb, tmp_path)
-    (data_dir / "gtsrb" / "GT-final_test.csv").unlink()
-    with pytest.raises(DataError, match=r"GT-final_test\.csv") as raised:
-        _open("gtsrb", data_dir=data_dir)
-    assert _message(raised)
-
-
-@pytest.mark.usefixtures("offline", "own_cache")
-def test_gtsrb_with_the_unlabelled_list_in_place_of_the_labels_names_the_file(
-    small_gtsrb: Path, tmp_path: Path
-) -> None:
-    """The image archive holds a list without labels of nearly the same name; it is easily taken for the other."""
-    data_dir = _copy(small_gtsrb, tmp_path)
-    base = data_dir / "gtsrb"
-    shutil.copy(base / "GTSRB" / "Final_Test" / "Images" / "GT-final_test.test.csv", base / "GT-final_test.csv")
-    with pytest.raises(DataError, match=r"GT-final_test\.csv") as raised:
-        _open("gtsrb", data_dir=data_dir)
-    assert _message(raised)
-
-
-@pytest.mark.usefixtures("offline", "own_cache")
-def test_gtsrb_with_a_test_image_missing_names_it(small_gtsrb: Path, tmp_path: Path) -> None:
-    data_dir = _copy(small_gtsrb, tmp_path)
-    (data_dir / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / "00007.ppm").unlink()
-    with pytest.raises(DataError, match=r"00007\.ppm") as raised:
-        _open("gtsrb", data_dir=data_dir)
-    assert _message(raised)
-
-
-@pytest.mark.usefixtures("offline", "own_cache")
-def test_gtsrb_with_a_class_folder_missing_names_that_class(small_gtsrb: Path, tmp_path: Path) -> None:
-    """Labels counted from the folders that are there would give every later class the label before its own."""
-    data_dir = _copy(small_gtsrb, tmp_path)
-    shutil.rmtree(data_dir / "gtsrb" / "GTSRB" / "Training" / "00014")
-    with pytest.raises(DataError, match=r"Stop|00014") as raised:
-        _open("gtsrb", data_dir=data_dir)
-    assert _message(raised)
+def test_a_limit_leaves_a_validation_folder_whole(image_folder: MakeFolder) -> None:
+    root = image_folder({"train/a": 20, "train/b": 20, "val/a": 9, "val/b": 9, "test/a": 3, "test/b": 3})
+    limited = open_data(root, limit=8)
+    assert len(limited.train) == 8
+    assert _shown(limited.validation) == _colours(root / "val")
+    assert _shown(limited.test()) == _colours(root / "test")
 
 
 # --- images to judge a finished model on ------------------------------------------------------------------------------
@@ -1072,40 +773,22 @@ def test_the_data_set_of_training_gives_its_test_part_and_nothing_else(
     image_folder: MakeFolder, tmp_path: Path
 ) -> None:
     root = image_folder({"a": 20, "b": 20})
-    config = _config(root, seed=3)
+    config = build_config(root, seed=3)
     data = open_dataset(config)
     expected = data.test()
     (tmp_path / "moved").mkdir()
     moved = Path(shutil.copytree(root, tmp_path / "moved" / root.name))
     for where in (None, str(root), str(moved)):
         images, text = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
-        assert _same(images, expected)
+        assert same(images, expected)
         assert "test part" in text
         assert "neither trained nor chose" in text
-
-
-def test_digits_give_their_test_part() -> None:
-    config = StudyConfig(seed=5)
-    data = open_dataset(config)
-    for where in (None, "digits"):
-        images, _ = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
-        assert _same(images, data.test())
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_gtsrb_is_found_in_another_folder(small_gtsrb: Path, tmp_path: Path) -> None:
-    config = _config("gtsrb", data_dir=small_gtsrb)
-    data = open_dataset(config)
-    moved = _copy(small_gtsrb, tmp_path)
-    images, text = open_test_images(str(moved), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
-    assert _same(images, data.test())
-    assert "test part" in text
 
 
 def test_a_training_folder_that_changed_does_not_give_what_was_learned_from(image_folder: MakeFolder) -> None:
     """One file more and the split is another: the images that trained the model cannot be told from the others."""
     root = image_folder({"a": 20, "b": 20})
-    config = _config(root)
+    config = build_config(root)
     data = open_dataset(config)
     learned = _shown(data.train) | _shown(data.validation)
     Image.new("RGB", (8, 8), "white").save(root / "a" / "more.png")
@@ -1123,7 +806,7 @@ def test_a_training_folder_that_changed_does_not_give_what_was_learned_from(imag
 
 @pytest.mark.parametrize("part", ["", "test/"])
 def test_a_foreign_folder_has_its_labels_by_class_name(part: str, image_folder: MakeFolder) -> None:
-    config = _config(image_folder({"ant": 5, "bee": 5, "cat": 5, "dog": 5}))
+    config = build_config(image_folder({"ant": 5, "bee": 5, "cat": 5, "dog": 5}))
     data = open_dataset(config)
     counts = {f"{part}dog": 2, f"{part}bee": 3}
     if part:
@@ -1141,7 +824,7 @@ def test_a_foreign_folder_has_its_labels_by_class_name(part: str, image_folder: 
 
 def test_all_images_of_a_foreign_folder_are_all_of_them(image_folder: MakeFolder) -> None:
     """Without a test part, training and validation folders both count."""
-    config = _config(image_folder({"a": 5, "b": 5}))
+    config = build_config(image_folder({"a": 5, "b": 5}))
     data = open_dataset(config)
     foreign = image_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
     images, text = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
@@ -1150,11 +833,11 @@ def test_all_images_of_a_foreign_folder_are_all_of_them(image_folder: MakeFolder
 
 
 def test_a_class_that_the_model_does_not_know_is_named(image_folder: MakeFolder) -> None:
-    config = _config(image_folder({"a": 5, "b": 5}))
+    config = build_config(image_folder({"a": 5, "b": 5}))
     data = open_dataset(config)
     foreign = image_folder({"a": 2, "zebra": 2})
     with pytest.raises(DataError, match="'zebra'") as raised:
         open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
-    assert str(foreign) in _message(raised)
+    assert str(foreign) in message_of(raised)
     with pytest.raises(DataError, match="unknown data set"):
         open_test_images("/nowhere", trained_on=config, fingerprint=data.fingerprint, classes=data.classes)

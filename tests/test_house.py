@@ -12,18 +12,18 @@ PACKAGE = REPOSITORY / "camri_tune"
 # Top to bottom; a module may import only from lines below its own.
 FLOORS = [
     {"cli"},
-    {"pipeline"},
-    {"report", "stages"},
-    {"evaluation", "worker", "console"},
-    {"search", "selection"},
+    {"pipeline", "comparison"},
+    {"report", "stages", "figures"},
+    {"evaluation", "worker", "console", "pages"},
+    {"search", "selection", "table1"},
     {"storage", "pruning", "baseline"},
-    {"bundle"},
+    {"bundle", "plane"},
     {"training"},
     {"models", "datasets"},
     {"sources"},
     {"folders"},
     {"augmentation", "images", "losses", "splits", "records"},
-    {"metrics", "stats", "config"},
+    {"metrics", "stats", "posthoc", "config"},
     {"errors"},
 ]
 

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from fractions import Fraction
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pytorch_metric_learning import losses as metric_learning
 from torch import Tensor
 from torch.func import functional_call
 
@@ -16,9 +19,12 @@ from camri_tune.losses import (
     CAMRILoss,
     CosFaceLoss,
     CrossEntropyLoss,
+    CRWWCELoss,
     Head,
     NormFaceLoss,
+    WeightedCrossEntropyLoss,
     adacos_scale,
+    log_complement,
 )
 
 CLASSES, SIZE = 5, 7
@@ -31,8 +37,16 @@ COSINE_HEADS: dict[str, Callable[[], NormFaceLoss]] = {
     "arcface": lambda: ArcFaceLoss(CLASSES, SIZE, 0.4, 12.0),
     "cosface-i": lambda: CosFaceLoss(CLASSES, SIZE, {1: 0.2, 3: 1.5}, 12.0),
 }
-HEADS: dict[str, MakeHead] = {"ce": lambda: CrossEntropyLoss(CLASSES, SIZE), **COSINE_HEADS}
+WEIGHTS = {1: 3.0, 3: 0.25}
+DENSE_HEADS: dict[str, Callable[[], CrossEntropyLoss]] = {
+    "ce": lambda: CrossEntropyLoss(CLASSES, SIZE),
+    "wce": lambda: WeightedCrossEntropyLoss(CLASSES, SIZE, WEIGHTS),
+    "crwwce": lambda: CRWWCELoss(CLASSES, SIZE, WEIGHTS, {1: 0.5, 2: 2.0}),
+    "crwwce matrix": lambda: CRWWCELoss(CLASSES, SIZE, {}, torch.arange(CLASSES**2).view(CLASSES, CLASSES) / 8),
+}
+HEADS: dict[str, MakeHead] = {**DENSE_HEADS, **COSINE_HEADS}
 every_head = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
+every_dense_head = pytest.mark.parametrize("make", DENSE_HEADS.values(), ids=DENSE_HEADS.keys())
 every_cosine_head = pytest.mark.parametrize("make", COSINE_HEADS.values(), ids=COSINE_HEADS.keys())
 SEEDS = st.integers(0, 2**31 - 1)
 # Below the sine's clamp (cosine above 1 - 1e-6) the target may be off by the cosine that is cut away there.
@@ -317,6 +331,20 @@ def test_saved_weights_hold_no_margin(make: Callable[[], NormFaceLoss]) -> None:
     assert list(NormFaceLoss(CLASSES, SIZE).load_state_dict(head.state_dict(), strict=True)) == [[], []]
 
 
+@every_dense_head
+def test_saved_weights_hold_no_weight_of_the_loss(make: Callable[[], CrossEntropyLoss]) -> None:
+    head = make()
+    assert list(head.state_dict()) == ["dense.weight", "dense.bias"]
+    assert list(CrossEntropyLoss(CLASSES, SIZE).load_state_dict(head.state_dict(), strict=True)) == [[], []]
+
+
+@every_dense_head
+def test_logits_do_not_know_the_weights_of_the_loss(make: Callable[[], CrossEntropyLoss]) -> None:
+    embeddings, _ = _batch(19)
+    plain = _with_weight(CrossEntropyLoss(CLASSES, SIZE), 18).double()
+    assert torch.equal(_with_weight(make(), 18).double().get_logits(embeddings), plain.get_logits(embeddings))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @every_head
 def test_autocast_changes_neither_loss_nor_logits(make: MakeHead, dtype: torch.dtype) -> None:
@@ -401,3 +429,354 @@ def test_the_fixed_scale_of_ada_cos(num_classes: int, scale: float) -> None:
 def test_the_fixed_scale_of_ada_cos_suits_two_classes() -> None:
     """log(2 - 1) would be a scale of zero, which no head accepts."""
     NormFaceLoss(2, SIZE, adacos_scale(2))
+
+
+# The losses that weigh errors
+
+
+def _dense_batch(seed: int, n: int = 20) -> tuple[Tensor, Tensor]:
+    """Embeddings whose logits are some ten apart, and labels of every class in unequal numbers."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(CLASSES), torch.randint(0, CLASSES, (n - CLASSES,), generator=rng)])
+    return torch.randn(n, SIZE, generator=rng, dtype=torch.float64) * 2, labels
+
+
+def _naive_weighted_loss(
+    head: CrossEntropyLoss,
+    embeddings: Tensor,
+    labels: Tensor,
+    w_fn: Mapping[int, float],
+    w_fp: Sequence[Sequence[float]],
+) -> float:
+    """Sample by sample and class by class; 1 - h_k is the sum of the other classes' shares."""
+    weight, bias = head.dense.weight.tolist(), head.dense.bias.tolist()
+    losses = []
+    for x, y in zip(embeddings.tolist(), labels.tolist(), strict=True):
+        powers = [
+            math.exp(math.fsum([*(a * b for a, b in zip(x, row, strict=True)), c]))
+            for row, c in zip(weight, bias, strict=True)
+        ]
+        total = math.fsum(powers)
+        loss = -w_fn.get(y, 1.0) * math.log(powers[y] / total)
+        for k in range(len(powers)):
+            if k != y:
+                others = math.fsum(power for j, power in enumerate(powers) if j != k)
+                loss -= w_fp[y][k] * math.log(others / total)
+        losses.append(loss)
+    return math.fsum(losses) / len(losses)
+
+
+NO_W_FP = [[0.0] * CLASSES] * CLASSES
+FACTORS = st.floats(0, 100, width=32)
+BY_CLASS = st.dictionaries(st.integers(0, CLASSES - 1), FACTORS, max_size=CLASSES)
+MATRICES = st.lists(st.lists(FACTORS, min_size=CLASSES, max_size=CLASSES), min_size=CLASSES, max_size=CLASSES)
+
+
+@given(seed=SEEDS, weight=BY_CLASS)
+@settings(deadline=None, max_examples=60)
+def test_wce_is_its_formula(seed: int, weight: dict[int, float]) -> None:
+    head = _with_weight(WeightedCrossEntropyLoss(CLASSES, SIZE, weight), seed).double()
+    embeddings, labels = _dense_batch(seed + 1)
+    naive = _naive_weighted_loss(head, embeddings, labels, weight, NO_W_FP)
+    assert head(embeddings, labels).item() == pytest.approx(naive, rel=1e-9, abs=1e-12)
+
+
+@given(seed=SEEDS, w_fn=BY_CLASS, w_fp=MATRICES)
+@settings(deadline=None, max_examples=60)
+def test_crwwce_is_its_formula(seed: int, w_fn: dict[int, float], w_fp: list[list[float]]) -> None:
+    head = _with_weight(CRWWCELoss(CLASSES, SIZE, w_fn, torch.tensor(w_fp)), seed).double()
+    embeddings, labels = _dense_batch(seed + 1)
+    naive = _naive_weighted_loss(head, embeddings, labels, w_fn, w_fp)
+    assert head(embeddings, labels).item() == pytest.approx(naive, rel=1e-9, abs=1e-12)
+
+
+def test_crwwce_reads_the_row_of_the_true_class() -> None:
+    """Which of two classes is mistaken for which is what the matrix is for."""
+    w_fp = torch.zeros(CLASSES, CLASSES)
+    w_fp[1, 3] = 5.0
+    head = _with_weight(CRWWCELoss(CLASSES, SIZE, {}, w_fp), 30).double()
+    plain = _with_weight(CrossEntropyLoss(CLASSES, SIZE), 30).double()
+    x, _ = _dense_batch(31, n=8)
+    for y in range(CLASSES):
+        labels = torch.full((8,), y)
+        more = head(x, labels) - plain(x, labels)
+        shares = plain.get_logits(x).softmax(dim=1)
+        expected = -5.0 * (1 - shares[:, 3]).log().mean() if y == 1 else torch.zeros(())
+        torch.testing.assert_close(more.double(), expected.double(), rtol=1e-9, atol=1e-12)
+
+
+@given(seed=SEEDS, w_fn=BY_CLASS)
+@settings(deadline=None, max_examples=30)
+def test_crwwce_without_w_fp_is_wce_bit_for_bit(seed: int, w_fn: dict[int, float]) -> None:
+    embeddings, labels = _dense_batch(seed + 1)
+    wce = _with_weight(WeightedCrossEntropyLoss(CLASSES, SIZE, w_fn), seed).double()
+    for w_fp in ({}, {0: 0.0}, torch.zeros(CLASSES, CLASSES), torch.eye(CLASSES)):
+        crwwce = _with_weight(CRWWCELoss(CLASSES, SIZE, w_fn, w_fp), seed).double()
+        for ours, theirs in zip(
+            _loss_and_gradients(crwwce, embeddings, labels), _loss_and_gradients(wce, embeddings, labels), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WeightedCrossEntropyLoss(CLASSES, SIZE, {}),
+        lambda: WeightedCrossEntropyLoss(CLASSES, SIZE, dict.fromkeys(range(CLASSES), 1.0)),
+        lambda: CRWWCELoss(CLASSES, SIZE, {}, {}),
+        lambda: CRWWCELoss(CLASSES, SIZE, {2: 1.0}, {2: 0.0}),
+    ],
+    ids=["wce", "wce of ones", "crwwce", "crwwce of one and zero"],
+)
+def test_weights_that_change_nothing_give_cross_entropy(make: MakeHead) -> None:
+    embeddings, labels = _dense_batch(33)
+    plain = _with_weight(CrossEntropyLoss(CLASSES, SIZE), 32).double()
+    for ours, theirs in zip(
+        _loss_and_gradients(_with_weight(make(), 32).double(), embeddings, labels),
+        _loss_and_gradients(plain, embeddings, labels),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", ["wce", "crwwce"])
+def test_weights_are_not_divided_out_again(loss: str) -> None:
+    """PyTorch's own `weight` divides by the batch's sum of weights: a batch of one class would notice no weight."""
+    make: dict[str, Callable[[dict[int, float]], CrossEntropyLoss]] = {
+        "wce": lambda weight: WeightedCrossEntropyLoss(CLASSES, SIZE, weight),
+        "crwwce": lambda weight: CRWWCELoss(CLASSES, SIZE, weight, {}),
+    }
+    embeddings, labels = _dense_batch(35)
+    heavy = _with_weight(make[loss]({2: 8.0}), 34).double()
+    plain = _with_weight(CrossEntropyLoss(CLASSES, SIZE), 34).double()
+    alone, apart = labels == 2, labels != 2
+    torch.testing.assert_close(heavy(embeddings[alone], labels[alone]), 8 * plain(embeddings[alone], labels[alone]))
+    torch.testing.assert_close(heavy(embeddings[apart], labels[apart]), plain(embeddings[apart], labels[apart]))
+    # In a mixed batch the gain is seven times the important samples' share, whoever else is there.
+    gain = heavy(embeddings, labels) - plain(embeddings, labels)
+    torch.testing.assert_close(gain, 7 * plain(embeddings[alone], labels[alone]) * alone.double().mean())
+    weight = torch.ones(CLASSES, dtype=torch.float64).index_fill(0, torch.tensor(2), 8.0)
+    pytorchs = F.cross_entropy(plain.get_logits(embeddings), labels, weight)
+    assert abs(heavy(embeddings, labels) / pytorchs - 1).item() > 0.2, "or this test would not tell them apart"
+
+
+@given(seed=SEEDS, w_fn=BY_CLASS, w_fp=BY_CLASS, diagonal=st.lists(FACTORS, min_size=CLASSES, max_size=CLASSES))
+@settings(deadline=None, max_examples=30)
+def test_a_mapping_w_fp_is_the_matrix_of_equal_rows_and_the_diagonal_is_not_read(
+    seed: int, w_fn: dict[int, float], w_fp: dict[int, float], diagonal: list[float]
+) -> None:
+    rows = [[diagonal[y] if k == y else w_fp.get(y, 0.0) for k in range(CLASSES)] for y in range(CLASSES)]
+    matrix = torch.tensor(rows)
+    before = matrix.clone()
+    embeddings, labels = _dense_batch(seed + 1)
+    by_class = _with_weight(CRWWCELoss(CLASSES, SIZE, w_fn, w_fp), seed).double()
+    by_matrix = _with_weight(CRWWCELoss(CLASSES, SIZE, w_fn, matrix), seed).double()
+    assert torch.equal(by_class(embeddings, labels), by_matrix(embeddings, labels))
+    assert torch.equal(by_matrix.w_fp.diagonal(), torch.zeros(CLASSES, dtype=torch.float64))
+    assert torch.equal(matrix, before), "the caller's matrix stays the caller's"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+def test_a_matrix_of_any_kind_of_number_will_do(dtype: torch.dtype) -> None:
+    matrix = torch.arange(CLASSES**2).view(CLASSES, CLASSES)
+    head = CRWWCELoss(CLASSES, SIZE, {}, matrix.to(dtype))
+    assert head.w_fp.dtype == torch.float32
+    assert torch.equal(head.w_fp, (matrix - torch.diag(matrix.diagonal())).float())
+
+
+def _exact_log(x: Fraction) -> float:
+    """log of a fraction in (0, 1), also where it is too near 0 or 1 for a float."""
+    if x > Fraction(1, 2):
+        return math.log1p(float(x - 1))
+    shift = x.numerator.bit_length() - x.denominator.bit_length()
+    return math.log(x / Fraction(2) ** shift) + shift * math.log(2)
+
+
+@given(
+    powers=st.lists(st.lists(st.integers(-1000, 1000), min_size=3, max_size=3), min_size=1, max_size=6),
+    near=st.lists(st.integers(-60, 60), min_size=3, max_size=3),
+)
+@settings(deadline=None, max_examples=150)
+def test_log_complement_is_exact_whatever_the_share(powers: list[list[int]], near: list[int]) -> None:
+    """Logits k log 2 have shares 2^k / sum, which are exact as fractions: from 2^-2000 to 1 - 2^-2000."""
+    rows = [*powers, near]
+    logits = torch.tensor(rows, dtype=torch.float64) * math.log(2)
+    ours = log_complement(logits).tolist()
+    for row, values in zip(rows, ours, strict=True):
+        sizes = [Fraction(2) ** k for k in row]
+        for k, value in enumerate(values):
+            exact = _exact_log((sum(sizes) - sizes[k]) / sum(sizes))
+            # Logits of 700 are rounded at 1e-13, and so is every share.
+            assert value == pytest.approx(exact, rel=1e-11, abs=1e-300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_complement_at_a_share_of_almost_one(dtype: torch.dtype) -> None:
+    """At h = 1 - 1e-30 `log(1 - softmax)` is minus infinity in every precision."""
+    logits = torch.tensor([[0.0, math.log(1e-30), -200.0]], dtype=dtype)
+    assert (1 - logits.softmax(dim=1)).log()[0, 0] == -math.inf
+    ours = log_complement(logits)[0].tolist()
+    assert ours[0] == pytest.approx(math.log(1e-30), rel=1e-6 if dtype == torch.float32 else 1e-13)
+    assert ours[1] == pytest.approx(-1e-30, rel=1e-4 if dtype == torch.float32 else 1e-12)
+    assert ours[2] == pytest.approx(-math.exp(-200), rel=1e-4, abs=1e-45 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [100.0, -100.0, 0.0],
+        [1e4, -1e4, 0.0],
+        [1e30, -1e30, 0.0],
+        [100.0, 100.0, -100.0],
+        [0.0, 0.0, 0.0],
+        [-100.0, -100.0, -100.0],
+        [1e30, 1e30, 1e30],
+        [5.0, 5.0, 5.0 - 1e-6],
+        [3.0, -200.0],
+        [2.0, 2.0],
+        [0.0] * 1000,
+    ],
+    ids=lambda row: f"{row[:3]}",
+)
+def test_log_complement_has_finite_gradients(logits: list[float], dtype: torch.dtype) -> None:
+    row = torch.tensor([logits], dtype=dtype, requires_grad=True)
+    values = log_complement(row)
+    assert values.isfinite().all()
+    assert (values <= 0).all()
+    for k in range(len(logits))[:3]:
+        (slope,) = torch.autograd.grad(values[0, k], row, retain_graph=True)
+        # d log(1 - h_k) / d z_j = -h_k (delta_jk - h_j) / (1 - h_k), written so that nothing cancels.
+        shares = row.detach().double().softmax(dim=1)[0]
+        others = row.detach().double()[0].index_fill(0, torch.tensor(k), -math.inf).softmax(dim=0)
+        expected = shares[k] * others
+        expected[k] = -shares[k]
+        torch.testing.assert_close(slope[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits", [[0.3, 0.3, 0.3], [1.0, 1.0, -2.0], [2.0, 2.0], [4.0, 1.0, 1.0]])
+def test_ties_are_treated_alike(logits: list[float]) -> None:
+    """Only one of two equal classes is the largest to the code; to the formula they are the same."""
+    row = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+    values = log_complement(row)
+    naive = (1 - row.detach().softmax(dim=1)).log()
+    torch.testing.assert_close(values.detach(), naive, rtol=1e-13, atol=0)
+    assert torch.autograd.gradcheck(log_complement, (row,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_dense_head
+def test_gradients_are_finite_for_hopeless_and_for_certain_samples(
+    make: Callable[[], CrossEntropyLoss], dtype: torch.dtype
+) -> None:
+    """Every class certain in turn, for samples of it and of every other class."""
+    head = make()
+    with torch.no_grad():
+        head.dense.weight.zero_()
+        head.dense.weight[:, :CLASSES] = torch.eye(CLASSES)
+        head.dense.bias.zero_()
+    certain = F.pad(200 * torch.eye(CLASSES) - 100, (0, SIZE - CLASSES)).to(dtype)
+    embeddings, labels = certain.repeat_interleave(CLASSES, 0), torch.arange(CLASSES).repeat(CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = _loss_and_gradients(head, embeddings, labels)
+    assert head.get_logits(embeddings)[0].tolist() == [100.0, *[-100.0] * (CLASSES - 1)]
+    for value in values:
+        assert value.isfinite().all()
+    assert values[0].dtype == torch.float32
+    assert values[0] > 10
+
+
+Make = Callable[[Mapping[int, float]], Head]
+TAKE_WEIGHTS: dict[str, tuple[str, Make]] = {
+    "wce": ("weight", lambda values: WeightedCrossEntropyLoss(3, 4, values)),
+    "crwwce w_fn": ("w_fn", lambda values: CRWWCELoss(3, 4, values, {})),
+    "crwwce w_fp": ("w_fp", lambda values: CRWWCELoss(3, 4, {}, values)),
+}
+everything_weighted = pytest.mark.parametrize(("name", "make"), TAKE_WEIGHTS.values(), ids=TAKE_WEIGHTS.keys())
+
+
+@pytest.mark.parametrize("value", [-1e-9, -1.0, math.inf, -math.inf, math.nan])
+@everything_weighted
+def test_a_weight_that_is_no_factor_is_named_with_its_class(name: str, make: Make, value: float) -> None:
+    rule = rf"^{name} of class 2 is {value}, but must be a finite number of at least 0$"
+    with pytest.raises(ValueError, match=rule):
+        make({1: 2.0, 2: value})
+
+
+@pytest.mark.parametrize("number", [-1, 3, 100])
+@everything_weighted
+def test_a_weight_for_a_class_that_is_not_there_is_named(name: str, make: Make, number: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} names class {number}, but classes are 0 to 2$"):
+        make({0: 2.0, number: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("matrix", "found"),
+    [
+        (torch.ones(2, 3), r"\(2, 3\)"),
+        (torch.ones(3), r"\(3,\)"),
+        (torch.ones(4, 4), r"\(4, 4\)"),
+        (torch.ones(3, 3, 1), r"\(3, 3, 1\)"),
+        (torch.ones(()), r"\(\)"),
+        (torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, -0.5], [1.0, 1.0, 0.0]]), r"-0\.5"),
+        (torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, math.nan], [1.0, 1.0, 0.0]]), "nan"),
+        (torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, math.inf], [1.0, 1.0, 0.0]]), "inf"),
+    ],
+)
+def test_a_matrix_that_does_not_fit_is_told_with_its_rule(matrix: Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=r"w_fp .* must be .*\(3, 3\) of finite factors of at least 0") as raised:
+        CRWWCELoss(3, 4, {}, matrix)
+    assert raised.match(found)
+
+
+# Against pytorch-metric-learning, which others wrote. Margins are in degrees there, and weights are (D, C).
+
+
+def _agree(ours: NormFaceLoss, theirs: Any, seed: int) -> None:
+    """Loss, logits and gradients."""
+    ours = _with_weight(ours, seed).double()
+    theirs = theirs.double()
+    with torch.no_grad():
+        theirs.W.copy_(ours.weight.T)
+    embeddings, labels = _batch(seed + 1)
+    loss, embedding_slope, weight_slope = _loss_and_gradients(ours, embeddings, labels)
+    leaf = embeddings.clone().requires_grad_()
+    other = theirs(leaf, labels)
+    other_embedding_slope, other_weight_slope = torch.autograd.grad(other, [leaf, theirs.W])
+    torch.testing.assert_close(loss, other.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(embedding_slope, other_embedding_slope, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(weight_slope, other_weight_slope.T, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ours.get_logits(embeddings), theirs.get_logits(embeddings), rtol=1e-9, atol=1e-12)
+
+
+@given(seed=SEEDS, degrees=st.floats(0, 60), scale=st.floats(1, 64))
+@settings(deadline=None, max_examples=40)
+def test_arcface_is_that_of_pytorch_metric_learning(seed: int, degrees: float, scale: float) -> None:
+    """Below the angle at which theta + m passes pi: what stands in place of the cosine there is each library's own."""
+    margin = torch.tensor(math.radians(degrees), dtype=torch.float32).item()  # as ours keeps it
+    ours = _with_weight(ArcFaceLoss(CLASSES, SIZE, margin, scale), seed).double()
+    embeddings, labels = _batch(seed + 1)
+    cosine = ours.cosine(embeddings).gather(1, labels[:, None])
+    assume((cosine > -math.cos(margin) + 1e-6).all().item())
+    theirs = metric_learning.ArcFaceLoss(CLASSES, SIZE, margin=math.degrees(margin), scale=scale)
+    _agree(ours, theirs, seed)
+
+
+@given(seed=SEEDS, scale=st.floats(1, 64))
+@settings(deadline=None, max_examples=40)
+def test_norm_face_is_that_of_pytorch_metric_learning(seed: int, scale: float) -> None:
+    _agree(
+        NormFaceLoss(CLASSES, SIZE, scale),
+        metric_learning.NormalizedSoftmaxLoss(CLASSES, SIZE, temperature=1 / scale),
+        seed,
+    )
+
+
+@given(seed=SEEDS, margin=st.floats(0, 1.5, width=32), scale=st.floats(1, 64))
+@settings(deadline=None, max_examples=40)
+def test_equal_margins_of_cosface_are_those_of_pytorch_metric_learning(seed: int, margin: float, scale: float) -> None:
+    _agree(
+        CosFaceLoss(CLASSES, SIZE, dict.fromkeys(range(CLASSES), margin), scale),
+        metric_learning.CosFaceLoss(CLASSES, SIZE, margin=margin, scale=scale),
+        seed,
+    )

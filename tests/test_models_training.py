@@ -1,8 +1,9 @@
-"""The network, augmentation, and training one model with one seed, on the digits."""
+"""The networks, augmentation, and training one model with one seed, on the digits."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,26 +14,40 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from camri_tune.augmentation import Augmentation, augment
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, TrainingDivergedError
-from camri_tune.losses import ArcFaceLoss, CAMRILoss, CosFaceLoss, CrossEntropyLoss, NormFaceLoss
+from camri_tune.losses import (
+    ArcFaceLoss,
+    CAMRILoss,
+    CosFaceLoss,
+    CrossEntropyLoss,
+    CRWWCELoss,
+    NormFaceLoss,
+    WeightedCrossEntropyLoss,
+)
 from camri_tune.metrics import accuracy
-from camri_tune.models import EMBEDDING_SIZE, Classifier, CompactCNN, ContrastNormalisation, build_body
+from camri_tune.models import Classifier, CompactCNN, ContrastNormalisation, PaperCNN, build_body
 from camri_tune.training import (
     HeadSpec,
     Progress,
     Recipe,
     Trained,
-    _warm_then_decay,
+    _optimizer,
+    _schedule,
+    default_learning_rate,
     evaluate,
     pick_device,
     predict_logits,
+    recipe_of,
     train,
 )
 
 CPU = torch.device("cpu")
 CAMRI = HeadSpec("camri", 16.0, {3: 0.3})
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+MODELS: tuple[Model, ...] = get_args(Model)
+EMBEDDING_SIZES: dict[Model, int] = {"compact": 128, "paper-cnn": 512}
 # The same changes as for traffic signs: every kind but the mirror.
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6)
 
@@ -42,17 +57,23 @@ def digits() -> Dataset:
     return open_dataset(StudyConfig())
 
 
+def _head(loss: Loss) -> HeadSpec:
+    """Any loss with class 3 important; each reads what is its own."""
+    return HeadSpec(loss, 16.0, {3: 0.3}, {3: 4.0}, {3: 0.5})
+
+
 def _train(
     data: Dataset,
     head: HeadSpec = CAMRI,
     *,
+    model: Model = "compact",
     recipe: Recipe | None = None,
     seed: int = 0,
     images: int = 300,
 ) -> Trained:
     """Train on the first few digits."""
     return train(
-        "compact",
+        model,
         head,
         data.train[np.arange(images)],
         data.validation,
@@ -63,14 +84,14 @@ def _train(
     )
 
 
-def _hear(data: Dataset, *, epochs: int) -> tuple[Trained, list[Progress]]:
-    """Train on a few digits and keep what `on_epoch` hears."""
+def _hear(data: Dataset, *, epochs: int, validation: int = 16) -> tuple[Trained, list[Progress]]:
+    """Train on 64 digits and keep what `on_epoch` hears. Few validation images allow evaluations on the way."""
     heard: list[Progress] = []
     trained = train(
         "compact",
         CAMRI,
         data.train[np.arange(64)],
-        data.validation,
+        data.validation[np.arange(validation)],
         num_classes=10,
         recipe=Recipe(epochs, 4e-3, batch_size=32),
         seed=0,
@@ -89,7 +110,7 @@ def _equal_states(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_the_network_for_traffic_signs_has_at_most_half_a_million_parameters() -> None:
-    for head in (CrossEntropyLoss(43, EMBEDDING_SIZE), NormFaceLoss(43, EMBEDDING_SIZE)):
+    for head in (CrossEntropyLoss(43, 128), NormFaceLoss(43, 128)):
         classifier = Classifier(CompactCNN(3, 32), head)
         count = sum(p.numel() for p in classifier.parameters())
         assert 400_000 < count <= 500_000
@@ -97,21 +118,24 @@ def test_the_network_for_traffic_signs_has_at_most_half_a_million_parameters() -
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("side", [8, 9, 16, 17, 23, 24, 28, 31, 32, 33, 48, 64])
-def test_images_of_any_side_become_embeddings_and_logits(side: int, channels: int) -> None:
-    head = CAMRILoss(43, EMBEDDING_SIZE, {1: 0.2})
-    classifier = Classifier(build_body("compact", channels=channels, image_size=side), head)
+@pytest.mark.parametrize("model", MODELS)
+def test_images_of_any_side_become_embeddings_and_logits(model: Model, side: int, channels: int) -> None:
+    body = build_body(model, channels=channels, image_size=side)
+    assert body.embedding_size == EMBEDDING_SIZES[model]
+    classifier = Classifier(body, CAMRILoss(43, body.embedding_size, {1: 0.2}))
     images = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8)
     for mode in (True, False):
         classifier.train(mode)
         embeddings = classifier.embed(images)
-        assert embeddings.shape == (2, EMBEDDING_SIZE)
+        assert embeddings.shape == (2, EMBEDDING_SIZES[model])
         assert embeddings.isfinite().all()
         assert classifier(images).shape == (2, 43)
 
 
-def test_logits_are_the_heads_without_a_margin() -> None:
-    head = CAMRILoss(10, EMBEDDING_SIZE, {1: 0.5}, 7.0)
-    classifier = Classifier(CompactCNN(1, 8), head).eval()
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_are_the_heads_without_a_margin(model: Model) -> None:
+    head = CAMRILoss(10, EMBEDDING_SIZES[model], {1: 0.5}, 7.0)
+    classifier = Classifier(build_body(model, channels=1, image_size=8), head).eval()
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     expected = 7.0 * torch.cosine_similarity(classifier.embed(images)[:, None], head.weight[None], dim=2)
     torch.testing.assert_close(classifier(images), expected)
@@ -119,7 +143,7 @@ def test_logits_are_the_heads_without_a_margin() -> None:
 
 def test_an_unknown_network_is_refused() -> None:
     with pytest.raises(KeyError, match="colossal"):
-        build_body("colossal", channels=1, image_size=8)
+        build_body("colossal", channels=1, image_size=8)  # type: ignore[arg-type]
 
 
 def _scene(seed: int, channels: int = 3) -> Tensor:
@@ -168,26 +192,197 @@ def test_whole_numbers_and_fractions_are_normalised_alike() -> None:
     assert torch.equal(ContrastNormalisation()(images), ContrastNormalisation()(images.float()))
 
 
+def test_the_compact_network_evens_out_light_before_all_else() -> None:
+    body, images = CompactCNN(3, 16).eval(), _scene(1)
+    torch.testing.assert_close(body(images + 40), body(images), rtol=1e-3, atol=1e-4)
+
+
+# The authors' network, written out from what is known of their code: kind, and channels in and out.
+PAPER: list[tuple[type[nn.Module], int, int]] = [
+    (nn.Conv2d, 3, 64),
+    (nn.ReLU, 64, 64),
+    (nn.Conv2d, 64, 64),
+    (nn.ReLU, 64, 64),
+    (nn.BatchNorm2d, 64, 64),
+    (nn.Conv2d, 64, 64),
+    (nn.ReLU, 64, 64),
+    (nn.MaxPool2d, 64, 64),
+    (nn.Dropout, 64, 64),
+    (nn.Conv2d, 64, 128),
+    (nn.ReLU, 128, 128),
+    (nn.Conv2d, 128, 128),
+    (nn.ReLU, 128, 128),
+    (nn.BatchNorm2d, 128, 128),
+    (nn.Conv2d, 128, 128),
+    (nn.ReLU, 128, 128),
+    (nn.MaxPool2d, 128, 128),
+    (nn.Dropout, 128, 128),
+    (nn.Conv2d, 128, 256),
+    (nn.ReLU, 256, 256),
+    (nn.Conv2d, 256, 256),
+    (nn.ReLU, 256, 256),
+    (nn.BatchNorm2d, 256, 256),
+    (nn.Conv2d, 256, 256),
+    (nn.ReLU, 256, 256),
+    (nn.Conv2d, 256, 256),
+    (nn.ReLU, 256, 256),
+    (nn.Conv2d, 256, 256),
+    (nn.ReLU, 256, 256),
+    (nn.BatchNorm2d, 256, 256),
+    (nn.Conv2d, 256, 512),
+    (nn.ReLU, 512, 512),
+    (nn.Conv2d, 512, 512),
+    (nn.ReLU, 512, 512),
+    (nn.AdaptiveAvgPool2d, 512, 512),
+    (nn.Flatten, 512, 512),
+    (nn.Linear, 512, 512),
+    (nn.BatchNorm1d, 512, 512),
+]
+
+
+def _leaves(body: nn.Module) -> list[nn.Module]:
+    return [module for module in body.modules() if not list(module.children())]
+
+
+def test_the_papers_network_layer_by_layer() -> None:
+    """As they run, with the shapes that pass: 3x3 with padding keeps sizes, so the maps are 32, 16, 8 and then 1."""
+    body = PaperCNN(3, 32)
+    ran: list[tuple[type[nn.Module], int, int]] = []
+    sides: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        ran.append((type(module), inputs[0].shape[1], output.shape[1]))
+        if isinstance(module, nn.Conv2d | nn.AdaptiveAvgPool2d):
+            assert output.shape[2] == output.shape[3]
+            sides.append(output.shape[2])
+
+    for leaf in _leaves(body):
+        leaf.register_forward_hook(note)
+    assert body(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 512)
+    assert ran == PAPER
+    assert sides == [32] * 3 + [16] * 3 + [8] * 7 + [1]
+
+
+def test_the_papers_layers_are_what_the_paper_has() -> None:
+    for layer in _leaves(PaperCNN(3, 32)):
+        match layer:
+            case nn.Conv2d():
+                assert layer.kernel_size == (3, 3)
+                assert layer.stride == layer.padding == layer.dilation == (1, 1)
+                assert layer.groups == 1
+                assert layer.bias is not None
+            case nn.MaxPool2d():
+                assert (layer.kernel_size, layer.stride, layer.padding) == (2, 2, 0)
+            case nn.Dropout():
+                assert layer.p == 0.25
+            case nn.AdaptiveAvgPool2d():
+                assert layer.output_size == 1
+            case nn.Linear():
+                assert layer.bias is not None
+            case nn.BatchNorm2d() | nn.BatchNorm1d():
+                assert layer.affine
+                assert layer.track_running_stats
+
+
+@pytest.mark.parametrize(("channels", "first"), [(3, 1_792), (1, 640)])
+def test_the_papers_network_has_as_many_parameters_as_counted_by_hand(channels: int, first: int) -> None:
+    """A convolution from a to b channels has 9ab + b, a normalisation of c channels 2c."""
+    convolutions = first + 2 * 36_928 + 73_856 + 2 * 147_584 + 295_168 + 4 * 590_080 + 1_180_160 + 2_359_808
+    normalisations = 2 * (64 + 128 + 256 + 256)
+    dense, last = 512 * 512 + 512, 2 * 512
+    assert sum(p.numel() for p in PaperCNN(channels, 32).parameters()) == convolutions + normalisations + dense + last
+    if channels == 3:
+        assert convolutions + normalisations + dense + last == 6_905_216
+
+
+def test_the_papers_network_computes_what_is_written_here() -> None:
+    """By hand from the weights alone, in evaluation; normalisations with figures of their own."""
+    body = PaperCNN(3, 16)
+    rng = torch.Generator().manual_seed(1)
+    for layer in body.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                values = getattr(layer, name)
+                values.data.copy_(torch.rand(values.shape, generator=rng) + 0.5)
+    body.eval()
+    images = torch.randint(0, 256, (3, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    # In the order in which the network has them, which is that of PAPER.
+    tensors = [parameter.detach().double() for parameter in body.parameters()]
+    running = [buffer.double() for name, buffer in body.named_buffers() if "running" in name]
+
+    def normalised(x: Tensor) -> Tensor:
+        weight, bias = tensors.pop(0), tensors.pop(0)
+        mean, variance = running.pop(0), running.pop(0)
+        shape = (1, -1, 1, 1)[: x.ndim]
+        centred = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt()
+        return weight.view(shape) * centred + bias.view(shape)
+
+    x = images.double() / 255
+    for kind, _, _ in PAPER:
+        if kind is nn.Conv2d:
+            x = F.conv2d(x, tensors.pop(0), tensors.pop(0), padding=1)
+        elif kind is nn.ReLU:
+            x = x.clamp(min=0)
+        elif kind in (nn.BatchNorm2d, nn.BatchNorm1d):
+            x = normalised(x)
+        elif kind is nn.MaxPool2d:
+            x = torch.stack([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]).amax(0)
+        elif kind is nn.AdaptiveAvgPool2d:
+            x = x.mean((2, 3))
+        elif kind is nn.Linear:
+            x = x @ tensors.pop(0).T + tensors.pop(0)
+    assert not tensors
+    assert not running
+    for given_images in (images, images.float()):
+        torch.testing.assert_close(body(given_images).double(), x, rtol=1e-3, atol=1e-4)
+
+
+def test_the_papers_dense_layer_starts_as_he_et_al_say() -> None:
+    torch.manual_seed(0)
+    weight = PaperCNN(3, 32).embed.get_parameter("0.weight").detach()
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.02)
+    assert weight.mean().item() == pytest.approx(0, abs=1e-3)
+    # A plain dense layer of torch is uniform up to 1 / sqrt(512); a normal one leaves that behind often.
+    assert (weight.abs() > 1 / math.sqrt(512)).float().mean() == pytest.approx(0.48, abs=0.02)
+
+
+def test_the_papers_network_gets_pixels_between_zero_and_one_and_no_other_normalisation() -> None:
+    body = PaperCNN(1, 8)
+    seen: list[Tensor] = []
+    first = body.features[0]
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    images[0] = 255
+    images[1] = 0
+    body(images)
+    assert torch.equal(seen[0], images.float() / 255)
+
+
 # Heads by name
 
 
 def test_a_head_is_built_by_name() -> None:
-    margins = {1: 0.25, 3: 0.5}
-    expected: dict[Loss, tuple[type, list[float] | None]] = {
-        "ce": (CrossEntropyLoss, None),
-        "l2": (NormFaceLoss, None),
-        "camri": (CAMRILoss, [0.0, 0.25, 0.0, 0.5]),
-        "cosface-i": (CosFaceLoss, [0.0, 0.25, 0.0, 0.5]),
-        "arcface": (ArcFaceLoss, [0.25] * 4),
+    margins, weights, w_fp = {1: 0.25, 3: 0.5}, {1: 2.0, 3: 8.0}, {1: 0.5, 2: 4.0}
+    expected: dict[Loss, tuple[type, dict[str, list[float]]]] = {
+        "ce": (CrossEntropyLoss, {}),
+        "wce": (WeightedCrossEntropyLoss, {"weights": [1.0, 2.0, 1.0, 8.0]}),
+        "crwwce": (CRWWCELoss, {"w_fn": [1.0, 2.0, 1.0, 8.0]}),
+        "l2": (NormFaceLoss, {}),
+        "camri": (CAMRILoss, {"margins": [0.0, 0.25, 0.0, 0.5]}),
+        "cosface-i": (CosFaceLoss, {"margins": [0.0, 0.25, 0.0, 0.5]}),
+        "arcface": (ArcFaceLoss, {"margins": [0.25] * 4}),
     }
+    assert set(expected) == set(LOSSES)
     for loss, (kind, by_class) in expected.items():
-        head = HeadSpec(loss, 9.0, margins).build(4)
+        head = HeadSpec(loss, 9.0, margins, weights, w_fp).build(4, 6)
         assert type(head) is kind
         if isinstance(head, NormFaceLoss):
             assert head.scale == 9.0
-        if by_class is not None:
-            assert head.get_buffer("margins").tolist() == by_class
-        assert head.get_logits(torch.randn(2, EMBEDDING_SIZE)).shape == (2, 4)
+        if isinstance(head, CRWWCELoss):
+            assert head.w_fp.tolist() == [[0.0] * 4, [0.5, 0.0, 0.5, 0.5], [4.0, 4.0, 0.0, 4.0], [0.0] * 4]
+        for name, values in by_class.items():
+            assert head.get_buffer(name).tolist() == values
+        assert head.get_logits(torch.randn(2, 6)).shape == (2, 4)
 
 
 # Augmentation
@@ -329,7 +524,7 @@ def test_training_leaves_the_callers_random_numbers_alone(digits: Dataset) -> No
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("loss", ["l2", "camri", "arcface", "cosface-i"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "ce"])
 def test_one_seed_pairs_the_losses(digits: Dataset, loss: Loss) -> None:
     """Baseline and finalist of one seed start with the same body and see the same images in the same order.
 
@@ -338,7 +533,7 @@ def test_one_seed_pairs_the_losses(digits: Dataset, loss: Loss) -> None:
     """
     still = Recipe(1, 0.0, digits.augmentation, batch_size=100)
     body = _train(digits, HeadSpec("ce"), recipe=still, seed=4).classifier.body
-    paired = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), recipe=still, seed=4).classifier.body
+    paired = _train(digits, _head(loss), recipe=still, seed=4).classifier.body
     other = _train(digits, HeadSpec("ce"), recipe=still, seed=5).classifier.body
     for name, weights in body.named_parameters():
         assert torch.equal(weights, paired.get_parameter(name)), name
@@ -357,7 +552,7 @@ def test_the_seed_decides_which_images_come_when(digits: Dataset) -> None:
     for seed in range(8):
         classifier = _train(digits, recipe=Recipe(1, 0.0, batch_size=3), seed=seed, images=4).classifier
         weight = classifier.get_parameter("body.features.0.weight").detach()
-        responses = F.conv2d(classifier.normalise(pixels), weight, padding=1)
+        responses = F.conv2d(ContrastNormalisation()(pixels), weight, padding=1)
         means = torch.stack([0.1 * responses[torch.arange(4) != i].mean((0, 2, 3)) for i in range(4)])
         distances = (means - classifier.get_buffer("body.features.1.running_mean")).norm(dim=1)
         nearest, second = distances.sort().values[:2].tolist()
@@ -366,9 +561,9 @@ def test_the_seed_decides_which_images_come_when(digits: Dataset) -> None:
     assert len(left_out) > 1
 
 
-@pytest.mark.parametrize("loss", ["ce", "camri", "cosface-i"])
+@pytest.mark.parametrize("loss", ["ce", "wce", "crwwce", "camri", "cosface-i"])
 def test_a_few_epochs_recognise_digits(digits: Dataset, loss: Loss) -> None:
-    trained = _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), recipe=Recipe(4, 8e-3), images=len(digits.train))
+    trained = _train(digits, _head(loss), recipe=Recipe(4, 8e-3), images=len(digits.train))
     assert accuracy(trained.confusion) > 0.9
     counts = torch.bincount(digits.validation.labels, minlength=10)
     assert trained.confusion.sum(axis=1).tolist() == counts.tolist(), "a row for each true class"
@@ -399,12 +594,12 @@ def test_logits_do_not_depend_on_how_images_are_batched(digits: Dataset) -> None
 
 
 @pytest.mark.parametrize("learning_rate", [1e10, 1e30, math.inf])
-@pytest.mark.parametrize("loss", ["ce", "camri"])
+@pytest.mark.parametrize("loss", ["ce", "wce", "crwwce", "camri"])
 def test_a_training_that_diverges_names_the_epoch_and_the_learning_rate(
     digits: Dataset, loss: Loss, learning_rate: float
 ) -> None:
     with pytest.raises(TrainingDivergedError, match=r"loss became (nan|inf) in epoch 1 .*learning rate") as raised:
-        _train(digits, HeadSpec(loss, 16.0, {3: 0.3}), recipe=Recipe(3, learning_rate, batch_size=64))
+        _train(digits, _head(loss), recipe=Recipe(3, learning_rate, batch_size=64))
     assert isinstance(raised.value, CamriTuneError)
     assert f"{learning_rate:.3g}" in str(raised.value)
     assert loss in str(raised.value)
@@ -416,9 +611,21 @@ def test_divergence_in_a_later_epoch_is_named_as_such(digits: Dataset) -> None:
         _train(digits, recipe=Recipe(4, math.inf), images=100)
 
 
-@pytest.mark.parametrize(("epochs", "evaluated"), [(1, [1]), (3, [1, 2, 3]), (13, [2, 4, 6, 8, 10, 12, 13])])
-def test_every_epoch_is_heard_and_the_last_has_the_result(digits: Dataset, epochs: int, evaluated: list[int]) -> None:
-    trained, heard = _hear(digits, epochs=epochs)
+@pytest.mark.parametrize(
+    ("epochs", "validation", "evaluated"),
+    [
+        (1, 16, [1]),
+        (3, 16, [1, 2, 3]),
+        (12, 16, [2, 4, 6, 8, 10, 12]),
+        (13, 16, [3, 6, 9, 12, 13]),
+        (13, 100, [5, 10, 13]),  # where validation is large beside training, fewer
+        (13, 280, [13]),
+    ],
+)
+def test_every_epoch_is_heard_and_the_last_has_the_result(
+    digits: Dataset, epochs: int, validation: int, evaluated: list[int]
+) -> None:
+    trained, heard = _hear(digits, epochs=epochs, validation=validation)
     assert [p.epoch for p in heard] == list(range(1, epochs + 1))
     assert {p.epochs for p in heard} == {epochs}
     assert all(math.isfinite(p.loss) and p.loss > 0 for p in heard)
@@ -427,23 +634,24 @@ def test_every_epoch_is_heard_and_the_last_has_the_result(digits: Dataset, epoch
     assert last is not None
     assert np.array_equal(last, trained.confusion)
     for progress in heard:
-        assert progress.confusion is None or progress.confusion.sum() == len(digits.validation)
+        assert progress.confusion is None or progress.confusion.sum() == validation
 
 
 def test_listening_changes_nothing(digits: Dataset) -> None:
     """Evaluations on the way switch the network to evaluation and back; training must not notice."""
-    heard, _ = _hear(digits, epochs=2)
-    silent = train(
+    trained, heard = _hear(digits, epochs=3)
+    assert [progress.confusion is not None for progress in heard] == [True] * 3
+    silent = train(  # with so many validation images, evaluated at the end alone
         "compact",
         CAMRI,
         digits.train[np.arange(64)],
         digits.validation,
         num_classes=10,
-        recipe=Recipe(2, 4e-3, batch_size=32),
+        recipe=Recipe(3, 4e-3, batch_size=32),
         seed=0,
         device=CPU,
     )
-    assert _equal_states(heard.classifier, silent.classifier)
+    assert _equal_states(trained.classifier, silent.classifier)
 
 
 def test_the_loss_falls(digits: Dataset) -> None:
@@ -478,7 +686,7 @@ def test_what_a_listener_raises_passes_through(digits: Dataset) -> None:
 
 
 def _rates(total: int, warmup: float) -> Sequence[float]:
-    schedule = _warm_then_decay(total, warmup)
+    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup))
     return [schedule(step) for step in range(total)]
 
 
@@ -490,7 +698,7 @@ def test_the_learning_rate_rises_once_and_then_falls_to_almost_nothing(total: in
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert peak <= warmup * total + 1
-    assert _warm_then_decay(total, warmup)(total) == 0
+    assert _schedule(total, Recipe(1, 1e-3, warmup=warmup))(total) == 0
     # The last step stands one even step above zero.
     assert rates[-1] <= 1 / max(1.0, total - max(1.0, warmup * total)) + 1e-12
 
@@ -506,6 +714,102 @@ def test_the_learning_rate_reaches_its_full_height_after_the_warm_up() -> None:
     assert rates[19] == pytest.approx(1.0)
     assert max(rates) == rates[19]
     assert rates[-1] == pytest.approx(1 / 80)
+
+
+@given(total=st.integers(1, 500), warmup=st.floats(0, 0.9))
+def test_a_constant_learning_rate_neither_rises_nor_falls(total: int, warmup: float) -> None:
+    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup, constant=True))
+    assert {schedule(step) for step in range(total + 1)} == {1.0}
+
+
+def test_the_papers_recipe_is_the_authors() -> None:
+    recipe = recipe_of("paper-cnn", epochs=300, learning_rate=1e-3, augmentation=replace(STRONG, mirror=True))
+    assert (recipe.epochs, recipe.learning_rate, recipe.batch_size) == (300, 1e-3, 64)
+    assert recipe.augmentation == Augmentation(), "the data set's own is not theirs"
+    assert (recipe.weight_decay, recipe.betas, recipe.constant) == (0.0, (0.9, 0.999), True)
+    assert default_learning_rate("paper-cnn") == 1e-3
+
+
+def test_the_compact_networks_recipe_has_the_data_sets_augmentation() -> None:
+    recipe = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG)
+    assert recipe == Recipe(7, 2e-3, STRONG)
+    assert not recipe.constant
+    assert recipe.weight_decay > 0
+    assert default_learning_rate("compact") == 4e-3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_papers_optimizer_is_adam(model: Model) -> None:
+    """Step for step on the same gradients; the compact network's recipe goes elsewhere."""
+    ours, theirs = (Classifier(CompactCNN(1, 8), CrossEntropyLoss(10, 128)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    recipe = recipe_of(model, epochs=1, learning_rate=1e-2, augmentation=Augmentation())
+    optimizer = _optimizer(ours, recipe, CPU)
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, generator=rng)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        adam.step()
+    apart = max(
+        (mine - other).abs().max().item() for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+    if model == "paper-cnn":
+        assert apart < 1e-6
+    else:
+        assert apart > 1e-4
+
+
+def test_the_papers_network_learns_by_the_papers_recipe(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it at once: 64 images at a time as they are, one learning rate throughout, and a loss that falls."""
+    images, validation = digits.train[np.arange(130)], digits.validation[np.arange(50)]
+    batches: list[Tensor] = []
+    rates: list[float] = []
+    heard: list[Progress] = []
+    step = torch.optim.AdamW.step
+
+    def seen(batch: Tensor, how: Augmentation, rng: torch.Generator) -> Tensor:
+        batches.append(batch)
+        changed = augment(batch, how, rng)
+        assert torch.equal(changed, batch.float())
+        return changed
+
+    def counted(optimizer: torch.optim.AdamW) -> None:
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        step(optimizer)
+
+    monkeypatch.setattr("camri_tune.training.augment", seen)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    trained = train(
+        "paper-cnn",
+        CAMRI,
+        images,
+        validation,
+        num_classes=10,
+        recipe=recipe_of("paper-cnn", epochs=6, learning_rate=1e-3, augmentation=STRONG),
+        seed=0,
+        device=CPU,
+        on_epoch=heard.append,
+    )
+    assert [len(batch) for batch in batches] == [64] * 12
+    assert set(rates) == {1e-3}
+    losses = [progress.loss for progress in heard]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0] / 2
+    assert isinstance(trained.classifier.body, PaperCNN)
+    assert predict_logits(trained.classifier, validation.pixels, CPU).isfinite().all()
+    assert trained.confusion.sum() == 50
+
+
+def test_the_papers_network_is_its_seeds_alone(digits: Dataset) -> None:
+    recipe = recipe_of("paper-cnn", epochs=1, learning_rate=1e-3, augmentation=Augmentation())
+    first, again, other = (
+        _train(digits, model="paper-cnn", recipe=recipe, seed=seed, images=64).classifier for seed in (1, 1, 2)
+    )
+    assert _equal_states(first, again)
+    assert not _equal_states(first, other)
 
 
 def test_the_device_is_chosen_or_named_as_missing() -> None:

@@ -1,6 +1,7 @@
 """Studies in a database, queues that hand each trial to one worker, trials that end as they should, and pruning."""
 
 import math
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -21,28 +22,29 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, Trial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune.bundle import load_classifier, sha256
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.bundle import load_classifier, save_weights, sha256
+from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
+from camri_tune.models import Classifier, build_body
 from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner, below_all, is_feasible
 from camri_tune.records import TrialRecord
 from camri_tune.search import (
-    MARGIN_RANGE,
-    SCALE_RANGE,
+    SPACES,
     Plan,
-    has_margin,
-    has_scale,
+    head_spec,
     make_sampler,
-    margin_names,
     model_spec,
+    parameter_names,
     replicate_seed,
     run_trial,
     starting_points,
+    suggest,
     tuning_seed,
 )
 from camri_tune.storage import INTERRUPTED, Stage, StudyStore, masked, open_storage, storage_url
-from camri_tune.training import predict_logits
+from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of
 from tests.conftest import MakeFolder
 
 CPU = torch.device("cpu")
@@ -601,11 +603,176 @@ def test_a_checkpoint_that_cannot_be_kept_fails_the_trial_with_its_reason(
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
-def test_one_margin_for_each_important_class_that_has_one_of_its_own() -> None:
-    assert margin_names("camri", [14]) == {14: "margin"}
-    assert margin_names("cosface-i", [0]) == {0: "margin"}
-    assert margin_names("camri", [3, 8]) == {3: "margin_3", 8: "margin_8"}
-    assert margin_names("arcface", [3, 8]) == {3: "margin", 8: "margin"}
+MODELS: tuple[Model, ...] = get_args(Model)
+SCALE, MARGIN = (4.0, 64.0, True), (0.0, 0.6, False)  # lowest, highest, whether on a logarithmic scale
+WEIGHT, W_FP = (1.0, 32.0, True), (0.03, 8.0, True)
+# What is searched beside the learning rate, with one important class and with classes 3 and 8.
+SEARCHED: dict[Loss, tuple[dict[str, tuple[float, float, bool]], dict[str, tuple[float, float, bool]]]] = {
+    "ce": ({}, {}),
+    "wce": ({"weight": WEIGHT}, {"weight_3": WEIGHT, "weight_8": WEIGHT}),
+    "crwwce": (
+        {"w_fn": WEIGHT, "w_fp": W_FP},
+        {"w_fn_3": WEIGHT, "w_fn_8": WEIGHT, "w_fp_3": W_FP, "w_fp_8": W_FP},
+    ),
+    "l2": ({"scale": SCALE}, {"scale": SCALE}),
+    "arcface": ({"scale": SCALE, "margin": MARGIN}, {"scale": SCALE, "margin": MARGIN}),
+    "camri": ({"scale": SCALE, "margin": MARGIN}, {"scale": SCALE, "margin_3": MARGIN, "margin_8": MARGIN}),
+    "cosface-i": ({"scale": SCALE, "margin": MARGIN}, {"scale": SCALE, "margin_3": MARGIN, "margin_8": MARGIN}),
+}
+
+
+def _suggested(loss: Loss, important: Sequence[int], digits: Dataset, seed: int = 0) -> tuple[Trial, HeadSpec, float]:
+    """A random trial of a search whose baseline had the learning rate 0.004."""
+    config = StudyConfig(loss=loss)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    trial = study.ask()
+    return (trial, *suggest(trial, "search", _plan(config, digits, important=tuple(important))))
+
+
+def test_every_loss_has_its_search_space() -> None:
+    assert set(SPACES) == set(SEARCHED) == set(LOSSES)
+
+
+@pytest.mark.parametrize("important", [(3,), (8, 3)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_is_searched_over_its_own_parameters(loss: Loss, important: Sequence[int], digits: Dataset) -> None:
+    trial, _, learning_rate = _suggested(loss, important, digits)
+    expected = {**SEARCHED[loss][len(important) - 1], "learning_rate": (1e-3, 16e-3, True)}
+    assert trial.distributions == {
+        name: optuna.distributions.FloatDistribution(low, high, log=log) for name, (low, high, log) in expected.items()
+    }
+    assert set(parameter_names(loss, important)) == set(expected) - {"learning_rate"}
+    assert learning_rate == trial.params["learning_rate"]
+
+
+def test_the_baseline_is_searched_over_its_learning_rate_alone(digits: Dataset) -> None:
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    head, learning_rate = suggest(trial, "baseline", Plan(StudyConfig(loss="crwwce"), digits, CPU))
+    assert head == HeadSpec("ce")
+    assert trial.params == {"learning_rate": learning_rate}
+    assert 1e-5 <= learning_rate <= 1
+
+
+def test_one_parameter_for_each_important_class_that_has_one_of_its_own() -> None:
+    assert parameter_names("camri", [14]) == {"scale": "scale", "margin": "margin"}
+    assert parameter_names("cosface-i", [0]) == {"scale": "scale", "margin": "margin"}
+    assert parameter_names("camri", [3, 8]) == {"scale": "scale", "margin_3": "margin", "margin_8": "margin"}
+    assert parameter_names("arcface", [3, 8]) == {"scale": "scale", "margin": "margin"}
+    assert parameter_names("wce", [3, 8]) == {"weight_3": "weight", "weight_8": "weight"}
+    assert parameter_names("crwwce", [3, 12]) == {
+        "w_fn_3": "w_fn",
+        "w_fn_12": "w_fn",
+        "w_fp_3": "w_fp",
+        "w_fp_12": "w_fp",
+    }
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "expected"),
+    [
+        ("ce", {}, HeadSpec("ce")),
+        ("wce", {"weight_3": 2.0, "weight_8": 5.0}, HeadSpec("wce", weights={3: 2.0, 8: 5.0})),
+        (
+            "crwwce",
+            {"w_fn_3": 2.0, "w_fn_8": 5.0, "w_fp_3": 0.1, "w_fp_8": 0.2},
+            HeadSpec("crwwce", weights={3: 2.0, 8: 5.0}, w_fp={3: 0.1, 8: 0.2}),
+        ),
+        ("l2", {"scale": 9.0}, HeadSpec("l2", 9.0)),
+        ("arcface", {"scale": 9.0, "margin": 0.3}, HeadSpec("arcface", 9.0, {3: 0.3, 8: 0.3})),
+        ("camri", {"scale": 9.0, "margin_3": 0.3, "margin_8": 0.1}, HeadSpec("camri", 9.0, {3: 0.3, 8: 0.1})),
+        ("cosface-i", {"scale": 9.0, "margin_3": 0.3, "margin_8": 0.1}, HeadSpec("cosface-i", 9.0, {3: 0.3, 8: 0.1})),
+    ],
+)
+def test_parameters_go_to_the_classes_that_they_name(loss: Loss, params: dict[str, float], expected: HeadSpec) -> None:
+    for important in ([3, 8], [8, 3]):
+        assert head_spec(loss, {**params, "learning_rate": 0.1}, important) == expected
+
+
+@pytest.mark.parametrize("important", [(3,), (8, 3), (1, 11, 0)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_suggested_reaches_the_loss_of_its_class(
+    loss: Loss, important: tuple[int, ...], digits: Dataset
+) -> None:
+    """From the trial's parameters to the numbers in the loss: each once, at its class, and nowhere else."""
+    trial, spec, _ = _suggested(loss, important, digits)
+    head = spec.build(12, 5)
+
+    def asked(name: str, c: int, otherwise: float) -> float:
+        if c not in important:
+            return otherwise
+        return float(trial.params[name if len(important) == 1 else f"{name}_{c}"])
+
+    assert getattr(head, "scale", None) == trial.params.get("scale")
+    expected: dict[str, Any]
+    match loss:
+        case "wce":
+            expected = {"weights": [asked("weight", c, 1) for c in range(12)]}
+        case "crwwce":
+            expected = {
+                "w_fn": [asked("w_fn", c, 1) for c in range(12)],
+                "w_fp": [[0.0 if k == c else asked("w_fp", c, 0) for k in range(12)] for c in range(12)],
+            }
+        case "arcface":
+            expected = {"margins": [trial.params["margin"]] * 12}
+        case "camri" | "cosface-i":
+            expected = {"margins": [asked("margin", c, 0) for c in range(12)]}
+        case _:
+            expected = {}
+    buffers = {name: buffer.tolist() for name, buffer in head.named_buffers()}
+    assert set(buffers) == set(expected)
+    for name, values in expected.items():
+        assert torch.equal(torch.tensor(buffers[name]), torch.tensor(values))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_a_trial_trains_is_what_is_rebuilt_for_inference(
+    loss: Loss, model: Model, digits: Dataset, tmp_path: Path
+) -> None:
+    trial, spec, _ = _suggested(loss, (3,), digits)
+    body = build_body(model, channels=1, image_size=8)
+    classifier = Classifier(body, spec.build(10, body.embedding_size)).eval()
+    save_weights(classifier, tmp_path / "weights")
+    rebuilt = load_classifier(tmp_path / "weights", model_spec(digits, model, loss, trial.params))
+    assert isinstance(rebuilt.head, NormFaceLoss if "scale" in trial.params else CrossEntropyLoss)
+    pixels = digits.validation.pixels[:4]
+    assert torch.equal(predict_logits(rebuilt, pixels, CPU), predict_logits(classifier, pixels, CPU))
+
+
+@pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize(("loss", "model"), [("wce", "compact"), ("crwwce", "paper-cnn")])
+def test_a_trial_of_another_loss_and_network_runs_like_any(
+    loss: Loss, model: Model, config: StudyConfig, create: Create, tmp_path: Path
+) -> None:
+    config = config.model_copy(update={"loss": loss, "model": model, "limit": 130})
+    few = open_dataset(config)
+    store = create(config, few)
+    (params, *_) = starting_points(loss, [3], 10, 1e-3)
+    run_trial(_claimed(store, "search", params), "search", _plan(config, few, baseline_learning_rate=1e-3), store)
+    record = _only(store, "search")
+    assert record.state == "complete", record.failure
+    assert record.params == params
+    assert record.constraint is not None
+    assert store.fetch_checkpoint(record, tmp_path / "copy")
+    classifier = load_classifier(tmp_path / "copy", model_spec(few, model, loss, record.params))
+    answers = predict_logits(classifier, few.validation.pixels, CPU).argmax(dim=1)
+    assert float((answers == few.validation.labels).float().mean()) == pytest.approx(record.accuracy)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_trial_trains_by_the_recipe_of_its_network(
+    model: Model, store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+
+    def caught(*_: Any, recipe: Recipe, **__: Any) -> None:
+        recipes.append(recipe)
+        raise RuntimeError("caught")
+
+    monkeypatch.setattr("camri_tune.search.train", caught)
+    plan = _plan(config.model_copy(update={"model": model, "epochs": 9}), digits)
+    run_trial(_claimed(store, "search", {**PARAMS, "learning_rate": 2e-3}), "search", plan, store)
+    assert recipes == [recipe_of(model, epochs=9, learning_rate=2e-3, augmentation=digits.augmentation)]
 
 
 @given(
@@ -619,25 +786,49 @@ def test_starting_points_lie_inside_the_ranges(
     loss: Loss, important: list[int], num_classes: int, learning_rate: float
 ) -> None:
     points = starting_points(loss, important, num_classes, learning_rate)
-    assert points
-    names = {"learning_rate"}
-    if has_scale(loss):
-        names.add("scale")
-    if has_margin(loss):
-        names |= set(margin_names(loss, important).values())
+    assert len(points) == (1 if loss == "ce" else 4)
     assert len({tuple(sorted(point.items())) for point in points}) == len(points), "no training twice"
     for point in points:
-        assert set(point) == names
-        assert point["learning_rate"] == learning_rate
-        assert SCALE_RANGE[0] <= point.get("scale", 16) <= SCALE_RANGE[1]
-        for name in names - {"learning_rate", "scale"}:
-            assert MARGIN_RANGE[0] <= point[name] <= MARGIN_RANGE[1]
+        assert point.pop("learning_rate") == learning_rate, "the baseline's, so that one change at a time is judged"
+        assert set(point) == set(parameter_names(loss, important))
+        for name, value in point.items():
+            low, high, _ = SEARCHED[loss][0][re.sub(r"_\d+$", "", name)]
+            assert low <= value <= high
 
 
 def test_the_authors_settings_are_tried_first() -> None:
     points = starting_points("camri", [3], 10, 4e-3)
     assert {point["scale"] for point in points[:3]} == {8.0, 16.0}
     assert points[0]["margin"] == pytest.approx(math.pi / 16)
+    assert points[0]["learning_rate"] == 4e-3
+
+
+@pytest.mark.parametrize("loss", ["l2", "arcface", "camri", "cosface-i"])
+def test_the_scale_of_ada_cos_is_among_the_first(loss: Loss) -> None:
+    scales = [point["scale"] for point in starting_points(loss, [3], 200, 4e-3)]
+    assert adacos_scale(200) in scales
+    assert {8.0, 16.0} <= set(scales)
+
+
+def test_every_important_class_starts_alike() -> None:
+    for one, two in zip(
+        starting_points("crwwce", [3], 10, 1e-3), starting_points("crwwce", [3, 8], 10, 1e-3), strict=True
+    ):
+        assert two["w_fn_3"] == two["w_fn_8"] == one["w_fn"]
+        assert two["w_fp_3"] == two["w_fp_8"] == one["w_fp"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_search_tries_every_starting_point_as_it_stands(
+    loss: Loss, store: StudyStore, digits: Dataset, config: StudyConfig
+) -> None:
+    """A point outside its distribution would be moved or dropped by Optuna."""
+    points = starting_points(loss, [8, 3], 10, 4e-3)
+    plan = _plan(config.model_copy(update={"loss": loss}), digits, important=(8, 3))
+    for point in points:
+        trial = _claimed(store, "search", point)
+        suggest(trial, "search", plan)
+        assert trial.params == point
 
 
 def test_what_chooses_a_setting_is_not_what_judges_it() -> None:

@@ -1,0 +1,258 @@
+"""Many methods under one protocol: the paper's Table 1, on any data set.
+
+Every method gets the same budget: as many trials in a search of its own for each important class, and its finalists
+retrained on the cross-entropy baseline's seeds. All searches on a data set share that baseline and one crew of workers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from camri_tune.baseline import START_FACTORS, check_important, resolve_important
+from camri_tune.config import Loss, StudyConfig
+from camri_tune.console import Console
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.errors import CamriTuneError, InputError
+from camri_tune.evaluation import Judge, versions
+from camri_tune.images import Images
+from camri_tune.metrics import confusion_matrix, recall_per_class
+from camri_tune.posthoc import biased, tune_bias
+from camri_tune.records import Baseline, Figure, TrialRecord
+from camri_tune.report import write_comparison
+from camri_tune.search import looks_at_class
+from camri_tune.selection import rank_settings
+from camri_tune.stages import Crew, Stages, only_run
+from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
+from camri_tune.table1 import Cell, Difference, Method, Outcome, Protocol, Scores, Table, below, paper_figures
+from camri_tune.training import pick_device
+
+Models = Sequence[TrialRecord]  # of one setting, one for each seed
+Logits = NDArray[np.float32]
+
+
+def compare(
+    config: StudyConfig,
+    *,
+    datasets: Sequence[str],
+    methods: Sequence[Method],
+    protocol: Protocol,
+    console: Console | None = None,
+) -> Table:
+    """Tune and measure every method for every important class of every data set; the same call again resumes.
+
+    `config` holds what all have in common; each of its `important` classes is a column of its own. Under the protocol
+    `ours` validation chooses every setting and test chooses nothing. Under `paper` every trial is retrained on all
+    seeds, and the best is chosen by its means on test, as the paper did: that flatters whoever was tried most.
+    """
+    console = console or Console(quiet=True)
+    folder = (config.out / (config.name or "compare")).resolve()
+    if not is_writable_folder(folder):
+        raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
+    with only_run(folder), console:
+        cells: list[Cell] = []
+        facts: dict[str, object] = {}
+        for dataset in datasets:
+            ours = config.model_copy(update={"dataset": dataset, "out": folder, "loss": "ce"})
+            name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{folder.name}-{ours.source_name}")
+            found, about = _one_dataset(ours.model_copy(update={"name": name}).absolute(), methods, protocol, console)
+            cells += found
+            facts[ours.source_name] = about
+        common = ("model", "trials", "finalists", "seeds", "tolerance", "seed")
+        settings = {key: getattr(config, key) for key in common}
+        table = Table(tuple(cells), protocol, {**settings, "datasets": facts, "versions": versions()}, folder)
+        write_comparison(table)
+        return table
+
+
+def _one_dataset(
+    config: StudyConfig, methods: Sequence[Method], protocol: Protocol, console: Console
+) -> tuple[list[Cell], dict[str, object]]:
+    tokens = config.important
+    # What the baseline is does not depend on who is important: more classes may join later.
+    config = config.model_copy(update={"important": ("worst1",)})
+    device = pick_device(config.device)
+    data = open_dataset(config, console.reading)
+    check_important(tokens, data.classes)
+    config.folder.mkdir(exist_ok=True)
+    storage = open_storage(storage_url(config))
+    head = Stages(config, data, StudyStore.create(storage, config, data))
+    # Cross-entropy and its threshold are made of the baseline's models: nothing to search.
+    searched: list[Loss] = [m for m in methods if m != "ce" and m != "threshold"]  # noqa: PLR1714 - mypy reads it so
+    count = sum(len(tokens) if looks_at_class(loss) else 1 for loss in searched)
+    retrained = config.trials if protocol == "paper" else min(config.finalists, config.trials)
+    planned = {
+        "baseline": len(START_FACTORS) + config.seeds,
+        "search": count * config.trials,
+        "finalists": len(tokens) * len(searched) * retrained * config.seeds,
+    }
+    with Crew.at_work(head, planned, device, console) as crew:
+        baseline = crew.carry_out("baseline", head.plan_baseline, {"": head})
+        columns = {token: resolve_important([token], data.classes, baseline)[0] for token in tokens}
+        head.adopt(baseline, tuple(dict.fromkeys(columns.values())))
+        studies: dict[tuple[int, Loss], Stages] = {}
+        shown: dict[str, Stages] = {}
+        for loss in searched:
+            # A loss that does not look at the important class trains the same models whoever that is: one search
+            # serves all classes, and each chooses from it for itself.
+            owners = [(c,) for c in head.important] if looks_at_class(loss) else [head.important]
+            for classes in owners:
+                label = f"{classes[0]}.{loss}" if looks_at_class(loss) else loss
+                mine = config.model_copy(update={"loss": loss, "name": f"{config.name}.{label}"})
+                store = StudyStore.create(storage, mine, data, within=head.store)
+                study = Stages(mine, data, store)
+                study.adopt(baseline, classes)
+                study.plan_search(baseline)
+                shown[label] = study
+                for c in classes:
+                    studies[c, loss] = Stages(mine, data, store, important=(c,))
+        crew.finish("search", shown)
+
+        def finalists() -> dict[tuple[int, Loss], dict[int, list[TrialRecord]]] | None:
+            plans = {key: _planned(study, baseline, protocol) for key, study in studies.items()}
+            ready = {key: plan for key, plan in plans.items() if plan is not None}
+            return ready if len(ready) == len(plans) else None
+
+        models = crew.carry_out("finalists", finalists, shown)
+    console.say("Judging on the test part")
+    bench = _Bench(head, baseline, protocol, device)
+    paper = paper_figures()
+    cells = []
+    for token, important in columns.items():
+        for method in methods:
+            base = {0: list(baseline.records)}
+            trained_with: Loss = "ce" if method == "threshold" else method
+            settings = models.get((important, trained_with), base)
+            params, trained, matched = bench.measure(settings, trained_with, important)
+            cells.append(
+                Cell(
+                    dataset=config.source_name,
+                    token=token,
+                    important=important,
+                    class_name=data.classes[important],
+                    method=method,
+                    params=params,
+                    trained=matched if method == "threshold" else trained,
+                    matched=matched,
+                    paper=paper.get((config.source_name, token, method)),
+                )
+            )
+    return cells, _facts(head, baseline, bench.judge.test)
+
+
+def _planned(study: Stages, baseline: Baseline, protocol: Protocol) -> dict[int, list[TrialRecord]] | None:
+    if protocol == "ours":
+        return study.plan_finalists(baseline)
+    return study.retrain([r for r in study.records("search") if r.state == "complete"])
+
+
+def _facts(head: Stages, baseline: Baseline, test: Images) -> dict[str, object]:
+    config, data = head.config, head.data
+    return {
+        "train": len(data.train),
+        "validation": len(data.validation),
+        "test": len(test),
+        "limit": config.limit,
+        "epochs": config.epochs or data.epochs,
+        "fingerprint": data.fingerprint,
+        "learning_rate": baseline.learning_rate,
+        "wall_seconds": head.store.attributes["wall_seconds"],
+    }
+
+
+class _Bench:
+    """Measures settings of one data set, with the logits of each model kept on disk: they are read often."""
+
+    def __init__(self, head: Stages, baseline: Baseline, protocol: Protocol, device: torch.device) -> None:
+        config, data = head.config, head.data
+        self.judge = Judge(data, head.store, head.important, config.model, device)
+        self._data: Dataset = data
+        self._folder = config.folder / "logits"
+        self._baseline = baseline
+        self._floor = head.floor(baseline)
+        self._tolerance = config.tolerance_fraction
+        self._protocol = protocol
+
+    def measure(
+        self, settings: Mapping[int, Models], loss: Loss, important: int
+    ) -> tuple[Mapping[str, float], Outcome | None, Outcome | None]:
+        """The setting that the protocol chooses: its parameters, as trained, and with a bias. None where none is."""
+        if loss == "ce":
+            ranked = list(settings)
+        elif self._protocol == "ours":
+            ranked = rank_settings(settings, self._floor)
+        else:
+            ranked = self._rank_on_test(settings, loss, important)
+        if not ranked:
+            return {}, None, None
+        models = settings[ranked[0]]
+        trained, matched = self._outcome(models, loss, important, bias=False), None
+        if trained is not None:
+            matched = self._outcome(models, loss, important, bias=True)
+        return dict(models[0].params), trained, matched
+
+    def _rank_on_test(self, settings: Mapping[int, Models], loss: Loss, important: int) -> list[int]:
+        """Settings whose mean test accuracy is cross-entropy's or better, best mean test recall first."""
+        kept = []
+        for number, models in settings.items():
+            if all(record.state == "complete" for record in models):
+                outcome = self._outcome(models, loss, important, bias=False)
+                if not below(outcome.accuracy_difference):
+                    kept.append((-outcome.test.recall.mean, number))
+        return [number for _, number in sorted(kept)]
+
+    def _outcome(self, models: Models, loss: Loss, important: int, *, bias: bool) -> Outcome:
+        labels = self._data.validation.labels.numpy()
+        biases: list[float] = []
+        if bias:
+            for record, old in zip(models, self._baseline.records, strict=True):
+                floor = (old.accuracy or 0.0) - self._tolerance
+                logits = self._logits(record, loss, "validation")
+                biases.append(tune_bias(logits, labels, important=important, floor=floor).bias)
+        on_validation = self._scores(models, loss, important, "validation", biases)
+        on_test = self._scores(models, loss, important, "test", biases)
+        base = self._scores(self._baseline.records, "ce", important, "test", [])
+        accuracy = Difference.between(on_test.accuracy, base.accuracy)
+        return Outcome(
+            validation=on_validation,
+            test=on_test,
+            recall_difference=Difference.between(on_test.recall, base.recall),
+            accuracy_difference=accuracy,
+            kept=on_validation.accuracy.mean >= self._floor if self._protocol == "ours" else not below(accuracy),
+            biases=tuple(biases),
+        )
+
+    def _scores(self, models: Models, loss: Loss, important: int, part: str, biases: Sequence[float]) -> Scores:
+        images = self.judge.test if part == "test" else self._data.validation
+        labels = images.labels.numpy()
+        recalls, accuracies = [], []
+        for place, record in enumerate(models):
+            bias = biases[place] if biases else 0.0
+            answers = biased(self._logits(record, loss, part), important=important, bias=bias)
+            confusion = confusion_matrix(labels, answers, len(self._data.classes))
+            recalls.append(float(recall_per_class(confusion)[important]))
+            accuracies.append(float((answers == labels).mean()))
+        return Scores(Figure(tuple(recalls)), Figure(tuple(accuracies)))
+
+    def _logits(self, record: TrialRecord, loss: Loss, part: str) -> Logits:
+        path = self._folder / f"{record.sha256}.{part}.safetensors"
+        try:
+            return load_file(path)["logits"].numpy()
+        except (OSError, SafetensorError, KeyError):  # not there yet, or cut short
+            pass
+        images = self.judge.test if part == "test" else self._data.validation
+        logits = self.judge.logits(record, loss, images)
+        if logits is None:
+            raise CamriTuneError(
+                f"the checkpoint of trial {record.number} ({loss}) is missing or altered: move "
+                f"{self._folder.parent} away and run again"
+            )
+        self._folder.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"logits": logits}, partial)
+        partial.replace(path)
+        return logits.numpy()

@@ -1,0 +1,138 @@
+"""HTML pages that stand alone: no server, no network, Plotly's code inside."""
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from camri_tune.records import Figure
+from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Table, below, best_of, legend
+
+# Okabe and Ito's colours: told apart by the colour-blind, too.
+COLOURS: dict[Method, str] = dict(
+    zip(
+        METHODS,
+        ("#000000", "#999999", "#E69F00", "#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7"),
+        strict=True,
+    )
+)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 700; background: #eef7f2; }
+small { color: #555; display: block; font-weight: 400; } .note { color: #444; } .paper { background: #f7f5ee; }
+.warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
+"""
+
+
+def comparison_page(table: Table) -> str:
+    """A whole page: for each data set recall over accuracy as a picture, then every figure with its interval."""
+    parts = [f"<h1>{escape(table.folder.name)}: {len(table.columns())} important classes, one protocol</h1>"]
+    kind = "note" if table.protocol == "ours" else "warning"
+    parts.append(f'<p class="{kind}">{escape(legend(table))}</p>')
+    for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
+        facts = table.facts["datasets"][dataset]
+        columns = [table.column(*column) for column in table.columns() if column[0] == dataset]
+        # Plotly's code goes in once, with the first picture.
+        first = dataset == table.cells[0].dataset
+        figure = recall_over_accuracy(columns)
+        picture = figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+        parts.append(f"<h2>{escape(dataset)}</h2>")
+        parts.append(
+            f'<p class="note">{facts["train"]:,} training, {facts["validation"]:,} validation, {facts["test"]:,} '
+            f"test images; {facts['epochs']} epochs; network {escape(str(table.facts['model']))}; "
+            f"{facts['wall_seconds'] / 60:,.0f} minutes of training here.</p>{picture}"
+        )
+        parts += [_column(cells) for cells in columns]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(table.folder.name)}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def recall_over_accuracy(columns: Sequence[Sequence[Cell]]) -> go.Figure:
+    """One panel for each important class: each method's mean on test, large, and its seeds, small."""
+    titles = [f"{cells[0].token}: {cells[0].important} ({cells[0].class_name})" for cells in columns]
+    figure = make_subplots(cols=len(columns), subplot_titles=titles, horizontal_spacing=0.07)
+    named: set[Method] = set()
+    for place, cells in enumerate(columns, start=1):
+        for cell in cells:
+            if cell.trained is None:
+                continue
+            recall, accuracy = cell.trained.test
+            colour, title = COLOURS[cell.method], TITLES[cell.method]
+            common = {"legendgroup": cell.method, "name": title, "mode": "markers"}
+            figure.add_scatter(
+                x=[100 * v for v in accuracy.values],
+                y=[100 * v for v in recall.values],
+                marker={"color": colour, "size": 6, "opacity": 0.45},
+                hovertemplate=f"{title}, one seed<br>recall %{{y:.2f}} %<br>accuracy %{{x:.2f}} %<extra></extra>",
+                showlegend=False,
+                col=place,
+                row=1,
+                **common,
+            )
+            figure.add_scatter(
+                x=[100 * accuracy.mean],
+                y=[100 * recall.mean],
+                marker={"color": colour, "size": 14, "line": {"color": "white", "width": 1.5}},
+                hovertemplate=f"<b>{title}</b><br>recall %{{y:.2f}} %<br>accuracy %{{x:.2f}} %<extra></extra>",
+                showlegend=cell.method not in named,
+                col=place,
+                row=1,
+                **common,
+            )
+            named.add(cell.method)
+            if cell.method == "ce":
+                line = {"dash": "dot", "color": "#777", "width": 1}
+                figure.add_vline(x=100 * accuracy.mean, line=line, col=place, row=1)
+    figure.update_xaxes(title="accuracy on test, %")
+    figure.update_yaxes(title="recall of the class on test, %", col=1)
+    margin, below_it = {"t": 50, "b": 90, "l": 60, "r": 10}, {"orientation": "h", "y": -0.25}
+    figure.update_layout(template="plotly_white", height=430, margin=margin, legend=below_it)
+    return figure
+
+
+def _column(cells: Sequence[Cell]) -> str:
+    first, best = cells[0], best_of(cells)
+    heads = ("", "recall", "accuracy", "gain in recall, points", "recall, bias", "accuracy, bias", "the paper's")
+    rows = []
+    for cell in cells:
+        texts = [escape(TITLES[cell.method]) + _parameters(cell)]
+        texts += [*_scores(cell.trained), _gain(cell.trained), *_scores(cell.matched)]
+        texts.append(f"{cell.paper[0]:.4f} / {cell.paper[1]:.4f}" if cell.paper else "-")
+        tds = "".join(f"<td>{text}</td>" for text in texts[:-1]) + f'<td class="paper">{texts[-1]}</td>'
+        rows.append(f'<tr class="best">{tds}</tr>' if cell is best else f"<tr>{tds}</tr>")
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    title = f"{first.dataset}, {first.token}: class {first.important} ({first.class_name})"
+    return f"<h3>{escape(title)}</h3><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _parameters(cell: Cell) -> str:
+    text = ", ".join(f"{name} {value:.3g}" for name, value in sorted(cell.params.items()))
+    return f"<small>{escape(text)}</small>"
+
+
+def _scores(outcome: Outcome | None) -> tuple[str, str]:
+    if outcome is None:
+        return "-", "-"
+    mark = " †" if below(outcome.accuracy_difference) else ""
+    return _figure(outcome.test.recall), _figure(outcome.test.accuracy, mark)
+
+
+def _figure(figure: Figure, mark: str = "") -> str:
+    interval = figure.interval
+    span = f"<small>[{interval.low:.4f}, {interval.high:.4f}]</small>" if interval else ""
+    return f"{figure.mean:.4f}{mark}{span}"
+
+
+def _gain(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    interval = outcome.recall_difference.interval
+    span = f"<small>[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]</small>" if interval else ""
+    return f"{100 * outcome.recall_difference.mean:+.2f}{span}"

@@ -1,0 +1,221 @@
+"""The comparison's table, like Table 1 of the CAMRI paper: what each cell holds, and who is best. Plain arithmetic."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from camri_tune.config import Loss
+from camri_tune.errors import InputError
+from camri_tune.records import Figure
+from camri_tune.stats import Interval, mean_interval
+
+Method = Literal[Loss, "threshold"]
+METHODS: tuple[Method, ...] = ("ce", "threshold", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i")
+Protocol = Literal["ours", "paper"]
+TITLES: dict[Method, str] = {
+    "ce": "cross-entropy (CE)",
+    "threshold": "CE, threshold tuned",
+    "wce": "weighted CE (WCE)",
+    "crwwce": "real-world-weight CE (CRWWCE)",
+    "l2": "L2-constrained softmax",
+    "arcface": "ArcFace",
+    "camri": "CAMRI",
+    "cosface-i": "CosFace, important class alone",
+}
+
+
+class Scores(NamedTuple):
+    """Recall of the important class and accuracy on one part of the data, over the seeds."""
+
+    recall: Figure
+    accuracy: Figure
+
+
+@dataclass(frozen=True)
+class Difference:
+    """New less old over paired seeds: both with the same seed and the same images. In shares, not points."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def between(cls, new: Figure, old: Figure) -> "Difference":
+        return cls(tuple(a - b for a, b in zip(new.values, old.values, strict=True)))
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % t interval over seeds; None with one seed."""
+        return mean_interval(self.values)
+
+    @property
+    def holds_up(self) -> bool:
+        """Whether the interval lies above zero. Equal differences have no spread to judge by."""
+        return self.interval is not None and self.interval.low > 0 and len(set(self.values)) > 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {"mean": self.mean, "values": list(self.values), "interval": list(self.interval or ()) or None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One setting's R models, on validation and on test, and less cross-entropy's of the same seeds on test.
+
+    `kept` says whether mean accuracy is at or above cross-entropy's on the part that the protocol selects on.
+    `biases` are those that were added to the important class's logit, if any.
+    """
+
+    validation: Scores
+    test: Scores
+    recall_difference: Difference
+    accuracy_difference: Difference
+    kept: bool
+    biases: tuple[float, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **{
+                part: {"recall": scores.recall.as_json(), "accuracy": scores.accuracy.as_json()}
+                for part, scores in (("validation", self.validation), ("test", self.test))
+            },
+            "recall_difference": self.recall_difference.as_json(),
+            "accuracy_difference": self.accuracy_difference.as_json(),
+            "kept": self.kept,
+            "biases": list(self.biases),
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method for one important class of one data set.
+
+    `trained` is None where no setting kept accuracy. `matched` has the same models with a bias on the important class's
+    logit, tuned on validation so that accuracy comes down (or up) to cross-entropy's: recall at matched accuracy.
+    `paper` is (recall, accuracy) of the paper's Table 1, where it has this cell.
+    """
+
+    dataset: str
+    token: str
+    important: int
+    class_name: str
+    method: Method
+    params: Mapping[str, float]
+    trained: Outcome | None
+    matched: Outcome | None
+    paper: tuple[float, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "important": self.token,
+            "class": self.important,
+            "class_name": self.class_name,
+            "method": self.method,
+            "params": dict(self.params),
+            "trained": self.trained.as_json() if self.trained else None,
+            "matched": self.matched.as_json() if self.matched else None,
+            "paper": dict(zip(("recall", "accuracy"), self.paper, strict=True)) if self.paper else None,
+        }
+
+
+@dataclass(frozen=True)
+class Table:
+    """All cells of a comparison, and how they came about. `facts` holds what a reader must know, by name."""
+
+    cells: tuple[Cell, ...]
+    protocol: Protocol
+    facts: Mapping[str, Any]
+    folder: Path
+
+    def columns(self) -> list[tuple[str, str]]:
+        """(data set, important class as asked for), in order."""
+        return list(dict.fromkeys((cell.dataset, cell.token) for cell in self.cells))
+
+    def column(self, dataset: str, token: str) -> list[Cell]:
+        return [cell for cell in self.cells if (cell.dataset, cell.token) == (dataset, token)]
+
+    def as_json(self) -> dict[str, Any]:
+        winners = [best_of(self.column(*column)) for column in self.columns()]
+        return {
+            "schema": 1,
+            "protocol": self.protocol,
+            **self.facts,
+            "cells": [{**cell.as_json(), "best": any(cell is winner for winner in winners)} for cell in self.cells],
+        }
+
+
+def best_of(column: Sequence[Cell]) -> Cell | None:
+    """The cell of highest mean test recall among those that kept accuracy, where that holds up over paired seeds.
+
+    It must beat the runner-up, seed by seed, with a 95 % interval above zero; else nobody is called best.
+    """
+    ranked = sorted(
+        ((cell, cell.trained) for cell in column if cell.trained is not None and cell.trained.kept),
+        key=lambda pair: -pair[1].test.recall.mean,
+    )
+    if len(ranked) < 2:
+        return None
+    (first, ours), (_, theirs) = ranked[:2]
+    return first if Difference.between(ours.test.recall, theirs.test.recall).holds_up else None
+
+
+def below(difference: Difference) -> bool:
+    """Whether the mean difference is below zero, not counting rounding."""
+    return difference.mean < -1e-12
+
+
+def legend(table: Table) -> str:
+    """How to read the table: what was measured on what, and who chose."""
+    chosen = (
+        "validation chose every setting and test chose nothing"
+        if table.protocol == "ours"
+        else "PAPER'S PROTOCOL: every trial was retrained on all seeds and chosen by its means on the test set itself, "
+        "which flatters whoever was tried most"
+    )
+    return (
+        f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
+        f"method and class. '-': no setting kept mean accuracy at cross-entropy's. †: mean accuracy on test came out below "
+        f"cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % t interval)."
+    )
+
+
+def read_methods(text: str) -> tuple[Method, ...]:
+    """Method names from a comma-separated list, in the table's order. Cross-entropy is always among them."""
+    asked = [name for part in text.split(",") if (name := part.strip())]
+    known: Sequence[str] = METHODS
+    for name in asked:
+        if name not in known:
+            raise InputError(f"--methods {name!r} is no method; the methods are {', '.join(METHODS)}")
+    return tuple(m for m in METHODS if m in asked or m == "ce")
+
+
+def read_datasets(text: str) -> tuple[str, ...]:
+    """Data sets from a comma-separated list, each once."""
+    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if not names:
+        raise InputError(f"--dataset is {text!r}, but must name at least 1 data set")
+    return names
+
+
+def read_protocol(text: str) -> Protocol:
+    """A protocol by its name."""
+    for protocol in get_args(Protocol):
+        if text == protocol:
+            return protocol  # type: ignore[no-any-return]
+    raise InputError(f"--protocol is {text!r}, but must be one of {', '.join(get_args(Protocol))}")
+
+
+def paper_figures() -> dict[tuple[str, str, str], tuple[float, float]]:
+    """(data set, important class, method) -> (recall, accuracy) of Table 1 of the CAMRI poster (IJCNN 2022).
+
+    Means over ten trials. Where a method has no entry, none of its settings kept accuracy there.
+    """
+    with (Path(__file__).parent / "paper_table1.csv").open(newline="") as file:
+        return {
+            (row["dataset"], row["important"], row["method"]): (float(row["recall"]), float(row["accuracy"]))
+            for row in csv.DictReader(file)
+        }
