@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.js
 
 
 class ModelSpec(BaseModel):
-    """All that inference needs beside the weights. `scale` belongs to a cosine head."""
+    """All that inference needs beside the weights. `scale` belongs to a cosine head; `logit_bias` is by class."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +32,15 @@ class ModelSpec(BaseModel):
     classes: tuple[str, ...] = Field(min_length=2)
     head: Literal["dense", "cosine"]
     scale: float | None = Field(None, gt=0, allow_inf_nan=False)
+    logit_bias: dict[int, FiniteFloat] = Field(default_factory=dict)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biased_are_classes(cls, value: dict[int, float], info: ValidationInfo) -> dict[int, float]:
+        count = len(info.data.get("classes", ()))
+        if not all(0 <= c < count for c in value):
+            raise ValueError(f"must name indices from 0 to {count - 1}")
+        return value
 
 
 class BundleConfig(BaseModel):
@@ -90,7 +99,7 @@ def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
         if spec.scale is None:
             raise BundleError(f"{path.parent / CONFIG} has a cosine head without its scale; export the model again")
         head = NormFaceLoss(len(spec.classes), body.embedding_size, spec.scale)
-    classifier = Classifier(body, head)
+    classifier = Classifier(body, head, spec.logit_bias)
     try:
         classifier.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -57,8 +57,12 @@ def run(
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Points of test accuracy: the certificate's margin.")] = None,
     finalists: Annotated[int | None, typer.Option(help="Best trials that are retrained on fresh seeds.")] = None,
+    calibrate: Annotated[
+        bool | None, typer.Option("--calibrate", help="Add a bias to the important class's logit, tuned on validation.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images: for trying things out.")] = None,
+    per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
     workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
@@ -104,6 +108,7 @@ def compare(
     finalists: Annotated[int | None, typer.Option(help="Best trials that are retrained on fresh seeds.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
+    per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
     workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,

@@ -157,6 +157,7 @@ def _facts(head: Stages, baseline: Baseline, test: Images) -> dict[str, object]:
         "validation": len(data.validation),
         "test": len(test),
         "limit": config.limit,
+        "per_group": config.per_group,
         "epochs": config.epochs or data.epochs,
         "fingerprint": data.fingerprint,
         "learning_rate": baseline.learning_rate,

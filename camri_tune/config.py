@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from camri_tune.errors import InputError
 
@@ -16,7 +16,7 @@ BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
 
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
-EXECUTION_FIELDS = frozenset({"trials", "workers", "device", "storage", "name", "out", "data_dir"})
+EXECUTION_FIELDS = frozenset({"trials", "calibrate", "workers", "device", "storage", "name", "out", "data_dir"})
 
 
 class StudyConfig(BaseModel):
@@ -40,8 +40,10 @@ class StudyConfig(BaseModel):
     tolerance: float = Field(0.0, ge=0.0, le=100.0)
     epsilon: float = Field(0.5, ge=0.0, le=100.0)
     finalists: int = Field(3, ge=1, le=5)
+    calibrate: bool = False
     image_size: int | None = Field(None, ge=8, le=512)
     limit: int | None = Field(None, ge=1)
+    per_group: int | None = Field(None, ge=1)
     skip_corrupt: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int | Literal["auto"] = "auto"
@@ -61,7 +63,9 @@ class StudyConfig(BaseModel):
             raise ValueError("must name at least 1 class")
         return tokens
 
-    @field_validator("trials", "epochs", "seeds", "finalists", "image_size", "limit", "seed", mode="before")
+    @field_validator(
+        "trials", "epochs", "seeds", "finalists", "image_size", "limit", "per_group", "seed", mode="before"
+    )
     @classmethod
     def _truth_is_no_count(cls, value: Any) -> Any:
         if isinstance(value, bool):
@@ -92,6 +96,13 @@ class StudyConfig(BaseModel):
             raise ValueError("must be letters, digits, '.', '_' and '-', and start with a letter or digit")
         if value is not None and value.endswith(STAGE_SUFFIXES):
             raise ValueError(f"must not end in {' or '.join(STAGE_SUFFIXES)}, which name parts of a study")
+        return value
+
+    @field_validator("calibrate")
+    @classmethod
+    def _one_class_is_calibrated(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and len(info.data.get("important", ())) > 1:
+            raise ValueError("must be left out with several important classes: it adds a bias to the logit of one")
         return value
 
     @property

@@ -22,7 +22,7 @@ from camri_tune.errors import DataError
 from camri_tune.folders import Part, Source
 from camri_tune.images import Images, describe_counts, read_image
 from camri_tune.sources import find_source, is_data_dir_of
-from camri_tune.splits import hold_out_groups, limit_groups
+from camri_tune.splits import hold_out_groups, limit_groups, thin_groups
 
 Progress = Callable[[int, int], None]
 HELD_OUT_FRACTION = 0.2
@@ -48,6 +48,8 @@ class Dataset:
             self.train, self.validation = pool, self._cache.read("validation")
         else:
             self.train, self.validation = self._hold_out(pool, "validation")
+        if config.per_group is not None:
+            self.train = self.train[thin_groups(self.train.groups.numpy(), most=config.per_group, seed=config.seed)]
         if config.limit is not None:  # after the split: fewer images to judge on would save little and decide badly
             labels, groups = self.train.labels.numpy(), self.train.groups.numpy()
             self.train = self.train[

@@ -4,6 +4,8 @@ import math
 import platform
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_test_images
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.images import Images
-from camri_tune.metrics import confusion_matrix, recall_per_class
+from camri_tune.metrics import accuracy, confusion_matrix, recall_per_class
+from camri_tune.posthoc import tune_bias
 from camri_tune.records import Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
-from camri_tune.search import model_spec
+from camri_tune.search import BIAS, model_spec
 from camri_tune.selection import paired_difference
 from camri_tune.storage import StudyStore
 from camri_tune.training import cpu_count, predict_logits
@@ -28,20 +31,49 @@ Answers = NDArray[np.int64]  # predicted class of each test image
 
 
 class Judge:
-    """Measures a study's models on the test part, which is read when a judge is made and not before."""
+    """Measures a study's models on the test part, which is read when it is first asked for and not before."""
 
     def __init__(
         self, data: Dataset, store: StudyStore, important: Sequence[int], model: Model, device: torch.device
     ) -> None:
-        self.test = data.test()
-        for c in important:
-            if not (self.test.labels == c).any():
-                raise DataError(f"class {data.classes[c]!r} has no test images to be judged on: add some, or mend them")
         self._data = data
         self._store = store
         self._important = important
         self._model = model
         self._device = device
+
+    @cached_property
+    def test(self) -> Images:
+        """The test part. Raises DataError where it has no image of an important class."""
+        images = self._data.test()
+        for c in self._important:
+            if not (images.labels == c).any():
+                name = self._data.classes[c]
+                raise DataError(f"class {name!r} has no test images to be judged on: add some, or mend them")
+        return images
+
+    def calibrated(self, record: TrialRecord, loss: Loss, floor: float) -> TrialRecord | None:
+        """The model with a bias on the important class's logit, tuned on validation, and what validation says of it.
+
+        The bias has the highest recall of those whose accuracy keeps `floor`, and is a parameter of the record.
+        None where the checkpoint is missing or altered.
+        """
+        (important,), validation = self._important, self._data.validation
+        logits, labels = self.logits(record, loss, validation), validation.labels.numpy()
+        if logits is None:
+            return None
+        bias = tune_bias(logits.numpy(), labels, important=important, floor=floor).bias
+        logits[:, important] += bias  # as the exported model does, to the last bit
+        confusion = confusion_matrix(labels, logits.argmax(dim=1).numpy(), len(self._data.classes))
+        recalls = recall_per_class(confusion)
+        return replace(
+            record,
+            params={**record.params, f"{BIAS}{important}": bias},
+            accuracy=accuracy(confusion),
+            recall=float(recalls[important]),
+            recall_per_class=tuple(recalls.tolist()),
+            constraint=floor - accuracy(confusion),
+        )
 
     def predictions(self, record: TrialRecord, loss: Loss) -> Answers | None:
         """Answers of a trial's model on test; None where its checkpoint is missing or altered."""

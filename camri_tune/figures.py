@@ -173,10 +173,10 @@ def figure2(margin: float) -> go.Figure:
     return _dressed(
         figure,
         "What each loss charges one sample, by where its 2-D feature lies",
-        "Arrows: directions of the class weights, which have length 1; the plane spans ±6. WCE and CRWWCE raise the price "
-        "of a sample of i, but the tie stays where inference decides.<br>ArcFace draws it inwards for every class; CAMRI "
-        f"for the important class alone, and is L2 for the others. Margin {margin:g} rad; scale {PLANE_SCALE:g} in the "
-        "three cosine losses.",
+        "Arrows: directions of the class weights, which have length 1; the plane spans ±6. WCE and CRWWCE raise the "
+        "price of a sample of i, but the tie stays where inference decides.<br>ArcFace draws it inwards for every "
+        "class; CAMRI for the important class alone, and is L2 for the others. "
+        f"Margin {margin:g} rad; scale {PLANE_SCALE:g} in the three cosine losses.",
         720,
     )
 
@@ -239,10 +239,11 @@ def figure3(panels: Mapping[str, Panel], recipe: str) -> go.Figure:
     return _dressed(
         figure,
         f"MNIST's test images in two dimensions: digit {DIGIT} without and with a margin of its own",
-        f"Each dot: the direction of a test image's feature, {len(drawn):,} of {spread.images:,} drawn ({DIGIT}s on the "
-        "outer ring; the place across a ring is random). Arrows: directions of the class weights, each panel turned so "
-        f"that {DIGIT}'s points up.<br>Thin dashes: where inference decides. Measured on all {spread.images:,} test images "
-        f"({spread.important_images:,} of class {DIGIT}), which chose nothing. Same recipe for each: {recipe}.",
+        f"Each dot: the direction of a test image's feature, {len(drawn):,} of {spread.images:,} drawn ({DIGIT}s on "
+        "the outer ring; the place across a ring is random). Arrows: directions of the class weights, each panel "
+        f"turned so that {DIGIT}'s points up.<br>Thin dashes: where inference decides. Measured on all "
+        f"{spread.images:,} test images ({spread.important_images:,} of class {DIGIT}), which chose nothing. "
+        f"Same recipe for each: {recipe}.",
         580,
     )
 

@@ -1,5 +1,7 @@
 """Networks. A `Classifier` takes uint8 images and gives logits; contrast normalisation is part of it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -103,12 +105,16 @@ _BODIES: dict[Model, type[CompactCNN] | type[PaperCNN]] = {"compact": CompactCNN
 
 
 class Classifier(nn.Module):
-    """Images to logits: network with its own normalisation, head without margin. This is what is exported."""
+    """Images to logits: network with its own normalisation, head without margin. This is what is exported.
 
-    def __init__(self, body: Body, head: Head) -> None:
+    `logit_bias` maps class index to what is added to that class's logit (see posthoc.py).
+    """
+
+    def __init__(self, body: Body, head: Head, logit_bias: Mapping[int, float] | None = None) -> None:
         super().__init__()
         self.body = body
         self.head = head
+        self.logit_bias = dict(logit_bias or {})
 
     def embed(self, images: Tensor) -> Tensor:
         """Embeddings (N, D) of uint8 or float images (N, C, S, S) of range 0 to 255."""
@@ -116,7 +122,10 @@ class Classifier(nn.Module):
         return embeddings
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head.get_logits(self.embed(images))
+        logits = self.head.get_logits(self.embed(images))
+        for c, bias in self.logit_bias.items():
+            logits[:, c] += bias
+        return logits
 
 
 def build_body(name: Model, *, channels: int, image_size: int) -> Body:

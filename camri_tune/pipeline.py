@@ -12,7 +12,7 @@ import torch
 
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
-from camri_tune.config import StudyConfig
+from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import CamriTuneError, InputError
@@ -89,6 +89,8 @@ def _judge(
     """Read the test part, for the baseline's models and for those of the best setting that is intact."""
     config = stages.config
     judge = Judge(stages.data, stages.store, stages.important, config.model, device)
+    if config.calibrate:
+        retrained = _calibrated(judge, retrained, config.loss, stages.floor(baseline))
     old = [judge.predictions(record, "ce") for record in baseline.records]
     if any(answers is None for answers in old):
         raise CamriTuneError(
@@ -113,6 +115,19 @@ def _judge(
     if best is not None:
         verdict = verdict_of(best.accuracy_difference, config.epsilon / 100)
     return _result(stages, baseline, judge, old_answers, verdict, best, notices), chosen
+
+
+def _calibrated(
+    judge: Judge, retrained: dict[int, list[TrialRecord]], loss: Loss, floor: float
+) -> dict[int, list[TrialRecord]]:
+    """Each setting's models with a bias tuned on validation; as trained where that would cost the setting its floor."""
+    settings = {}
+    for number, records in retrained.items():
+        found = [judge.calibrated(r, loss, floor) if r.state == "complete" else None for r in records]
+        biased = [r for r in found if r is not None]
+        kept = len(biased) == len(records) and rank_settings({number: biased}, floor)
+        settings[number] = biased if kept else records
+    return settings
 
 
 def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from camri_tune.pages import comparison_page
 from camri_tune.records import Figure, Result, without_nan
@@ -53,10 +53,21 @@ bound {100 * accuracy.lower_bound:+.2f}; {accuracy.gained} images gained, {accur
 - {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; tolerance {result.tolerance:g} points of validation accuracy;
   margin of the certificate {result.epsilon:g} points at 95 % one-sided (Tango's score bound).
 - Not claimed: anything about images from elsewhere than the test set's, or about retraining with another seed or more data.
-- The logits have no margin; their softmax is not a calibrated probability.
+{_bias_line(best.params)}- The logits have no margin; their softmax is not a calibrated probability.
 
 Use: `camri-tune evaluate FOLDER`. Weights: safetensors, no code.
 """
+
+
+def _bias_line(params: Mapping[str, float]) -> str:
+    """What calibration did to the model, if anything."""
+    lines = [
+        f"- Calibrated: {value:+.4g} is added to the logit of class {name.removeprefix('bias_')}, tuned on validation so that "
+        f"accuracy there keeps the baseline's.\n"
+        for name, value in params.items()
+        if name.startswith("bias_")
+    ]
+    return "".join(lines)
 
 
 def _text(figure: Figure) -> str:

@@ -53,6 +53,7 @@ SPACES: dict[Loss, dict[str, Range]] = {
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 TUNING_SEED_OFFSET = 20_000
+BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 
 @dataclass(frozen=True)
@@ -205,14 +206,20 @@ def _train(trial: Trial, stage: Stage, plan: Plan) -> Trained:
                 )  # before pruning: a trial without constraint looks feasible
                 raise optuna.TrialPruned
 
-    model = plan.config.model
-    recipe = recipe_of(model, epochs=plan.epochs, learning_rate=learning_rate, augmentation=plan.data.augmentation)
+    model, data = plan.config.model, plan.data
+    recipe = recipe_of(
+        model,
+        epochs=plan.epochs,
+        learning_rate=learning_rate,
+        augmentation=data.augmentation,
+        images=len(data.train),
+    )
     return train(
         model,
         head,
-        plan.data.train,
-        plan.data.validation,
-        num_classes=len(plan.data.classes),
+        data.train,
+        data.validation,
+        num_classes=len(data.classes),
         recipe=recipe,
         seed=seed,
         device=plan.device,
@@ -252,6 +259,7 @@ def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, flo
         classes=data.classes,
         head="cosine" if "scale" in SPACES[loss] else "dense",
         scale=params.get("scale"),
+        logit_bias={int(n.removeprefix(BIAS)): value for n, value in params.items() if n.startswith(BIAS)},
     )
 
 

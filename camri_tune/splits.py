@@ -97,6 +97,15 @@ def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, c
     return np.flatnonzero(np.isin(groups, chosen))
 
 
+def thin_groups(groups: IntArray, *, most: int, seed: int) -> IntArray:
+    """Indices of at most `most` images of each group, drawn by `seed`, ascending: near duplicates teach little anew."""
+    order = np.random.default_rng(seed).permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]  # group by group, in random order within each
+    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    place_in_group = np.arange(len(groups)) - np.repeat(starts, sizes)
+    return np.sort(order[place_in_group < most])
+
+
 def _group_sizes(groups: IntArray, rng: np.random.Generator) -> dict[int, int]:
     """Images of each group, the groups in random order."""
     names, counts = np.unique(groups, return_counts=True)

@@ -178,8 +178,8 @@ def legend(table: Table) -> str:
     )
     return (
         f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
-        f"method and class. '-': no setting kept mean accuracy at cross-entropy's. †: mean accuracy on test came out below "
-        f"cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % t interval)."
+        f"method and class. '-': no setting kept mean accuracy at cross-entropy's. †: mean accuracy on test came out "
+        f"below cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % t interval)."
     )
 
 

@@ -79,11 +79,12 @@ class Recipe:
     constant: bool = False
 
 
-def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation) -> Recipe:
+def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation, images: int) -> Recipe:
     """The recipe that belongs to a network. The paper's has the authors': Adam, constant rate, 64 images, unchanged."""
     if model == "paper-cnn":
         return Recipe(epochs, learning_rate, batch_size=64, weight_decay=0.0, betas=(0.9, 0.999), constant=True)
-    return Recipe(epochs, learning_rate, augmentation)
+    # Few training images are few steps: smaller batches make up for it.
+    return Recipe(epochs, learning_rate, augmentation, batch_size=256 if images >= 16_384 else 128)
 
 
 def default_learning_rate(model: Model) -> float:

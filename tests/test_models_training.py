@@ -723,7 +723,9 @@ def test_a_constant_learning_rate_neither_rises_nor_falls(total: int, warmup: fl
 
 
 def test_the_papers_recipe_is_the_authors() -> None:
-    recipe = recipe_of("paper-cnn", epochs=300, learning_rate=1e-3, augmentation=replace(STRONG, mirror=True))
+    recipe = recipe_of(
+        "paper-cnn", epochs=300, learning_rate=1e-3, augmentation=replace(STRONG, mirror=True), images=500
+    )
     assert (recipe.epochs, recipe.learning_rate, recipe.batch_size) == (300, 1e-3, 64)
     assert recipe.augmentation == Augmentation(), "the data set's own is not theirs"
     assert (recipe.weight_decay, recipe.betas, recipe.constant) == (0.0, (0.9, 0.999), True)
@@ -731,8 +733,10 @@ def test_the_papers_recipe_is_the_authors() -> None:
 
 
 def test_the_compact_networks_recipe_has_the_data_sets_augmentation() -> None:
-    recipe = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG)
-    assert recipe == Recipe(7, 2e-3, STRONG)
+    recipe = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG, images=500)
+    assert recipe == Recipe(7, 2e-3, STRONG, batch_size=128)
+    many = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG, images=30_000)
+    assert many == Recipe(7, 2e-3, STRONG, batch_size=256)
     assert not recipe.constant
     assert recipe.weight_decay > 0
     assert default_learning_rate("compact") == 4e-3
@@ -743,7 +747,7 @@ def test_the_papers_optimizer_is_adam(model: Model) -> None:
     """Step for step on the same gradients; the compact network's recipe goes elsewhere."""
     ours, theirs = (Classifier(CompactCNN(1, 8), CrossEntropyLoss(10, 128)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    recipe = recipe_of(model, epochs=1, learning_rate=1e-2, augmentation=Augmentation())
+    recipe = recipe_of(model, epochs=1, learning_rate=1e-2, augmentation=Augmentation(), images=500)
     optimizer = _optimizer(ours, recipe, CPU)
     adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     rng = torch.Generator().manual_seed(0)
@@ -788,7 +792,7 @@ def test_the_papers_network_learns_by_the_papers_recipe(digits: Dataset, monkeyp
         images,
         validation,
         num_classes=10,
-        recipe=recipe_of("paper-cnn", epochs=6, learning_rate=1e-3, augmentation=STRONG),
+        recipe=recipe_of("paper-cnn", epochs=6, learning_rate=1e-3, augmentation=STRONG, images=500),
         seed=0,
         device=CPU,
         on_epoch=heard.append,
@@ -804,7 +808,7 @@ def test_the_papers_network_learns_by_the_papers_recipe(digits: Dataset, monkeyp
 
 
 def test_the_papers_network_is_its_seeds_alone(digits: Dataset) -> None:
-    recipe = recipe_of("paper-cnn", epochs=1, learning_rate=1e-3, augmentation=Augmentation())
+    recipe = recipe_of("paper-cnn", epochs=1, learning_rate=1e-3, augmentation=Augmentation(), images=500)
     first, again, other = (
         _train(digits, model="paper-cnn", recipe=recipe, seed=seed, images=64).classifier for seed in (1, 1, 2)
     )

@@ -88,8 +88,10 @@ def test_the_curve_is_that_of_every_bias_tried_in_turn(case: Case) -> None:
     assert (curve.recall[0], curve.recall[-1]) == (0, 1)
 
 
-@given(case=_cases(), floor=FLOOR)
-def test_the_best_bias_is_the_best_of_all_tried_in_turn(case: Case, floor: float) -> None:
+@given(case=_cases(), data=st.data())
+def test_the_best_bias_is_the_best_of_all_tried_in_turn(case: Case, data: st.DataObject) -> None:
+    reached = sweep(case.logits, case.labels, important=case.important).accuracy.tolist()
+    floor = data.draw(st.one_of(FLOOR, st.sampled_from(reached)), label="floor")
     best = tune_bias(case.logits, case.labels, important=case.important, floor=floor)
     assert best == _naive_best(case, floor)
     predictions = biased(case.logits, important=case.important, bias=best.bias)
@@ -113,6 +115,13 @@ def test_figures_hold_in_exact_arithmetic_whatever_the_logits(case: Case) -> Non
         predictions = _naive_predictions(case, bias)
         assert _naive_shares(case, predictions) == (accuracy, recall)
         assert biased(case.logits, important=case.important, bias=bias).tolist() == predictions
+
+
+def test_the_ends_clear_the_last_sample_at_any_magnitude() -> None:
+    logits = np.array([[0.0, 2.0**70], [2.0**70, 0.0]])
+    curve = sweep(logits, np.array([0, 1]), important=0)
+    assert curve.recall.tolist() == [0.0, 0.0, 1.0]
+    assert (_plain_argmax(logits.astype(np.float32), 0, float(curve.bias[-1])) == 0).all()
 
 
 def test_a_stretch_without_a_float_in_it_is_left_out() -> None:
@@ -164,11 +173,13 @@ def test_as_many_samples_as_gtsrb_has() -> None:
     assert best.recall > (logits[labels == 14].argmax(axis=1) == 14).mean()
     single = _plain_argmax(logits, 14, best.bias)
     assert (single == biased(logits, important=14, bias=best.bias)).all(), "the bias also works added in float32"
-    assert float(np.float32(best.bias)) == best.bias
+    assert (curve.bias.astype(np.float32) == curve.bias).mean() > 0.99, "all but the narrowest stretches hold a float32"
 
 
-def test_zero_wins_among_equals_and_a_surplus_of_the_class_gives_a_negative_bias() -> None:
+def test_the_smallest_bias_wins_among_equals_and_a_surplus_of_the_class_gives_a_negative_one() -> None:
     labels = np.array([0, 0, 1])
+    vain = np.array([[0.0, 2.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 4.0]])  # the third is wrong at any bias
+    assert tune_bias(vain, labels, important=0, floor=0.5) == Bias(3.0, 2 / 3, 1.0)
     good = np.array([[2.0, 0.0], [5.0, 0.0], [0.0, 4.0]])
     assert tune_bias(good, labels, important=0, floor=1.0) == Bias(0.0, 1.0, 1.0)
     eager = np.array([[2.0, 0.0], [5.0, 0.0], [1.0, 0.0]])

@@ -772,7 +772,9 @@ def test_a_trial_trains_by_the_recipe_of_its_network(
     monkeypatch.setattr("camri_tune.search.train", caught)
     plan = _plan(config.model_copy(update={"model": model, "epochs": 9}), digits)
     run_trial(_claimed(store, "search", {**PARAMS, "learning_rate": 2e-3}), "search", plan, store)
-    assert recipes == [recipe_of(model, epochs=9, learning_rate=2e-3, augmentation=digits.augmentation)]
+    assert recipes == [
+        recipe_of(model, epochs=9, learning_rate=2e-3, augmentation=digits.augmentation, images=len(digits.train))
+    ]
 
 
 @given(
