@@ -6,6 +6,7 @@ retrained on the cross-entropy baseline's seeds. All searches on a data set shar
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,19 +55,29 @@ def compare(
     if not is_writable_folder(folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
     with only_run(folder), console:
+        studies = [_study_of(dataset, config, folder) for dataset in datasets]
+        if len({study.name for study in studies}) < len(studies):
+            raise InputError(f"--dataset {','.join(datasets)!r} has two of one name; compare them under two --name")
+        for study in studies:  # before hours are spent on the first of them
+            check_important(study.important, open_dataset(study, console.reading).classes)
         cells: list[Cell] = []
         facts: dict[str, object] = {}
-        for dataset in datasets:
-            ours = config.model_copy(update={"dataset": dataset, "out": folder, "loss": "ce"})
-            name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{folder.name}-{ours.source_name}")
-            found, about = _one_dataset(ours.model_copy(update={"name": name}).absolute(), methods, protocol, console)
+        for study in studies:
+            found, about = _one_dataset(study, methods, protocol, console)
             cells += found
-            facts[ours.source_name] = about
+            facts[study.source_name] = about
         common = ("model", "trials", "finalists", "seeds", "tolerance", "seed")
         settings = {key: getattr(config, key) for key in common}
         table = Table(tuple(cells), protocol, {**settings, "datasets": facts, "versions": versions()}, folder)
         write_comparison(table)
         return table
+
+
+def _study_of(dataset: str, config: StudyConfig, folder: Path) -> StudyConfig:
+    """The study of one data set, whose folder lies in the comparison's and whose name holds both."""
+    study = config.model_copy(update={"dataset": dataset, "out": folder, "loss": "ce"})
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{folder.name}-{study.source_name}")
+    return study.model_copy(update={"name": name}).absolute()
 
 
 def _one_dataset(
@@ -77,7 +88,6 @@ def _one_dataset(
     config = config.model_copy(update={"important": ("worst1",)})
     device = pick_device(config.device)
     data = open_dataset(config, console.reading)
-    check_important(tokens, data.classes)
     config.folder.mkdir(exist_ok=True)
     storage = open_storage(storage_url(config))
     head = Stages(config, data, StudyStore.create(storage, config, data))

@@ -48,9 +48,11 @@ class Dataset:
             self.train, self.validation = pool, self._cache.read("validation")
         else:
             self.train, self.validation = self._hold_out(pool, "validation")
+        # After the split: fewer images to judge on would save little and decide badly.
         if config.per_group is not None:
-            self.train = self.train[thin_groups(self.train.groups.numpy(), most=config.per_group, seed=config.seed)]
-        if config.limit is not None:  # after the split: fewer images to judge on would save little and decide badly
+            labels, groups = self.train.labels.numpy(), self.train.groups.numpy()
+            self.train = self.train[thin_groups(labels, groups, most=config.per_group, seed=config.seed)]
+        if config.limit is not None:
             labels, groups = self.train.labels.numpy(), self.train.groups.numpy()
             self.train = self.train[
                 limit_groups(labels, groups, limit=config.limit, seed=config.seed, classes=self.classes)

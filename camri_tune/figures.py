@@ -222,7 +222,7 @@ def figure3(panels: Mapping[str, Panel], recipe: str) -> go.Figure:
         )
         figure.update_xaxes(**where, title={"text": text, "standoff": 5})
         angles = np.sort(panel.angles()[panel.labels == DIGIT])
-        colour, dash = ((GREY, "dot"), (INK, "dash"), (VERMILION, "solid"))[column - 1]
+        colour, dash = ((GREY, "dot"), (INK, "dash"), (VERMILION, "solid"))[column - 1 - len(panels)]
         figure.add_scatter(
             **last,
             x=angles,

@@ -56,7 +56,8 @@ def comparison_page(table: Table) -> str:
 
 def recall_over_accuracy(columns: Sequence[Sequence[Cell]]) -> go.Figure:
     """One panel for each important class: each method's mean on test, large, and its seeds, small."""
-    titles = [f"{cells[0].token}: {cells[0].important} ({cells[0].class_name})" for cells in columns]
+    # Plotly reads tags in a text, as HTML does.
+    titles = [escape(f"{cells[0].token}: {cells[0].important} ({cells[0].class_name})") for cells in columns]
     figure = make_subplots(cols=len(columns), subplot_titles=titles, horizontal_spacing=0.07)
     named: set[Method] = set()
     for place, cells in enumerate(columns, start=1):

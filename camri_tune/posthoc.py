@@ -31,14 +31,17 @@ class Curve(NamedTuple):
 def tune_bias(logits: NDArray[np.floating[Any]], labels: NDArray[np.int64], *, important: int, floor: float) -> Bias:
     """The bias of highest recall of `important` whose accuracy is at least `floor` (a share), of those `sweep` offers.
 
-    Logits (N, C), labels (N,). Of equal recall the highest accuracy, of those the smallest magnitude. Where no bias
-    reaches the floor, the one of highest accuracy, then recall, then smallest magnitude: look at `accuracy`. ValueError
-    as in `sweep`, and for a floor that is nan.
+    Logits (N, C), labels (N,). A bias below 0 only where none above reaches the floor: it would cost recall on other
+    images for nothing that shows here. Of equal recall the highest accuracy, of those the smallest magnitude. Where no
+    bias reaches the floor, the one of highest accuracy, then recall, then smallest magnitude: look at `accuracy`.
+    ValueError as in `sweep`, and for a floor that is nan.
     """
     if math.isnan(floor):
         raise ValueError("the accuracy floor is nan; it must be a number")
     curve = sweep(logits, labels, important=important)
     allowed, first, second = np.flatnonzero(curve.accuracy >= floor), curve.recall, curve.accuracy
+    if (curve.bias[allowed] >= 0).any():
+        allowed = allowed[curve.bias[allowed] >= 0]
     if not allowed.size:
         allowed, first, second = np.arange(len(curve.bias)), curve.accuracy, curve.recall
     best = allowed[np.lexsort((-np.abs(curve.bias[allowed]), second[allowed], first[allowed]))[-1]]

@@ -85,7 +85,7 @@ def write_comparison(table: Table) -> None:
     }
     for suffix, text in texts.items():
         partial = table.folder / f"{stem}.{suffix}.partial"
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, table.folder / f"{stem}.{suffix}")
 
 
@@ -121,6 +121,7 @@ def comparison_markdown(table: Table) -> str:
         tokens = [token for name, token in table.columns() if name == dataset]
         columns = {token: table.column(dataset, token) for token in tokens}
         heads = [f"{token}: {cells[0].important} ({cells[0].class_name})" for token, cells in columns.items()]
+        heads = [head.replace("|", "\\|") for head in heads]  # it would end the table's cell
         views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
         views.append(("with a bias tuned to the baseline's validation accuracy", lambda c: cell_text(c, c.matched)))
         if any(cell.paper for cells in columns.values() for cell in cells):
@@ -136,7 +137,7 @@ def comparison_markdown(table: Table) -> str:
                     best = what == "as trained" and cells[place] is best_of(cells)
                     texts.append(f"**{text}**" if best else text)
                 parts[-1] += f"\n| {TITLES[first.method]} | {' | '.join(texts)} |"
-    return "\n\n".join([*parts, legend(table), ""])
+    return "\n\n".join([*parts, legend(table)]) + "\n"
 
 
 def cell_text(cell: Cell, outcome: Outcome | None) -> str:

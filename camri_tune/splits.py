@@ -97,11 +97,15 @@ def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, c
     return np.flatnonzero(np.isin(groups, chosen))
 
 
-def thin_groups(groups: IntArray, *, most: int, seed: int) -> IntArray:
-    """Indices of at most `most` images of each group, drawn by `seed`, ascending: near duplicates teach little anew."""
+def thin_groups(labels: IntArray, groups: IntArray, *, most: int, seed: int) -> IntArray:
+    """Indices of at most `most` images of each group, drawn by `seed`, ascending: near duplicates teach little anew.
+
+    A group that spans classes gives as many of each, so that no class is lost.
+    """
     order = np.random.default_rng(seed).permutation(len(groups))
-    order = order[np.argsort(groups[order], kind="stable")]  # group by group, in random order within each
-    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    order = order[np.lexsort((labels[order], groups[order]))]  # stable: group by group, in random order within each
+    pairs = np.stack([groups[order], labels[order]])
+    _, starts, sizes = np.unique(pairs, axis=1, return_index=True, return_counts=True)
     place_in_group = np.arange(len(groups)) - np.repeat(starts, sizes)
     return np.sort(order[place_in_group < most])
 

@@ -24,6 +24,7 @@ TITLES: dict[Method, str] = {
     "camri": "CAMRI",
     "cosface-i": "CosFace, important class alone",
 }
+ROUNDING = 1e-12  # far below one image in a share
 
 
 class Scores(NamedTuple):
@@ -54,8 +55,9 @@ class Difference:
 
     @property
     def holds_up(self) -> bool:
-        """Whether the interval lies above zero. Equal differences have no spread to judge by."""
-        return self.interval is not None and self.interval.low > 0 and len(set(self.values)) > 1
+        """Whether the interval lies above zero. Equal differences, but for rounding, have no spread to judge by."""
+        spread = max(self.values) - min(self.values)
+        return self.interval is not None and self.interval.low > 0 and spread > ROUNDING
 
     def as_json(self) -> dict[str, Any]:
         return {"mean": self.mean, "values": list(self.values), "interval": list(self.interval or ()) or None}
@@ -165,7 +167,7 @@ def best_of(column: Sequence[Cell]) -> Cell | None:
 
 def below(difference: Difference) -> bool:
     """Whether the mean difference is below zero, not counting rounding."""
-    return difference.mean < -1e-12
+    return difference.mean < -ROUNDING
 
 
 def legend(table: Table) -> str:

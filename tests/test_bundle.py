@@ -311,6 +311,8 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v["spec"].update(classes=["one"]), "spec.classes"),
         (lambda v: v["spec"].update(classes=[1, 2, 3]), "spec.classes"),
         (lambda v: v["spec"].update(head="margin"), "spec.head"),
+        (lambda v: v["spec"].update(logit_bias={"3": 1.0}), "spec.logit_bias"),
+        (lambda v: v["spec"].update(logit_bias={"1": math.inf}), "spec.logit_bias"),
         (lambda v: v["spec"].update(scale=0), "spec.scale"),
         (lambda v: v["spec"].update(scale=math.nan), "spec.scale"),
         (lambda v: v["spec"].update(scale=math.inf), "scale"),

@@ -36,7 +36,9 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("image_size", 7, "greater than or equal to 8"),
     ("image_size", 513, "less than or equal to 512"),
     ("limit", 0, "greater than or equal to 1"),
+    ("per_group", 0, "greater than or equal to 1"),
     ("skip_corrupt", "perhaps", "boolean"),
+    ("calibrate", "perhaps", "boolean"),
     ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**31, "less than"),
     ("workers", 0, "at least 1"),
@@ -271,3 +273,9 @@ def test_data_sets_that_are_no_folders_keep_their_name(
     for name in BUILT_IN_DATASETS:
         (tmp_path / name).mkdir()  # a built-in name is the data set, whatever lies in the current folder
     assert StudyConfig.build({"dataset": dataset}).absolute().dataset == dataset
+
+
+def test_calibrating_is_for_one_important_class() -> None:
+    assert StudyConfig.build({"important": "3", "calibrate": True}).calibrate
+    with pytest.raises(InputError, match="--calibrate is True, but should be left out with several"):
+        StudyConfig.build({"important": "3,8", "calibrate": True})

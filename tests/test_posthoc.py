@@ -72,7 +72,7 @@ def _naive_best(case: Case, floor: float) -> Bias:
     every = [Bias(b, *_naive_shares(case, _naive_predictions(case, b))) for b in candidates]
     feasible = [c for c in every if c.accuracy >= floor]
     if feasible:
-        return max(feasible, key=lambda c: (c.recall, c.accuracy, -abs(c.bias), c.bias))
+        return max(feasible, key=lambda c: (c.bias >= 0, c.recall, c.accuracy, -abs(c.bias), c.bias))
     return max(every, key=lambda c: (c.accuracy, c.recall, -abs(c.bias), c.bias))
 
 

@@ -60,6 +60,19 @@ def test_a_trial_that_did_not_complete_is_never_feasible(state: TrialState) -> N
     assert not replace(GOOD, state=state).feasible
 
 
+def test_a_trial_is_read_for_other_classes_by_their_recall() -> None:
+    """One training serves several classes where its loss looks at none."""
+    trial = replace(GOOD, recall=0.7, recall_per_class=(0.9, 0.7, 0.8))
+    assert [trial.for_classes([c]).recall for c in range(3)] == [0.9, 0.7, 0.8]
+    assert trial.for_classes((0, 2)).recall == 0.8, "the lowest"
+    assert replace(trial.for_classes([0]), recall=0.7) == trial, "and nothing else changes"
+    assert trial.for_classes(()) is trial
+    unfinished = replace(GOOD, recall=0.7)
+    assert unfinished.for_classes([1]) is unfinished
+    baseline = replace(GOOD, recall_per_class=(0.9, 0.7, 0.8))
+    assert baseline.for_classes([1]) is baseline, "which has no important class"
+
+
 def test_a_figure_by_hand() -> None:
     figure = Figure((0.25, 0.5, 0.75))
     assert figure.mean == 0.5

@@ -14,8 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from camri_tune.bundle import read_bundle
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import open_dataset
+from camri_tune.posthoc import tune_bias
+from camri_tune.training import predict_logits
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
@@ -104,6 +110,33 @@ def test_evaluating_the_bundle_reproduces_the_stored_figures(
     assert {key: figures[key] for key in stored} == stored
     assert figures["matches_stored"]
     assert "reproduced exactly" in camri_tune("evaluate", moved).stdout
+
+
+def test_calibrating_adds_the_bias_that_validation_asks_for_and_trains_nothing(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, plain = finished
+    mine = shutil.copytree(folder, tmp_path / "d")
+    arguments = ["run", "--out", tmp_path, "--name", "d", *SMALL, "--json"]
+    done = camri_tune(*arguments, "--calibrate")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    assert _trials(mine) == _trials(folder)
+    (important,) = result["important"]
+    bias = result["best"]["params"][f"bias_{important}"]
+    # A tolerance of 100 points forbids no bias: the lowest one above zero that misses nothing on validation is taken.
+    assert result["best"]["validation"]["recall"]["values"] == [1.0, 1.0]
+    bundle = read_bundle(mine / "best")
+    assert bundle.config.spec.logit_bias == {important: bias}
+    data = open_dataset(StudyConfig())
+    logits = predict_logits(bundle.classifier, data.validation.pixels, torch.device("cpu"))
+    logits[:, important] -= bias
+    labels = data.validation.labels.numpy()
+    assert tune_bias(logits.numpy(), labels, important=important, floor=-1).bias == pytest.approx(bias, abs=1e-4)
+    assert "reproduced exactly" in camri_tune("evaluate", mine / "best").stdout
+    assert f"{bias:+.4g} is added to the logit of class {important}" in (mine / "best" / "README.md").read_text()
+    again = result_of(camri_tune(*arguments))
+    assert again["best"] == plain["best"], "without the option the models are as they were trained"
 
 
 def test_an_altered_bundle_is_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import DataError
-from camri_tune.splits import IntArray, Split, hold_out_groups, limit_groups
+from camri_tune.splits import IntArray, Split, hold_out_groups, limit_groups, thin_groups
 
 SEEDS = st.integers(0, 2**31 - 1)
 # Each class is a list of its groups' sizes: groups of one class, as tracks of one sign are.
@@ -181,6 +181,26 @@ def test_another_seed_keeps_other_images() -> None:
     labels, groups, classes = _arrays([[2] * 50, [3] * 50], 0)
     kept = {tuple(limit_groups(labels, groups, limit=60, seed=s, classes=classes).tolist()) for s in range(5)}
     assert len(kept) == 5
+
+
+@given(sizes=GROUP_SIZES, most=st.integers(1, 7), seed=SEEDS)
+@settings(deadline=None)
+def test_thinning_keeps_so_many_of_each_group(sizes: list[list[int]], most: int, seed: int) -> None:
+    labels, groups, _ = _arrays(sizes, seed)
+    index = thin_groups(labels, groups, most=most, seed=seed)
+    assert index.tolist() == sorted(set(index.tolist()))
+    for group, size in zip(*np.unique(groups, return_counts=True), strict=True):
+        assert np.sum(groups[index] == group) == min(size, most)
+    assert index.tolist() == thin_groups(labels, groups, most=most, seed=seed).tolist()
+
+
+def test_thinning_draws_at_random_and_loses_no_class_of_a_group_that_spans_some() -> None:
+    labels, groups = np.tile([0, 1, 1], 20), np.repeat(np.arange(6), 10)
+    drawn = {tuple(thin_groups(labels, groups, most=1, seed=seed).tolist()) for seed in range(5)}
+    assert len(drawn) == 5
+    for index in map(list, drawn):
+        pairs = list(zip(groups[index].tolist(), labels[index].tolist(), strict=True))
+        assert sorted(pairs) == [(group, label) for group in range(6) for label in (0, 1)]
 
 
 def test_a_limit_above_the_number_of_images_keeps_all() -> None:

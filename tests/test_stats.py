@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from camri_tune.stats import binomial_interval, seed_interval, tango_interval
+from camri_tune.stats import binomial_interval, mean_interval, seed_interval, tango_interval
 
 
 @st.composite
@@ -182,9 +182,18 @@ def test_the_interval_over_seeds_stays_between_0_and_1() -> None:
     assert seed_interval([0.99, 1.0, 1.0]) == pytest.approx((0.982324, 1.0), abs=1e-6)
 
 
+def test_the_interval_of_a_mean_is_not_cut() -> None:
+    """Of a difference, say, which may lie below 0."""
+    half = 12.7062047 * 0.5
+    assert mean_interval([0.0, 1.0]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+    assert mean_interval([-0.3, -0.3, -0.3]) == pytest.approx((-0.3, -0.3))
+    assert mean_interval([0.5, 0.52, 0.54, 0.56], 0.9) == pytest.approx(seed_interval([0.5, 0.52, 0.54, 0.56], 0.9))
+
+
 @pytest.mark.parametrize("values", [[], [0.9]])
 def test_one_seed_has_no_interval(values: list[float]) -> None:
     assert seed_interval(values) is None
+    assert mean_interval(values) is None
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])

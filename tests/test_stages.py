@@ -1,0 +1,479 @@
+"""What each stage queues next, on a real database, with figures in place of trainings."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+import pytest
+import torch
+
+from camri_tune.baseline import START_FACTORS
+from camri_tune.config import StudyConfig
+from camri_tune.console import Console
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
+from camri_tune.records import Baseline, TrialRecord
+from camri_tune.search import Plan, looks_at_class, starting_points, suggest, tuning_seed
+from camri_tune.stages import Crew, Stages, only_run
+from camri_tune.storage import Stage, StudyStore, open_storage, storage_url
+from camri_tune.training import default_learning_rate
+from camri_tune.worker import LocalWorkers
+
+CPU = torch.device("cpu")
+RATE = default_learning_rate("compact")
+
+# What a training comes to, from its stage, number and attributes: accuracy and recall of class 3; None is a failure.
+Scores = tuple[float, float] | None
+Outcome = Callable[[int, Mapping[str, float], Mapping[str, Any]], Scores]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig())
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with tables and no study. To make the tables takes longer than most tests here."""
+    path = tmp_path_factory.mktemp("empty") / "study.db"
+    open_storage(f"sqlite:///{path}").engine.dispose()
+    return path
+
+
+@pytest.fixture
+def make(tmp_path: Path, empty_database: Path, digits: Dataset) -> Callable[..., Stages]:
+    """The stages of a study; again, those of the same study as another process finds it."""
+
+    def make(**changes: Any) -> Stages:
+        values = {"name": "s", "out": tmp_path, "important": "3", "seeds": 2, "finalists": 2, "trials": 6, **changes}
+        config = StudyConfig.build(values)
+        path = config.folder / "study.db"
+        if not path.exists():
+            path.parent.mkdir()
+            shutil.copy(empty_database, path)
+        return Stages(config, digits, StudyStore.create(open_storage(storage_url(config)), config, digits))
+
+    return make
+
+
+def _train_one(stages: Stages, stage: Stage, outcome: Outcome) -> bool:
+    """What a worker does to the next waiting trial, but for the training; False where none waits."""
+    store = stages.store
+    trial = store.claim(stage)
+    if trial is None:
+        return False
+    base = store.attributes.get("baseline")
+    plan = Plan(store.config, stages.data, CPU)
+    if base is not None:
+        plan = Plan(store.config, stages.data, CPU, tuple(base["important"]), base["floor"], base["learning_rate"])
+    suggest(trial, stage, plan)
+    study = store.optuna_study(stage)
+    scores = outcome(trial.number, trial.params, trial.user_attrs)
+    if scores is None:
+        trial.set_user_attr("failure", f"boom {trial.number}")
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return True
+    accuracy, recall = scores
+    recalls = [accuracy] * 10
+    recalls[3], recalls[5] = recall, 1 - recall  # who is good at the one is bad at the other
+    for key, value in {"accuracy": accuracy, "recall_per_class": recalls, "checkpoint": "c", "sha256": "s"}.items():
+        trial.set_user_attr(key, value)
+    if plan.floor is not None:
+        value = min(recalls[c] for c in plan.important)
+        trial.set_user_attr("recall", value)
+        trial.set_constraint("accuracy", plan.floor - accuracy)
+    study.tell(trial, accuracy if plan.floor is None else value)
+    return True
+
+
+def _train(stages: Stages, stage: Stage, outcome: Outcome) -> int:
+    count = 0
+    while _train_one(stages, stage, outcome):
+        count += 1
+    return count
+
+
+def _equal(accuracy: float = 0.9, recall: float = 0.5) -> Outcome:
+    return lambda *_: (accuracy, recall)
+
+
+def _waiting(stages: Stages, stage: Stage) -> list[dict[str, Any]]:
+    """Parameters and attributes that queued trials ask for."""
+    trials = stages.store.optuna_study(stage).get_trials(states=(optuna.trial.TrialState.WAITING,))
+    return [{**t.system_attrs["fixed_params"], **t.user_attrs} for t in trials]
+
+
+def _baseline(stages: Stages, outcome: Outcome | None = None) -> Baseline:
+    while (planned := stages.plan_baseline()) is None:
+        _train(stages, "baseline", outcome or _equal())
+    return planned
+
+
+def _searched(stages: Stages, scores: Sequence[Scores]) -> Baseline:
+    """A study whose baseline (accuracy 0.9) and search are finished, the search's trials with these scores."""
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    stages.plan_search(baseline)
+    assert _train(stages, "search", lambda number, *_: scores[number]) == len(scores)
+    return baseline
+
+
+# --- the baseline -----------------------------------------------------------------------------------------------------
+
+
+def test_the_baselines_learning_rate_is_tuned_first_and_then_it_gets_its_seeds(make: Callable[..., Stages]) -> None:
+    stages = make()
+    assert stages.plan_baseline() is None
+    tuning = tuning_seed(stages.config)
+    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * f, "seed": tuning} for f in START_FACTORS]
+    peak = {RATE * f: a for f, a in zip(START_FACTORS, (0.7, 0.8, 0.95, 0.6), strict=True)}
+    assert _train(stages, "baseline", lambda _, params, __: (peak[params["learning_rate"]], 0.5)) == 4
+
+    assert stages.plan_baseline() is None
+    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * 2, "seed": seed} for seed in (0, 1)]
+    assert tuning not in stages.seeds() == [0, 1], "what chose the rate does not judge it"
+    assert _train(stages, "baseline", lambda _, __, attributes: (0.5 + attributes["seed"] / 10, 0.5)) == 2
+
+    baseline = stages.plan_baseline()
+    assert baseline is not None
+    assert baseline.learning_rate == RATE * 2
+    assert [record.seed for record in baseline.records] == [0, 1]
+    assert baseline.accuracy == pytest.approx(0.55), "of the seeds alone, not of the tuning"
+    assert stages.plan_baseline() == baseline
+    assert not _waiting(stages, "baseline")
+
+
+def test_a_best_rate_at_the_edge_is_followed_outward(make: Callable[..., Stages]) -> None:
+    stages = make()
+    stages.plan_baseline()
+    _train(stages, "baseline", lambda _, params, __: (0.5 + params["learning_rate"], 0.5))
+    assert stages.plan_baseline() is None
+    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * 8, "seed": tuning_seed(stages.config)}]
+
+
+def test_a_baseline_on_which_no_rate_trains_says_why(make: Callable[..., Stages]) -> None:
+    stages = make()
+    with pytest.raises(CamriTuneError, match=r"^every training of the baseline failed; the first said: boom 0$"):
+        _baseline(stages, lambda *_: None)
+    assert 4 <= len(stages.store.records("baseline")) <= 6
+
+
+def test_a_baseline_seed_that_fails_is_named(make: Callable[..., Stages]) -> None:
+    """Seeds are not chosen: one that fails is not passed over. A rate that fails is."""
+    stages = make()
+
+    def outcome(number: int, params: Mapping[str, float], attributes: Mapping[str, Any]) -> Scores:
+        return None if attributes["seed"] == 1 or params["learning_rate"] == RATE * 2 else (0.9, 0.5)
+
+    with pytest.raises(CamriTuneError, match=r"training with seed 1 failed: boom \d$"):
+        _baseline(stages, outcome)
+
+
+def test_more_seeds_are_another_study(make: Callable[..., Stages]) -> None:
+    make()
+    with pytest.raises(StudyMismatchError, match="seeds = 2, not 3"):
+        make(seeds=3)
+
+
+def test_the_floor_is_the_mean_less_the_tolerance_and_never_above_equal_accuracies(make: Callable[..., Stages]) -> None:
+    stages = make(tolerance=2.0)
+    baseline = _baseline(stages)
+    assert stages.floor(baseline) == pytest.approx(0.88)
+    three = Baseline(0.1, tuple(TrialRecord(n, "complete", {}, accuracy=0.1) for n in range(3)))
+    assert three.accuracy > 0.1, "as rounding has it"
+    assert make(tolerance=2.0, name="t").floor(three) < 0.08
+    assert make(name="u").floor(three) <= 0.1
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) -> None:
+    stages = make()
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    stored = stages.store.attributes["baseline"]
+    assert stored["important"] == [3]
+    assert stored["floor"] == pytest.approx(0.9)
+    assert stored["learning_rate"] == baseline.learning_rate
+    assert stored["recall_per_class"][3] == 0.5
+    stages.plan_search(baseline)
+    points = starting_points("camri", (3,), 10, baseline.learning_rate)
+    assert 0 < len(points) < 6
+    assert _waiting(stages, "search") == points + [{}] * (6 - len(points))
+
+    again = make(trials=8)  # another process, and two more asked for
+    again.adopt(baseline, (3,))
+    again.plan_search(baseline)
+    again.plan_search(baseline)
+    assert len(_waiting(again, "search")) == 8
+    assert _train(again, "search", _equal()) == 8
+    again.plan_search(baseline)
+    assert not _waiting(again, "search"), "finished ones are not replaced"
+
+
+def test_an_interrupted_trial_is_not_counted_twice(make: Callable[..., Stages]) -> None:
+    stages = make()
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    stages.plan_search(baseline)
+    _train_one(stages, "search", _equal())
+    assert stages.store.claim("search") is not None  # and its worker dies
+    again = make()
+    assert again.store.requeue_interrupted() == 1
+    again.adopt(baseline, (3,))
+    again.plan_search(baseline)
+    assert [r.state for r in again.records("search")] == ["complete"] + ["waiting"] * 5
+    assert len(again.store.records("search")) == 7
+
+
+def test_a_search_of_failures_alone_is_an_error(make: Callable[..., Stages]) -> None:
+    stages = make(trials=2)
+    _searched(stages, [None, None])
+    with pytest.raises(CamriTuneError, match=r"^every trial of the search failed; the last said: boom 1$"):
+        stages.check_search()
+    other = make(trials=2, name="other")
+    _searched(other, [None, (0.9, 0.5)])
+    other.check_search()
+
+
+# --- finalists --------------------------------------------------------------------------------------------------------
+
+# Trials by recall: 4, 1, 3, 0; trial 2 is better than all, but below the floor; trial 5 failed.
+SEARCH: list[Scores] = [(0.95, 0.6), (0.95, 0.8), (0.85, 0.99), (0.91, 0.7), (0.9, 0.9), None]
+
+
+def test_the_best_few_are_retrained_on_the_baselines_seeds(make: Callable[..., Stages]) -> None:
+    stages = make()
+    baseline = _searched(stages, SEARCH)
+    assert stages.plan_finalists(baseline) is None
+    params = {r.number: r.params for r in stages.records("search")}
+    assert _waiting(stages, "finalists") == [
+        {**params[number], "source_trial": number, "seed": seed} for number in (4, 1) for seed in (0, 1)
+    ]
+    assert _train(stages, "finalists", _equal()) == 4
+    models = stages.plan_finalists(baseline)
+    assert models is not None
+    assert list(models) == [4, 1]
+    for number, records in models.items():
+        assert [(r.source_trial, r.seed, r.params) for r in records] == [(number, s, params[number]) for s in (0, 1)]
+    assert stages.plan_finalists(baseline) == models
+    assert not _waiting(stages, "finalists"), "one of the first kept accuracy: no second round"
+
+
+def test_where_one_finalist_keeps_accuracy_there_is_no_second_round(make: Callable[..., Stages]) -> None:
+    stages = make()
+    baseline = _searched(stages, SEARCH)
+    stages.plan_finalists(baseline)
+    _train(stages, "finalists", lambda _, __, attributes: (0.95 if attributes["source_trial"] == 1 else 0.8, 0.5))
+    models = stages.plan_finalists(baseline)
+    assert models is not None
+    assert list(models) == [4, 1]
+
+
+def test_where_no_finalist_keeps_accuracy_the_next_few_are_tried_once(make: Callable[..., Stages]) -> None:
+    stages = make()
+    baseline = _searched(stages, SEARCH)
+    stages.plan_finalists(baseline)
+    # On average just below: one seed alone above the floor does not help.
+    _train(stages, "finalists", lambda _, __, attributes: (0.91 if attributes["seed"] else 0.88, 0.5))
+    assert stages.plan_finalists(baseline) is None
+    queued = [(trial["source_trial"], trial["seed"]) for trial in _waiting(stages, "finalists")]
+    assert queued == [(3, 0), (3, 1), (0, 0), (0, 1)]
+    _train(stages, "finalists", _equal(0.8))
+    models = stages.plan_finalists(baseline)
+    assert models is not None
+    assert list(models) == [4, 1, 3, 0], "and then no more"
+    assert not _waiting(stages, "finalists")
+
+
+def test_the_tolerance_lowers_what_finalists_must_keep(make: Callable[..., Stages]) -> None:
+    stages = make(tolerance=6.0, trials=3)
+    baseline = _searched(stages, [(0.95, 0.6), (0.95, 0.8), (0.85, 0.99)])
+    stages.plan_finalists(baseline)
+    _train(stages, "finalists", _equal(0.85))
+    models = stages.plan_finalists(baseline)
+    assert models is not None
+    assert list(models) == [2, 1]
+
+
+def test_without_a_feasible_trial_there_are_no_finalists(make: Callable[..., Stages]) -> None:
+    stages = make(trials=2)
+    baseline = _searched(stages, [(0.85, 0.99), None])
+    assert stages.plan_finalists(baseline) == {}
+    assert not _waiting(stages, "finalists")
+
+
+def test_only_missing_pairs_of_trial_and_seed_are_retrained(make: Callable[..., Stages]) -> None:
+    """As when the paper's protocol comes on top of ours: every trial, on every seed, but nothing again."""
+    stages = make()
+    baseline = _searched(stages, SEARCH)
+    stages.plan_finalists(baseline)
+    _train(stages, "finalists", _equal())
+    complete = [r for r in stages.records("search") if r.state == "complete"]
+    assert [r.number for r in complete] == [0, 1, 2, 3, 4]
+    assert stages.retrain(complete) is None
+    queued = [(trial["source_trial"], trial["seed"]) for trial in _waiting(stages, "finalists")]
+    assert queued == [(n, s) for n in (0, 2, 3) for s in (0, 1)]
+    _train(stages, "finalists", _equal())
+    models = stages.retrain(complete)
+    assert models is not None
+    assert {n: [r.seed for r in found] for n, found in models.items()} == {n: [0, 1] for n in range(5)}
+    first = stages.plan_finalists(baseline)
+    assert first == {n: models[n] for n in (4, 1)}, "our protocol's choice is as it was"
+
+
+# --- studies within a study -------------------------------------------------------------------------------------------
+
+
+def test_a_loss_looks_at_the_class_or_serves_all_classes() -> None:
+    losses = ("ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i")
+    assert [loss for loss in losses if looks_at_class(loss)] == ["wce", "crwwce", "camri", "cosface-i"]
+
+
+def test_one_search_serves_several_classes_and_each_chooses_for_itself(make: Callable[..., Stages]) -> None:
+    study = make(finalists=1, trials=4)
+    baseline = _baseline(study)
+    study.adopt(baseline, (3, 5))
+    study.plan_search(baseline)
+    _train(study, "search", lambda number, *_: (0.95, (0.4, 0.9, 0.6, 0.2)[number]))
+    assert [r.recall for r in study.records("search")] == pytest.approx([0.4, 0.1, 0.4, 0.2]), "the lowest of both"
+    three, five = (Stages(study.config, study.data, study.store, important=(c,)) for c in (3, 5))
+    assert [r.recall for r in three.records("search")] == pytest.approx([0.4, 0.9, 0.6, 0.2])
+    assert [r.recall for r in five.records("search")] == pytest.approx([0.6, 0.1, 0.4, 0.8])
+    assert three.plan_finalists(baseline) is None
+    assert five.plan_finalists(baseline) is None
+    queued = [(trial["source_trial"], trial["seed"]) for trial in _waiting(study, "finalists")]
+    assert queued == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    _train(study, "finalists", _equal())
+    again = Stages(study.config, study.data, study.store, important=(7,))  # recall 0.95 everywhere: the first wins
+    assert again.plan_finalists(baseline) is None
+    for stages, number in ((three, 1), (five, 3)):
+        models = stages.plan_finalists(baseline)
+        assert models is not None
+        assert list(models) == [number]
+
+
+def test_a_study_within_another_shares_its_baseline_and_its_checkpoints(make: Callable[..., Stages]) -> None:
+    head = make(loss="ce")
+    baseline = _baseline(head)
+    storage = open_storage(storage_url(head.config))
+    cells = []
+    for name, loss in (("s.5.camri", "camri"), ("s.3.wce", "wce"), ("s.5.camri", "camri")):
+        config = head.config.model_copy(update={"loss": loss, "name": name})
+        cells.append(Stages(config, head.data, StudyStore.create(storage, config, head.data, within=head.store)))
+    assert head.store.attributes["cells"] == ["s.3.wce", "s.5.camri"], "each once"
+    camri, wce, _ = cells
+    assert camri.plan_baseline() == wce.plan_baseline() == baseline
+    assert not _waiting(head, "baseline")
+    camri.adopt(baseline, (5,))
+    wce.adopt(baseline, (3,))
+    camri.plan_search(baseline)
+    assert (len(camri.records("search")), len(wce.records("search")), len(head.records("search"))) == (6, 0, 0)
+    assert [path.name for path in head.config.out.iterdir()] == ["s"], "one folder for all"
+
+    # A worker opens them by name, with what each was made with.
+    found = StudyStore.existing(open_storage(storage_url(head.config)), "s").cell("s.5.camri")
+    assert (found.name, found.config.loss, found.attributes["baseline"]["important"]) == ("s.5.camri", "camri", [5])
+    assert len(found.records("search")) == 6
+    assert len(found.records("baseline")) == 6
+    trial = found.claim("search")
+    assert trial is not None
+    weights = head.config.folder / "weights"
+    weights.write_bytes(b"weights")
+    found.save_checkpoint(trial, weights)
+    assert head.store.fetch_checkpoint(camri.records("search")[0], weights.with_name("copy"))
+
+    # Whoever puts the study's queues in order puts theirs in order, too.
+    assert wce.store.requeue_interrupted() == 0
+    assert head.store.requeue_interrupted() == 1
+    assert [r.state for r in camri.records("search")] == ["waiting"] * 6
+
+
+def test_a_study_within_another_is_not_resumed_under_other_rules(make: Callable[..., Stages]) -> None:
+    head = make(loss="ce")
+    storage = open_storage(storage_url(head.config))
+    config = head.config.model_copy(update={"loss": "wce", "name": "s.3.wce"})
+    StudyStore.create(storage, config, head.data, within=head.store)
+    with pytest.raises(StudyMismatchError, match=r"'s\.3\.wce' was started with loss = 'wce', not 'camri'"):
+        StudyStore.create(storage, config.model_copy(update={"loss": "camri"}), head.data, within=head.store)
+
+
+# --- waiting for stages -----------------------------------------------------------------------------------------------
+
+
+class _Hands:
+    """Stands in for the worker processes: trains one trial for each look, and counts."""
+
+    def __init__(self, stages: Stages, outcome: Outcome) -> None:
+        self.stages = stages
+        self.outcome = outcome
+        self.trained: list[Stage] = []
+        self.patience = 1_000
+
+    def wait(self, finished: Callable[[], bool], on_tick: Callable[[], None]) -> None:
+        while not finished():
+            on_tick()
+            stages: tuple[Stage, ...] = ("baseline", "search", "finalists")
+            worked = next((stage for stage in stages if _train_one(self.stages, stage, self.outcome)), None)
+            assert worked, "it waits for what nobody will do"
+            self.trained.append(worked)
+            if len(self.trained) >= self.patience:
+                raise KeyboardInterrupt
+        on_tick()
+
+    def crew(self) -> Crew:
+        return Crew(cast(LocalWorkers, self), Console(quiet=True))
+
+
+def _whole_run(stages: Stages, crew: Crew) -> dict[int, list[TrialRecord]]:
+    one = {"": stages}
+    baseline = crew.carry_out("baseline", stages.plan_baseline, one)
+    stages.adopt(baseline, (3,))
+    stages.plan_search(baseline)
+    crew.finish("search", one)
+    return crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
+
+
+def _by_stage(number: int, params: Mapping[str, float], attributes: Mapping[str, Any]) -> Scores:
+    if "source_trial" in attributes:  # none of the first two finalists keeps accuracy
+        return (0.95 if attributes["source_trial"] in (3, 0) else 0.8), 0.5
+    return (0.9, 0.5) if "seed" in attributes else SEARCH[number]
+
+
+def test_a_crew_carries_out_every_stage(make: Callable[..., Stages]) -> None:
+    stages = make()
+    hands = _Hands(stages, _by_stage)
+    models = _whole_run(stages, hands.crew())
+    assert list(models) == [4, 1, 3, 0]
+    assert hands.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
+
+
+@pytest.mark.parametrize("after", [1, 4, 5, 6, 8, 12, 14, 16, 18])
+def test_a_run_that_is_stopped_anywhere_goes_on_where_it_was(after: int, make: Callable[..., Stages]) -> None:
+    first = make()
+    hands = _Hands(first, _by_stage)
+    hands.patience = after
+    with pytest.raises(KeyboardInterrupt):
+        _whole_run(first, hands.crew())
+    again = make()
+    more = _Hands(again, _by_stage)
+    assert list(_whole_run(again, more.crew())) == [4, 1, 3, 0]
+    assert hands.trained + more.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
+    third = make()
+    nothing = _Hands(third, _by_stage)
+    _whole_run(third, nothing.crew())
+    assert nothing.trained == []
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        only_run(tmp_path),
+        pytest.raises(InputError, match=r"another run works on .* now; .*--name"),
+        only_run(tmp_path),
+    ):
+        pass
+    with only_run(tmp_path):
+        pass

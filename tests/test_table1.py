@@ -1,0 +1,298 @@
+"""The arithmetic of the comparison's table: differences over paired seeds, who is best, and what may be asked for."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from scipy import stats
+
+from camri_tune.config import Loss
+from camri_tune.errors import InputError
+from camri_tune.records import Figure, without_nan
+from camri_tune.table1 import (
+    METHODS,
+    TITLES,
+    Cell,
+    Difference,
+    Method,
+    Outcome,
+    Protocol,
+    Scores,
+    Table,
+    below,
+    best_of,
+    legend,
+    paper_figures,
+    read_datasets,
+    read_methods,
+    read_protocol,
+)
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "table1.csv"
+ACCURACY = (0.9, 0.9, 0.9)
+
+
+def _outcome(recalls: Sequence[float], accuracies: Sequence[float] = ACCURACY, *, kept: bool = True) -> Outcome:
+    """An outcome whose test figures are these; cross-entropy's recall is 0.5 with every seed, its accuracy 0.9."""
+    test = Scores(Figure(tuple(recalls)), Figure(tuple(accuracies[: len(recalls)])))
+    same = (0.0,) * len(recalls)
+    return Outcome(
+        validation=Scores(Figure((0.5,) * len(recalls)), test.accuracy),
+        test=test,
+        recall_difference=Difference.between(test.recall, Figure(tuple(0.5 for _ in same))),
+        accuracy_difference=Difference.between(test.accuracy, Figure(tuple(0.9 for _ in same))),
+        kept=kept,
+    )
+
+
+def _cell(method: Method, trained: Outcome | None, token: str = "worst1", dataset: str = "digits") -> Cell:
+    return Cell(dataset, token, 3, "three", method, {"scale": 16.0}, trained, trained, None)
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_taken_seed_by_seed() -> None:
+    difference = Difference.between(Figure((0.8, 0.9, 0.7)), Figure((0.5, 0.7, 0.6)))
+    assert difference.values == pytest.approx((0.3, 0.2, 0.1))
+    assert difference.mean == pytest.approx(0.2)
+    half = float(stats.t.ppf(0.975, 2)) * 0.1 / math.sqrt(3)
+    assert difference.interval == pytest.approx((0.2 - half, 0.2 + half))
+    assert not difference.holds_up, "0.2 +- 0.248 reaches below zero"
+
+
+def test_a_difference_beyond_what_a_share_can_be_is_not_cut() -> None:
+    """A share ends at 0; a difference, and its interval, may well lie below."""
+    interval = Difference((-0.9, -0.1)).interval
+    assert interval is not None
+    assert interval.low < -1
+
+
+def test_seeds_that_do_not_pair_have_no_difference() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Difference.between(Figure((0.8, 0.9)), Figure((0.8,)))
+
+
+@pytest.mark.parametrize(
+    ("values", "holds_up"),
+    [
+        ((0.10, 0.11, 0.12), True),
+        ((-0.10, -0.11, -0.12), False),
+        ((0.00, 0.05, 0.01), False),
+        ((0.3,), False),
+        ((0.1, 0.1, 0.1), False),
+        ((0.0, 0.0), False),
+        ((0.9 - 0.8, 0.8 - 0.7, 0.7 - 0.6), False),  # equal, but for the last bit
+        ((34 / 36 - 33 / 36, 36 / 36 - 35 / 36), False),
+    ],
+)
+def test_a_difference_holds_up_where_its_interval_lies_above_zero(values: tuple[float, ...], holds_up: bool) -> None:
+    assert Difference(values).holds_up is holds_up
+
+
+def test_one_seed_has_a_difference_without_interval() -> None:
+    difference = Difference((0.3,))
+    assert difference.interval is None
+    assert difference.as_json() == {"mean": 0.3, "values": [0.3], "interval": None}
+
+
+def test_a_difference_in_json() -> None:
+    written = json.loads(json.dumps(Difference((0.25, 0.75)).as_json(), allow_nan=False))
+    assert (written["mean"], written["values"]) == (0.5, [0.25, 0.75])
+    low, high = written["interval"]
+    assert low + high == pytest.approx(1.0)
+    assert high - low == pytest.approx(2 * float(stats.t.ppf(0.975, 1)) * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((-0.01, 0.0), True), ((0.01, -0.01), False), ((0.0, 0.0), False), ((1e-17, -3e-17), False), ((0.2, 0.1), False)],
+)
+def test_below_means_below_by_more_than_rounding(values: tuple[float, ...], expected: bool) -> None:
+    assert below(Difference(values)) is expected
+
+
+# --- who is best ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_has_the_highest_recall_of_those_that_kept_accuracy() -> None:
+    column = [
+        _cell("ce", _outcome((0.50, 0.51, 0.52))),
+        _cell("wce", _outcome((0.99, 0.99, 0.98), kept=False)),
+        _cell("camri", _outcome((0.80, 0.82, 0.83))),
+        _cell("l2", _outcome((0.60, 0.61, 0.62))),
+        _cell("arcface", None),
+    ]
+    assert best_of(column) is column[2]
+    assert best_of(list(reversed(column))) is column[2]
+
+
+def test_nobody_is_best_by_a_lead_that_does_not_hold_up_over_seeds() -> None:
+    """The runner-up counts, seed by seed: not cross-entropy, which is far behind, and not the means alone."""
+    lead = [_cell("camri", _outcome((0.90, 0.70, 0.90))), _cell("wce", _outcome((0.80, 0.81, 0.80)))]
+    assert best_of([*lead, _cell("ce", _outcome((0.1, 0.1, 0.1)))]) is None
+    paired = [_cell("camri", _outcome((0.31, 0.62, 0.93))), _cell("wce", _outcome((0.30, 0.60, 0.90)))]
+    assert best_of(paired) is None, "differences 0.01, 0.02, 0.03: 0.02 +- 0.025"
+    paired = [_cell("camri", _outcome((0.32, 0.62, 0.93))), _cell("wce", _outcome((0.30, 0.60, 0.90)))]
+    assert best_of(paired) is paired[0], "recalls differ widely over seeds, their differences hardly"
+
+
+def test_nobody_is_best_of_equals() -> None:
+    for other in ((0.80, 0.82, 0.83), (0.79, 0.81, 0.82)):  # a tie; and the same lead with every seed
+        assert best_of([_cell("camri", _outcome((0.80, 0.82, 0.83))), _cell("wce", _outcome(other))]) is None
+
+
+def test_nobody_is_best_with_one_seed() -> None:
+    assert best_of([_cell("camri", _outcome((0.9,))), _cell("ce", _outcome((0.1,)))]) is None
+
+
+def test_nobody_is_best_without_a_rival_or_without_anybody() -> None:
+    ce = _cell("ce", _outcome((0.5, 0.6, 0.7), kept=False))
+    assert best_of([]) is None
+    assert best_of([_cell("camri", None), ce]) is None
+    assert best_of([_cell("camri", _outcome((0.90, 0.91, 0.92))), ce]) is None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _table(protocol: Protocol = "ours") -> Table:
+    cells = [
+        _cell(method, outcome, token, dataset)
+        for dataset, token in (("digits", "worst1"), ("digits", "median"), ("mnist", "worst1"))
+        for method, outcome in (
+            ("ce", _outcome((0.50, 0.51, 0.52))),
+            ("camri", None if token == "median" else _outcome((0.80, 0.82, 0.83), (0.9, 0.8, 0.9))),
+        )
+    ]
+    return Table(tuple(cells), protocol, {"seeds": 3, "trials": 5, "datasets": {}}, Path("somewhere"))
+
+
+def test_a_table_has_a_column_for_each_data_set_and_class_in_order() -> None:
+    table = _table()
+    assert table.columns() == [("digits", "worst1"), ("digits", "median"), ("mnist", "worst1")]
+    for dataset, token in table.columns():
+        column = table.column(dataset, token)
+        assert [cell.method for cell in column] == ["ce", "camri"]
+        assert {(cell.dataset, cell.token) for cell in column} == {(dataset, token)}
+
+
+def test_a_table_in_json_marks_the_best_of_each_column() -> None:
+    written = json.loads(json.dumps(without_nan(_table().as_json()), allow_nan=False))
+    assert (written["schema"], written["protocol"], written["seeds"], written["trials"]) == (1, "ours", 3, 5)
+    assert "folder" not in written
+    marks = [(cell["dataset"], cell["important"], cell["method"]) for cell in written["cells"] if cell["best"]]
+    assert marks == [("digits", "worst1", "camri"), ("mnist", "worst1", "camri")]
+    camri = written["cells"][1]
+    assert (camri["class"], camri["class_name"], camri["params"]) == (3, "three", {"scale": 16.0})
+    assert camri["trained"]["test"]["recall"]["values"] == [0.80, 0.82, 0.83]
+    assert camri["trained"]["accuracy_difference"]["mean"] == pytest.approx(-0.1 / 3)
+    assert written["cells"][3]["trained"] is None
+    assert written["cells"][3]["matched"] is None
+
+
+def test_an_outcome_without_recall_is_null_in_json() -> None:
+    """A class without images has no recall; JSON has no NaN."""
+    nothing = _outcome((math.nan, math.nan))
+    written = json.dumps(without_nan(nothing.as_json()), allow_nan=False)
+    assert json.loads(written)["test"]["recall"]["values"] == [None, None]
+
+
+def test_a_cell_has_the_papers_figures_by_name() -> None:
+    cell = Cell("gtsrb", "worst1", 3, "three", "ce", {}, None, None, (0.76, 0.98))
+    assert cell.as_json()["paper"] == {"recall": 0.76, "accuracy": 0.98}
+    assert _cell("ce", None).as_json()["paper"] is None
+
+
+def test_the_legend_says_who_chose() -> None:
+    ours, paper = legend(_table()), legend(_table("paper"))
+    for text in (ours, paper):
+        assert "over 3 seeds" in text
+        assert "5 trials" in text
+    assert "test chose nothing" in ours
+    assert "PAPER'S PROTOCOL" not in ours
+    assert "test chose nothing" not in paper
+    assert re.search(r"PAPER'S PROTOCOL.* test set itself, which flatters", paper)
+
+
+# --- what may be asked for --------------------------------------------------------------------------------------------
+
+
+def test_every_loss_is_a_method_and_has_a_title() -> None:
+    assert set(METHODS) == {*get_args(Loss), "threshold"}
+    assert set(TITLES) == set(METHODS)
+    assert len(set(TITLES.values())) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("camri", ("ce", "camri")),
+        ("camri, l2 ,threshold", ("ce", "threshold", "l2", "camri")),
+        ("camri,ce,camri,", ("ce", "camri")),
+        (",".join(reversed(METHODS)), METHODS),
+    ],
+)
+def test_methods_come_in_the_tables_order_with_cross_entropy(text: str, expected: tuple[str, ...]) -> None:
+    assert read_methods(text) == expected
+
+
+@pytest.mark.parametrize("name", ["nope", "CAMRI", "camri l2", "ours"])
+def test_an_unknown_method_is_named_with_those_there_are(name: str) -> None:
+    with pytest.raises(InputError) as raised:
+        read_methods(f"l2,{name}")
+    message = str(raised.value)
+    assert "\n" not in message
+    assert repr(name) in message
+    assert all(method in message for method in METHODS)
+
+
+def test_data_sets_come_as_asked_each_once() -> None:
+    assert read_datasets("gtsrb") == ("gtsrb",)
+    assert read_datasets(" mnist , a/b c,mnist,") == ("mnist", "a/b c")
+
+
+@pytest.mark.parametrize("text", ["", ",", " , "])
+def test_no_data_set_at_all_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^--dataset is '[ ,]*', but must name at least 1 data set$"):
+        read_datasets(text)
+
+
+def test_protocols_by_name() -> None:
+    assert [read_protocol(name) for name in ("ours", "paper")] == ["ours", "paper"]
+    with pytest.raises(InputError, match=r"^--protocol is 'theirs', but must be one of ours, paper$"):
+        read_protocol("theirs")
+
+
+# --- the paper's figures ----------------------------------------------------------------------------------------------
+
+
+def test_some_of_the_papers_figures() -> None:
+    """Typed off the poster's Table 1."""
+    paper = paper_figures()
+    assert paper["gtsrb", "worst1", "camri"] == (0.8353, 0.9801)
+    assert paper["gtsrb", "worst1", "ce"] == (0.76, 0.98)
+    assert paper["cifar10", "worst1", "wce"] == (0.8023, 0.8797)
+    assert paper["awa2", "median", "arcface"] == (0.6123, 0.6767)
+    assert ("awa2", "worst1", "wce") not in paper, "no setting of it kept accuracy there"
+    assert ("cifar10", "median", "crwwce") not in paper
+    assert len(paper) == 32
+    assert all(method in METHODS for _, _, method in paper)
+    assert all(0 < share < 1 for figures in paper.values() for share in figures)
+
+
+def test_the_packages_copy_of_the_papers_table_is_the_reference() -> None:
+    if not REFERENCE.exists():
+        pytest.skip(f"the reference table is not at {REFERENCE}")
+    with REFERENCE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert paper_figures() == {
+        (row["dataset"], row["important"], row["method"]): (float(row["recall"]), float(row["accuracy"]))
+        for row in rows
+    }
+    assert len(rows) == 32
