@@ -233,7 +233,7 @@ def figure3(panels: Mapping[str, Panel], recipe: str) -> go.Figure:
             hovertemplate=f"%{{y:.1%}} of the {DIGIT}s within %{{x:.1f}}°<extra>{title}</extra>",
         )
     _square(figure, len(panels), 1.8)
-    figure.update_xaxes(**last, title=f"angle to the weight of {DIGIT}, degrees", range=[0, 45])
+    figure.update_xaxes(**last, title=f"angle to the weight of {DIGIT}, degrees", range=[0, 30])
     figure.update_yaxes(**last, title=f"share of the {DIGIT}s", range=[0, 1.01], tickformat=".0%", side="right")
     spread = panel.spread(DIGIT)
     return _dressed(

@@ -117,22 +117,28 @@ def head_spec(loss: Loss, params: Mapping[str, float], important: Sequence[int])
 def starting_points(
     loss: Loss, important: Sequence[int], num_classes: int, learning_rate: float
 ) -> list[dict[str, float]]:
-    """Known good points to try first: the authors' scales 8 and 16 and AdaCos's, margins of a few pi/64."""
+    """Points to try first: scales about the authors' 8 and 16 and AdaCos's, margins of a few pi/64, weights of a few.
+
+    Not all at the baseline's learning rate: what suits cross-entropy need not suit another loss.
+    """
     step = math.pi / 64
     adacos = min(max(adacos_scale(num_classes), SCALE.low), SCALE.high)
-    scale, margin = (16.0, 8.0, 16.0, adacos), (4 * step, 4 * step, 8 * step, 2 * step)
-    values = {"scale": scale, "margin": margin, "weight": (2.0, 4.0, 8.0, 16.0), "w_fn": (2.0, 4.0, 8.0, 2.0),
-              "w_fp": (0.1, 0.3, 1.0, 2.0)}  # fmt: skip
-    if loss == "l2":
-        values["scale"] = (16.0, 8.0, 32.0, adacos)
-    points = []
-    for place in range(len(scale)):
-        point = {"learning_rate": learning_rate}
-        for name, kind in parameter_names(loss, important).items():
-            point[name] = values[kind][place]
-        if point not in points:
-            points.append(point)
-    return points
+    rates = (1.0, 1.0, 2.0, 0.5, 2.0, 2.0)
+    values = {
+        "scale": (16.0, 8.0, 12.0, adacos, 12.0, 16.0),
+        "margin": (4 * step, 4 * step, 4 * step, 2 * step, 2 * step, 6 * step),
+        "weight": (2.0, 4.0, 2.0, 1.4, 4.0, 1.4),
+        "w_fn": (2.0, 4.0, 2.0, 1.4, 4.0, 1.4),
+        "w_fp": (0.1, 0.3, 0.1, 0.1, 0.3, 0.3),
+    }
+    names = parameter_names(loss, important)
+    if not names:
+        return [{"learning_rate": learning_rate}]
+    points = [
+        {"learning_rate": rate * learning_rate, **{name: values[kind][place] for name, kind in names.items()}}
+        for place, rate in enumerate(rates)
+    ]
+    return [point for place, point in enumerate(points) if point not in points[:place]]
 
 
 def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
