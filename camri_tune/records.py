@@ -117,7 +117,16 @@ class Baseline:
     @property
     def accuracy(self) -> float:
         """Mean validation accuracy: the floor, before tolerance."""
-        return Figure(tuple(_known(r.accuracy) for r in self.records)).mean
+        return self._accuracy.mean
+
+    @property
+    def accuracy_sd(self) -> float | None:
+        """How much seeds alone move validation accuracy; None with one seed."""
+        return self._accuracy.sd
+
+    @property
+    def _accuracy(self) -> Figure:
+        return Figure(tuple(_known(r.accuracy) for r in self.records))
 
     @property
     def recall_per_class(self) -> tuple[float, ...]:

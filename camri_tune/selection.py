@@ -7,10 +7,15 @@ from camri_tune.records import Best, Figure, PairedDifference, TrialRecord, Verd
 from camri_tune.stats import tango_interval
 
 
-def finalists(trials: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
-    """The `count` best feasible trials that have a checkpoint: by recall, then accuracy, then the earlier one."""
-    eligible = [t for t in trials if t.feasible and t.checkpoint is not None and t.sha256 is not None]
-    return sorted(eligible, key=lambda t: (-_of(t.recall), -_of(t.accuracy), t.number))[:count]
+def finalists(trials: Sequence[TrialRecord], count: int, slack: float = 0.0) -> list[TrialRecord]:
+    """The `count` best feasible trials that have a checkpoint: by recall, then accuracy, then the earlier one.
+
+    After them, in the same order, those that miss the accuracy floor by at most `slack`, a fraction: one trial says
+    that little about the mean over seeds, which decides.
+    """
+    kept = [t for t in trials if t.state == "complete" and t.checkpoint is not None and t.sha256 is not None]
+    eligible = [t for t in kept if t.constraint is not None and t.constraint <= slack]
+    return sorted(eligible, key=lambda t: (not t.feasible, -_of(t.recall), -_of(t.accuracy), t.number))[:count]
 
 
 def rank_settings(retrained: Mapping[int, Sequence[TrialRecord]], floor: float) -> list[int]:

@@ -93,10 +93,11 @@ class Stages:
         """The finalists' models by trial, one for each of the baseline's seeds; None where some had to be queued.
 
         The best of many noisy trials is partly luck: hence fresh seeds. Where none of the first few finalists keeps the
-        floor over seeds, the next few get their chance.
+        floor over seeds, the next few get their chance; trials that missed it by less than seeds scatter come last.
         """
         count = self.config.finalists
-        candidates = finalists(self.records("search"), count * ROUNDS_OF_FINALISTS)
+        slack = baseline.accuracy_sd or 0.0
+        candidates = finalists(self.records("search"), count * ROUNDS_OF_FINALISTS, slack)
         models: dict[int, list[TrialRecord]] = {}
         for start in range(0, len(candidates), count):
             found = self.retrain(candidates[start : start + count])

@@ -96,6 +96,19 @@ def test_a_better_trial_that_cannot_be_trusted_stays_out_of_the_final(spoilt: Tr
     assert finalists([spoilt], 5) == []
 
 
+def test_near_misses_come_after_every_feasible_trial_and_only_within_the_slack() -> None:
+    trials = [
+        _trial(1, 0.99, constraint=0.004),
+        _trial(2, 0.50, constraint=0.0),
+        _trial(3, 1.00, constraint=0.0051),
+        _trial(4, 0.995, constraint=0.005),
+        _trial(5, 0.999, constraint=None),
+    ]
+    assert [t.number for t in finalists(trials, 5, slack=0.005)] == [2, 4, 1]
+    assert [t.number for t in finalists(trials, 2, slack=0.005)] == [2, 4]
+    assert [t.number for t in finalists(trials, 5)] == [2]
+
+
 @given(trials=TRIALS, count=st.integers(1, 6))
 def test_no_feasible_trial_outside_the_final_is_better_than_one_inside(trials: list[TrialRecord], count: int) -> None:
     chosen = finalists(trials, count)

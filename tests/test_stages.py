@@ -193,7 +193,8 @@ def test_the_floor_is_the_mean_less_the_tolerance_and_never_above_equal_accuraci
 
 
 def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) -> None:
-    stages = make()
+    count = len(starting_points("camri", (3,), 10, RATE))
+    stages = make(trials=count + 2)
     baseline = _baseline(stages)
     stages.adopt(baseline, (3,))
     stored = stages.store.attributes["baseline"]
@@ -203,15 +204,14 @@ def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) 
     assert stored["recall_per_class"][3] == 0.5
     stages.plan_search(baseline)
     points = starting_points("camri", (3,), 10, baseline.learning_rate)
-    assert 0 < len(points) < 6
-    assert _waiting(stages, "search") == points + [{}] * (6 - len(points))
+    assert _waiting(stages, "search") == [*points, {}, {}]
 
-    again = make(trials=8)  # another process, and two more asked for
+    again = make(trials=count + 4)  # another process, and two more asked for
     again.adopt(baseline, (3,))
     again.plan_search(baseline)
     again.plan_search(baseline)
-    assert len(_waiting(again, "search")) == 8
-    assert _train(again, "search", _equal()) == 8
+    assert len(_waiting(again, "search")) == count + 4
+    assert _train(again, "search", _equal()) == count + 4
     again.plan_search(baseline)
     assert not _waiting(again, "search"), "finished ones are not replaced"
 
@@ -452,7 +452,7 @@ def test_a_crew_carries_out_every_stage(make: Callable[..., Stages]) -> None:
     assert hands.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
 
 
-@pytest.mark.parametrize("after", [1, 4, 5, 6, 8, 12, 14, 16, 18])
+@pytest.mark.parametrize("after", [1, 4, 8, 12, 16, 18])
 def test_a_run_that_is_stopped_anywhere_goes_on_where_it_was(after: int, make: Callable[..., Stages]) -> None:
     first = make()
     hands = _Hands(first, _by_stage)
