@@ -232,7 +232,6 @@ class _Bench:
             test=on_test,
             recall_difference=Difference.between(on_test.recall, base.recall),
             accuracy_difference=Difference.between(on_test.accuracy, base.accuracy),
-            kept=True,
             biases=tuple(biases),
         )
 

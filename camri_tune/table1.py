@@ -67,7 +67,6 @@ class Difference:
 class Outcome:
     """One setting's R models, on validation and on test, and less cross-entropy's of the same seeds on test.
 
-    `kept` says whether mean accuracy is at or above cross-entropy's on the part that the protocol selects on.
     `biases` are those that were added to the important class's logit, if any.
     """
 
@@ -75,7 +74,6 @@ class Outcome:
     test: Scores
     recall_difference: Difference
     accuracy_difference: Difference
-    kept: bool
     biases: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -86,7 +84,6 @@ class Outcome:
             },
             "recall_difference": self.recall_difference.as_json(),
             "accuracy_difference": self.accuracy_difference.as_json(),
-            "kept": self.kept,
             "biases": list(self.biases),
         }
 
@@ -95,8 +92,9 @@ class Outcome:
 class Cell:
     """One method for one important class of one data set.
 
-    `trained` is None where no setting kept accuracy. `matched` has the same models with a bias on the important class's
-    logit, tuned on validation so that accuracy comes down (or up) to cross-entropy's: recall at matched accuracy.
+    `trained` is the best of its settings that keep mean accuracy at cross-entropy's, None where none does. `matched` is
+    the best with a bias on the important class's logit, tuned on validation so that accuracy there stays at
+    cross-entropy's: recall at matched accuracy. `params` are those of `trained`, or else of `matched`.
     `paper` is (recall, accuracy) of the paper's Table 1, where it has this cell.
     """
 
@@ -156,7 +154,7 @@ def best_of(column: Sequence[Cell]) -> Cell | None:
     It must beat the runner-up, seed by seed, with a 95 % interval above zero; else nobody is called best.
     """
     ranked = sorted(
-        ((cell, cell.trained) for cell in column if cell.trained is not None and cell.trained.kept),
+        ((cell, cell.trained) for cell in column if cell.trained is not None),
         key=lambda pair: -pair[1].test.recall.mean,
     )
     if len(ranked) < 2:

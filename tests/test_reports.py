@@ -24,14 +24,13 @@ CE_RECALL, CE_ACCURACY = (0.50, 0.52), (0.90, 0.92)
 PAPER = (0.7654, 0.9876)
 
 
-def _outcome(recall: Sequence[float], accuracy: Sequence[float], *, kept: bool = True) -> Outcome:
+def _outcome(recall: Sequence[float], accuracy: Sequence[float]) -> Outcome:
     test = Scores(Figure(tuple(recall)), Figure(tuple(accuracy)))
     return Outcome(
         validation=Scores(Figure((0.123, 0.124)[: len(recall)]), Figure((0.321, 0.322)[: len(recall)])),
         test=test,
         recall_difference=Difference.between(test.recall, Figure(CE_RECALL[: len(recall)])),
         accuracy_difference=Difference.between(test.accuracy, Figure(CE_ACCURACY[: len(recall)])),
-        kept=kept,
     )
 
 
