@@ -125,17 +125,14 @@ def compare(
         del options[key]
     config = _config(None, {key: value for key, value in options.items() if value is not None})
 
-    from camri_tune.comparison import compare as compare_methods  # noqa: PLC0415
-    from camri_tune.console import Console  # noqa: PLC0415
     from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
 
-    table = compare_methods(
-        config,
-        datasets=read_datasets(dataset),
-        methods=read_methods(methods),
-        protocol=read_protocol(protocol),
-        console=Console(quiet=quiet),
-    )
+    datasets, chosen, rules = read_datasets(dataset), read_methods(methods), read_protocol(protocol)
+
+    from camri_tune.comparison import compare as compare_methods  # noqa: PLC0415
+    from camri_tune.console import Console  # noqa: PLC0415
+
+    table = compare_methods(config, datasets=datasets, methods=chosen, protocol=rules, console=Console(quiet=quiet))
     _show_comparison(table, as_json)
 
 
@@ -306,7 +303,7 @@ def _show_comparison(table: "Table", as_json: bool) -> None:
     for part in comparison_tables(table):
         console.print(part)
     console.print(legend(table), soft_wrap=True)
-    console.print(f"Files: {table.folder}/comparison.*", soft_wrap=True)
+    console.print(f"Files: {table.folder}/{table.stem}.*", soft_wrap=True)
 
 
 def _result_console(as_json: bool) -> "RichConsole":

@@ -76,7 +76,6 @@ def _text(figure: Figure) -> str:
 
 def write_comparison(table: Table) -> None:
     """Write `comparison.json`, `.csv`, `.md` and `.html` into the table's folder (`comparison-paper.*` where it chose)."""
-    stem = "comparison" if table.protocol == "ours" else "comparison-paper"
     texts = {
         "json": json.dumps(without_nan(table.as_json()), indent=1) + "\n",
         "csv": comparison_csv(table),
@@ -84,9 +83,9 @@ def write_comparison(table: Table) -> None:
         "html": comparison_page(table),
     }
     for suffix, text in texts.items():
-        partial = table.folder / f"{stem}.{suffix}.partial"
+        partial = table.folder / f"{table.stem}.{suffix}.partial"
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, table.folder / f"{stem}.{suffix}")
+        os.replace(partial, table.folder / f"{table.stem}.{suffix}")
 
 
 def comparison_csv(table: Table) -> str:

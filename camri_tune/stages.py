@@ -38,7 +38,7 @@ class Stages:
         self.important = important
 
     def plan_baseline(self) -> Baseline | None:
-        """The cross-entropy baseline; None where something of it was missing, and is queued now.
+        """The cross-entropy baseline; None where something of it was missing, and is queued now. Nothing may wait.
 
         First its learning rate is tuned, then it is trained on R fresh seeds. Raises CamriTuneError where it fails.
         """
@@ -92,7 +92,7 @@ class Stages:
     def plan_finalists(self, baseline: Baseline) -> dict[int, list[TrialRecord]] | None:
         """The finalists' models by trial, one for each of the baseline's seeds; None where some had to be queued.
 
-        The best of many noisy trials is partly luck: hence fresh seeds. Where none of the first few finalists keeps the
+        Nothing may wait when it is asked. The best of many noisy trials is partly luck: hence fresh seeds. Where none of the first few finalists keeps the
         floor over seeds, the next few get their chance; trials that missed it by less than seeds scatter come last.
         """
         count = self.config.finalists

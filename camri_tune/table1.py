@@ -131,6 +131,11 @@ class Table:
     facts: Mapping[str, Any]
     folder: Path
 
+    @property
+    def stem(self) -> str:
+        """The name of its files, without the ending."""
+        return "comparison" if self.protocol == "ours" else "comparison-paper"
+
     def columns(self) -> list[tuple[str, str]]:
         """(data set, important class as asked for), in order."""
         return list(dict.fromkeys((cell.dataset, cell.token) for cell in self.cells))
