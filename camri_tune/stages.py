@@ -92,8 +92,9 @@ class Stages:
     def plan_finalists(self, baseline: Baseline) -> dict[int, list[TrialRecord]] | None:
         """The finalists' models by trial, one for each of the baseline's seeds; None where some had to be queued.
 
-        Nothing may wait when it is asked. The best of many noisy trials is partly luck: hence fresh seeds. Where none of the first few finalists keeps the
-        floor over seeds, the next few get their chance; trials that missed it by less than seeds scatter come last.
+        Nothing may wait when it is asked. The best of many noisy trials is partly luck: hence fresh seeds. Where none
+        of the first few finalists keeps the floor over seeds, the next few get their chance; trials that missed it by
+        less than seeds scatter come last.
         """
         count = self.config.finalists
         slack = baseline.accuracy_sd or 0.0
