@@ -215,13 +215,18 @@ class _Bench:
         return min(found)[2] if found else None
 
     def _biases(self, models: Models, loss: Loss, important: int) -> list[float]:
-        """For each model the bias that keeps the accuracy on validation of cross-entropy's model of the same seed."""
-        labels, biases = self._data.validation.labels.numpy(), []
-        for record, old in zip(models, self._baseline.records, strict=True):
-            floor = (old.accuracy or 0.0) - self._tolerance
-            logits = self._logits(record, loss, "validation")
-            biases.append(tune_bias(logits, labels, important=important, floor=floor).bias)
-        return biases
+        """For each model the bias that keeps the accuracy on validation of cross-entropy's model of the same seed.
+
+        None is added where that would cost the setting its mean accuracy: one may have room where another has not.
+        """
+        labels = self._data.validation.labels.numpy()
+        floors = [(old.accuracy or 0.0) - self._tolerance for old in self._baseline.records]
+        tuned = [
+            tune_bias(self._logits(record, loss, "validation"), labels, important=important, floor=floor)
+            for record, floor in zip(models, floors, strict=True)
+        ]
+        kept = sum(bias.accuracy for bias in tuned) >= sum(floors) - ROUNDING
+        return [bias.bias for bias in tuned] if kept else [0.0] * len(tuned)
 
     def _outcome(self, models: Models, loss: Loss, important: int, *, bias: bool) -> Outcome:
         biases = self._biases(models, loss, important) if bias else []

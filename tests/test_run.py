@@ -222,7 +222,7 @@ def test_an_altered_checkpoint_is_never_exported(finished: tuple[Path, dict[str,
     assert not (folder / "best").exists()
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     """Poll until true; the bound only ends a test that would otherwise hang."""
     end = time.monotonic() + seconds
     while not condition():
