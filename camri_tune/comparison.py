@@ -202,10 +202,10 @@ class _Bench:
 
     def _choose(self, settings: Mapping[int, Models], loss: Loss, important: int, *, bias: bool) -> int | None:
         """The setting of highest mean recall among those whose mean accuracy keeps cross-entropy's."""
-        part, base = "test", self._baseline.records
-        if self._protocol == "ours":
-            part = "validation"
-        floor = self._scores(base, "ce", important, part, []).accuracy.mean - self._tolerance - ROUNDING
+        part = "validation" if self._protocol == "ours" else "test"
+        floor = (
+            self._scores(self._baseline.records, "ce", important, part, []).accuracy.mean - self._tolerance - ROUNDING
+        )
         found = []
         for number, models in settings.items():
             biases = self._biases(models, loss, important) if bias else []

@@ -196,9 +196,7 @@ def _scores(outcome: Outcome | None) -> tuple[str, str]:
 def _gain(outcome: Outcome | None) -> str:
     if outcome is None:
         return "-"
-    interval = outcome.recall_difference.interval
-    span = f" [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]" if interval else ""
-    return f"{100 * outcome.recall_difference.mean:+.2f}{span}"
+    return " ".join(outcome.recall_difference.in_points()).rstrip()
 
 
 def _figure(side: Side | None, part: str, name: str) -> Figure | None:

@@ -21,8 +21,8 @@ from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.images import Images
 from camri_tune.metrics import accuracy, confusion_matrix, recall_per_class
 from camri_tune.posthoc import tune_bias
-from camri_tune.records import Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
-from camri_tune.search import BIAS, model_spec
+from camri_tune.records import BIAS, Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
+from camri_tune.search import model_spec
 from camri_tune.selection import paired_difference
 from camri_tune.storage import StudyStore
 from camri_tune.training import cpu_count, predict_logits

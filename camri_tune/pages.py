@@ -134,6 +134,5 @@ def _figure(figure: Figure, mark: str = "") -> str:
 def _gain(outcome: Outcome | None) -> str:
     if outcome is None:
         return "-"
-    interval = outcome.recall_difference.interval
-    span = f"<small>[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]</small>" if interval else ""
-    return f"{100 * outcome.recall_difference.mean:+.2f}{span}"
+    mean, span = outcome.recall_difference.in_points()
+    return f"{mean}<small>{span}</small>" if span else mean

@@ -9,6 +9,7 @@ from camri_tune.stats import Interval, binomial_interval, seed_interval
 
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
 Verdict = Literal["certified", "feasible", "none"]
+BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 
 @dataclass(frozen=True)

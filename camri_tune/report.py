@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from camri_tune.pages import comparison_page
-from camri_tune.records import Figure, Result, without_nan
+from camri_tune.records import BIAS, Figure, Result, without_nan
 from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
 
 
@@ -62,10 +62,10 @@ Use: `camri-tune evaluate FOLDER`. Weights: safetensors, no code.
 def _bias_line(params: Mapping[str, float]) -> str:
     """What calibration did to the model, if anything."""
     lines = [
-        f"- Calibrated: {value:+.4g} is added to the logit of class {name.removeprefix('bias_')}, tuned on validation so that "
+        f"- Calibrated: {value:+.4g} is added to the logit of class {name.removeprefix(BIAS)}, tuned on validation so that "
         f"accuracy there keeps the baseline's.\n"
         for name, value in params.items()
-        if name.startswith("bias_")
+        if name.startswith(BIAS)
     ]
     return "".join(lines)
 

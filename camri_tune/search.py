@@ -23,6 +23,7 @@ from camri_tune.errors import TrainingDivergedError
 from camri_tune.losses import adacos_scale
 from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
 from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner
+from camri_tune.records import BIAS
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec, Progress, Trained, recipe_of, train
 
@@ -53,7 +54,6 @@ SPACES: dict[Loss, dict[str, Range]] = {
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 TUNING_SEED_OFFSET = 20_000
-BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 
 @dataclass(frozen=True)

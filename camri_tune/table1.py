@@ -59,6 +59,11 @@ class Difference:
         spread = max(self.values) - min(self.values)
         return self.interval is not None and self.interval.low > 0 and spread > ROUNDING
 
+    def in_points(self) -> tuple[str, str]:
+        """The mean, and the interval in brackets (empty with one seed), both in points."""
+        span = f"[{100 * self.interval.low:+.2f}, {100 * self.interval.high:+.2f}]" if self.interval else ""
+        return f"{100 * self.mean:+.2f}", span
+
     def as_json(self) -> dict[str, Any]:
         return {"mean": self.mean, "values": list(self.values), "interval": list(self.interval or ()) or None}
 

@@ -9,6 +9,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from camri_tune.storage import open_storage
+
 REPOSITORY = Path(__file__).parents[1]
 UNPACK = REPOSITORY.parent / "shared" / "data" / "unpack"
 
@@ -60,6 +62,14 @@ def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that holds `cifar10/`."""
     return _real_data("cifar10", "cifar10", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with tables and no study. To make the tables takes longer than most tests that need one."""
+    path = tmp_path_factory.mktemp("empty") / "study.db"
+    open_storage(f"sqlite:///{path}").engine.dispose()
+    return path
 
 
 @pytest.fixture

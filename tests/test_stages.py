@@ -34,14 +34,6 @@ def digits() -> Dataset:
     return open_dataset(StudyConfig())
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with tables and no study. To make the tables takes longer than most tests here."""
-    path = tmp_path_factory.mktemp("empty") / "study.db"
-    open_storage(f"sqlite:///{path}").engine.dispose()
-    return path
-
-
 @pytest.fixture
 def make(tmp_path: Path, empty_database: Path, digits: Dataset) -> Callable[..., Stages]:
     """The stages of a study; again, those of the same study as another process finds it."""

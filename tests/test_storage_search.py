@@ -64,14 +64,6 @@ def config(tmp_path: Path) -> StudyConfig:
 Create = Callable[[StudyConfig, Dataset], StudyStore]
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with tables and no study. To make the tables takes longer than most tests here."""
-    path = tmp_path_factory.mktemp("empty") / "study.db"
-    open_storage(f"sqlite:///{path}").engine.dispose()
-    return path
-
-
 @pytest.fixture
 def create(empty_database: Path) -> Create:
     """Open a study in its default storage, or make it."""
