@@ -39,6 +39,11 @@ DataDirOption = Annotated[
     typer.Option(help="Where built-in data sets lie or are downloaded to (default: $CAMRI_DATA, else ./data)."),
 ]
 
+FinalistsOption = Annotated[
+    int | None,
+    typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
+]
+
 
 @app.command()
 def run(
@@ -56,7 +61,11 @@ def run(
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Points of test accuracy: the certificate's margin.")] = None,
-    finalists: Annotated[int | None, typer.Option(help="Best trials that are retrained on fresh seeds.")] = None,
+    finalists: FinalistsOption = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(help="Models of each trial, on so many folds, or auto: 1 unless the class has few images."),
+    ] = None,
     calibrate: Annotated[
         bool | None, typer.Option("--calibrate", help="Add a bias to the important class's logit, tuned on validation.")
     ] = None,
@@ -105,7 +114,7 @@ def compare(
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
-    finalists: Annotated[int | None, typer.Option(help="Best trials that are retrained on fresh seeds.")] = None,
+    finalists: FinalistsOption = None,
     image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
@@ -278,6 +287,7 @@ def _default_data_dir() -> Path:
 
 
 def _show(result: "Result", as_json: bool) -> None:
+    from camri_tune.claims import provenance  # noqa: PLC0415
     from camri_tune.console import result_table  # noqa: PLC0415
     from camri_tune.records import without_nan  # noqa: PLC0415
 
@@ -286,8 +296,8 @@ def _show(result: "Result", as_json: bool) -> None:
     console = _result_console(as_json)
     console.print(result_table(result))
     console.print(result.sentence, soft_wrap=True)
-    for notice in result.notices:
-        console.print(notice, soft_wrap=True)
+    for line in (*result.notices, *provenance(result)):
+        console.print(line, soft_wrap=True)
     where = f"{result.folder}/best" if result.best else f"nothing; {result.folder}/result.json has the figures"
     console.print(f"Exported: {where}", soft_wrap=True)
 

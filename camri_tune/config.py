@@ -13,6 +13,8 @@ Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = Literal["compact", "paper-cnn"]
 BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 
+MOST_FINALISTS = 5
+MOST_FOLDS = 5
 STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
 
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
@@ -24,7 +26,8 @@ class StudyConfig(BaseModel):
 
     `tolerance` and `epsilon` are percentage points of accuracy. `important` holds class names, class indices as
     text, or ranks by the baseline's validation recall: `worst1`, `worst2`, …, `median`. `epochs` and `image_size`
-    default to what suits the data set.
+    default to what suits the data set, `finalists` to a quarter of the trials, at most five. With several `folds`
+    a trial trains one model on each: `auto` asks for them where the important class has few validation images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +42,8 @@ class StudyConfig(BaseModel):
     seeds: int = Field(3, ge=1)
     tolerance: float = Field(0.0, ge=0.0, le=100.0)
     epsilon: float = Field(0.5, ge=0.0, le=100.0)
-    finalists: int = Field(3, ge=1, le=5)
+    finalists: int | None = Field(None, ge=1, le=MOST_FINALISTS)
+    folds: int | Literal["auto"] = "auto"
     calibrate: bool = False
     image_size: int | None = Field(None, ge=8, le=512)
     limit: int | None = Field(None, ge=1)
@@ -80,6 +84,16 @@ class StudyConfig(BaseModel):
         counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if value != "auto" and not counts:
             raise ValueError("must be a whole number of at least 1, or 'auto'")
+        return value
+
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _folds_is_a_small_count(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.isascii() and value.isdigit():
+            value = int(value)
+        counts = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_FOLDS
+        if value != "auto" and not counts:
+            raise ValueError(f"must be a whole number from 1 to {MOST_FOLDS}, or 'auto'")
         return value
 
     @field_validator("device")
@@ -126,6 +140,11 @@ class StudyConfig(BaseModel):
     @property
     def tolerance_fraction(self) -> float:
         return self.tolerance / 100
+
+    @property
+    def most_finalists(self) -> int:
+        """How many of the best trials are retrained: few of few, because each costs as much as `seeds` trials."""
+        return self.finalists or min(MOST_FINALISTS, max(1, self.trials // 4))
 
     @classmethod
     def build(cls, values: dict[str, Any], source: str = "command line") -> Self:

@@ -60,6 +60,11 @@ class Console:
         """What the whole run will train, for the time to go."""
         self._view = _View(dict(planned), epochs, workers)
 
+    def replan(self, folds: int, more_baselines: int) -> None:
+        """A trial of the search is `folds` trainings, and so many more of the baseline were added."""
+        if self._view is not None:
+            self._view.replan(folds, more_baselines)
+
     def update(self, stage: str, records: Mapping[str, Sequence[TrialRecord]]) -> None:
         """Show where a stage stands, with each study's records by its label."""
         for label, found in records.items():
@@ -94,7 +99,8 @@ class _View:
     """The live display's memory: how long trainings take here, and how many are left."""
 
     def __init__(self, planned: dict[str, int], epochs: int, workers: int) -> None:
-        self._planned = planned
+        self._planned = planned  # trainings of each stage
+        self._folds = 1  # trainings of one trial of the search
         self._epochs = epochs
         self._workers = workers
         self._started = time.monotonic()
@@ -102,10 +108,19 @@ class _View:
         self._done = dict.fromkeys(planned, 0)
         self._running = 0.0
 
+    def replan(self, folds: int, more_baselines: int) -> None:
+        self._folds = folds
+        self._planned["search"] *= folds
+        self._planned["baseline"] += more_baselines
+
+    def trainings(self, stage: str) -> int:
+        return self._folds if stage == "search" else 1
+
     def finished(self, stage: str, record: TrialRecord) -> None:
-        self._done[stage] += 1
+        trainings = self.trainings(stage)
+        self._done[stage] += trainings
         if record.seconds and record.state == "complete":
-            self._seconds.append(record.seconds)
+            self._seconds.append(record.seconds / trainings)
 
     def seconds_left(self) -> float | None:
         """From the mean time of finished trainings; None before one has finished."""
@@ -124,10 +139,11 @@ class _View:
         time_text = f"about {_duration(left)} to go" if left is not None else "time to go: after the first training"
         lines: list[RenderableType] = [
             Text(f"{STAGE_TITLES[stage]}: {ended} of {total} trainings · {time_text}", style="bold"),
-            _bar(ended + self._running, total),
+            _bar(ended + self._running / self.trainings(stage), total),
         ]
         for label, r in running:
-            lines.append(Text(f"  {label} #{r.number}  epoch {r.epoch}/{self._epochs}  {_parameters(r.params)}"))
+            epochs = self._epochs * self.trainings(stage)
+            lines.append(Text(f"  {label} #{r.number}  epoch {r.epoch}/{epochs}  {_parameters(r.params)}"))
         if stage == "search" and len(records) == 1:
             best = finalists(next(iter(records.values())), 1)
             lines.append(
@@ -150,8 +166,15 @@ def result_table(result: Result) -> Table:
     for part in ("test", "validation"):
         for name in ("recall", "accuracy"):
             cells = [_cell(_figure(side, part, name)) for side in (result.baseline, best.side if best else None)]
-            table.add_row(f"{name} on {part}, n = {_images(result, part, name):,}", *cells)
+            # On folds each seed's model has a validation part of its own.
+            count = (
+                f"n = {_images(result, part, name):,}" if part == "test" or result.folds == 1 else "each seed's fold"
+            )
+            table.add_row(f"{name} on {part}, {count}", *cells)
     if best is not None:
+        over = {"recall": best.recall_over_seeds, "accuracy": best.accuracy_over_seeds}
+        for name, difference in over.items():
+            table.add_row(f"gain in {name} on test, points", "", " ".join(difference.in_points()))
         for c, share in best.exported_recall.items():
             table.add_row(f"exported model: recall of {c} on test", "", _share(share.value, share.interval))
         table.add_row(
@@ -161,8 +184,8 @@ def result_table(result: Result) -> Table:
         )
         table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", _parameters(best.params))
     table.caption = Text(
-        "Mean ± sd over seeds [95 % t interval over seeds]; one model [exact 95 % binomial interval]. "
-        "Trials were chosen on validation; test chose nothing."
+        "Mean ± sd over seeds [95 % t interval over seeds]; gains [95 % interval over seeds and images]; "
+        "one model [exact 95 % interval]."
     )
     table.caption_justify = "left"
     return table

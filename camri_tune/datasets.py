@@ -22,7 +22,7 @@ from camri_tune.errors import DataError
 from camri_tune.folders import Part, Source
 from camri_tune.images import Images, describe_counts, read_image
 from camri_tune.sources import find_source, is_data_dir_of
-from camri_tune.splits import hold_out_groups, limit_groups, thin_groups
+from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_groups
 
 Progress = Callable[[int, int], None]
 HELD_OUT_FRACTION = 0.2
@@ -43,23 +43,68 @@ class Dataset:
         self._seed = config.seed
         self._has_test = source.has("test")
 
-        pool = self._pool()
-        if source.has("validation"):
-            self.train, self.validation = pool, self._cache.read("validation")
-        else:
-            self.train, self.validation = self._hold_out(pool, "validation")
-        # After the split: fewer images to judge on would save little and decide badly.
-        if config.per_group is not None:
-            labels, groups = self.train.labels.numpy(), self.train.groups.numpy()
-            self.train = self.train[thin_groups(labels, groups, most=config.per_group, seed=config.seed)]
-        if config.limit is not None:
-            labels, groups = self.train.labels.numpy(), self.train.groups.numpy()
-            self.train = self.train[
-                limit_groups(labels, groups, limit=config.limit, seed=config.seed, classes=self.classes)
-            ]
+        self._config = config
+        self._pool = self._read_pool()
+        self._own_validation = self._cache.read("validation") if source.has("validation") else None
+        if config.folds not in ("auto", 1) and not self.has_folds:
+            raise DataError(
+                f"--folds {config.folds} needs a validation part that can change, but data set {self.name!r} brings "
+                f"its own: leave --folds out, or give it no folder for validation"
+            )
+        self._folds: dict[int, tuple[Images, Images]] = {}
+        self.train, self.validation = self.fold(0)
         self.grouped = len(torch.unique(self.train.groups)) < len(self.train)
         for name, images in (("train", self.train), ("validation", self.validation)):
             self._require_every_class(images, name)
+
+    @property
+    def has_folds(self) -> bool:
+        """Whether validation can be another part of the images: not where the data set brings its own."""
+        return self._own_validation is None
+
+    def fold(self, index: int) -> tuple[Images, Images]:
+        """Training and validation images of one of the ways to split them; fold 0 is `train` and `validation`.
+
+        The validation parts of folds 0 to 4 share no image as far as each class has groups to give. A data set that
+        brings a validation part has that one alone, whatever the index.
+        """
+        if index not in self._folds:
+            self._folds[index] = self._split(index)
+        return self._folds[index]
+
+    def validation_of(self, count: int) -> Images:
+        """The images that the first `count` folds validate on, each once."""
+        if count == 1 or self._own_validation is not None:
+            return self.validation
+        rows = np.unique(np.concatenate([split.held_out for split in self._splits(count)]))
+        return self._pool[rows]
+
+    def _splits(self, count: int) -> list[Split]:
+        return folds(
+            self._pool.labels.numpy(),
+            self._pool.groups.numpy(),
+            count=count,
+            fraction=HELD_OUT_FRACTION,
+            seed=self._seed,
+            classes=self.classes,
+            purpose="validation",
+        )
+
+    def _split(self, index: int) -> tuple[Images, Images]:
+        seed, config = self._seed, self._config
+        if self._own_validation is not None:
+            train, validation = self._pool, self._own_validation
+        else:
+            split = self._splits(index + 1)[index]
+            train, validation = self._pool[split.kept], self._pool[split.held_out]
+        # After the split: fewer images to judge on would save little and decide badly.
+        if config.per_group is not None:
+            labels, groups = train.labels.numpy(), train.groups.numpy()
+            train = train[thin_groups(labels, groups, most=config.per_group, seed=seed)]
+        if config.limit is not None:
+            labels, groups = train.labels.numpy(), train.groups.numpy()
+            train = train[limit_groups(labels, groups, limit=config.limit, seed=seed, classes=self.classes)]
+        return train, validation
 
     @property
     def channels(self) -> int:
@@ -82,23 +127,23 @@ class Dataset:
         """The test part. Only the final judgement may call this."""
         if self._has_test:
             return self._cache.read("test")
-        return self._hold_out(self._cache.read("train"), "test")[1]
+        images = self._cache.read("train")
+        return images[self._test_split(images).held_out]
 
-    def _pool(self) -> Images:
+    def _read_pool(self) -> Images:
         """What training and validation are drawn from: everything that is not test."""
         images = self._cache.read("train")
-        return images if self._has_test else self._hold_out(images, "test")[0]
+        return images if self._has_test else images[self._test_split(images).kept]
 
-    def _hold_out(self, images: Images, purpose: str) -> tuple[Images, Images]:
-        kept, held_out = hold_out_groups(
+    def _test_split(self, images: Images) -> Split:
+        return hold_out_groups(
             images.labels.numpy(),
             images.groups.numpy(),
             fraction=HELD_OUT_FRACTION,
             seed=self._seed,
             classes=self.classes,
-            purpose=purpose,
+            purpose="test",
         )
-        return images[kept], images[held_out]
 
     def _require_every_class(self, images: Images, name: str) -> None:
         counts = torch.bincount(images.labels, minlength=len(self.classes))

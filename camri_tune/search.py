@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import optuna
 import torch
 from optuna.trial import Trial
@@ -58,13 +59,16 @@ TUNING_SEED_OFFSET = 20_000
 
 @dataclass(frozen=True)
 class Plan:
-    """What a trial needs to know beyond its own parameters. The floor and the classes come with the baseline."""
+    """What a trial needs to know beyond its own parameters. The floors and the classes come with the baseline.
+
+    There is a floor of accuracy for each fold, and so as many folds as floors.
+    """
 
     config: StudyConfig
     data: Dataset
     device: torch.device
     important: tuple[int, ...] = ()
-    floor: float | None = None
+    floors: tuple[float, ...] = ()
     baseline_learning_rate: float = 0.0
 
     @property
@@ -171,8 +175,8 @@ def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore) -> None
     trial.set_user_attr("worker", worker_id(os.getpid()))
     trial.set_user_attr("device", str(plan.device))
     try:
-        trained = _train(trial, stage, plan)
-        _keep_checkpoint(trial, trained, plan, store)
+        folds = range(len(plan.floors)) if stage == "search" else [trial.user_attrs.get("fold", 0)]
+        confusion = _train(trial, stage, plan, folds, store)
     except optuna.TrialPruned:
         trial.set_user_attr("seconds", time.perf_counter() - started)
         study.tell(trial, state=OptunaState.PRUNED)
@@ -184,11 +188,12 @@ def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore) -> None
         study.tell(trial, state=OptunaState.FAIL)
         return
     trial.set_user_attr("seconds", time.perf_counter() - started)
-    value = _set_scores(trial, trained.confusion, plan)
+    value = _set_scores(trial, confusion, plan, folds)
     study.tell(trial, value)
 
 
-def _train(trial: Trial, stage: Stage, plan: Plan) -> Trained:
+def _train(trial: Trial, stage: Stage, plan: Plan, folds: Sequence[int], store: StudyStore) -> IntArray:
+    """Train a model on each of the folds, keep the first, and pool what they say of their validation parts."""
     head, learning_rate = suggest(trial, stage, plan)
     seed = trial.user_attrs.get("seed")
     if seed is None:
@@ -196,56 +201,63 @@ def _train(trial: Trial, stage: Stage, plan: Plan) -> Trained:
         trial.set_user_attr("seed", seed)
     pruner = AccuracyFloorPruner(epochs=plan.epochs) if stage == "search" else optuna.pruners.NopPruner()
     curve: dict[str, float] = {}
+    trained: list[Trained] = []
 
     def on_epoch(progress: Progress) -> None:
-        trial.set_user_attr("epoch", progress.epoch)
-        if progress.confusion is None:
+        trial.set_user_attr("epoch", len(trained) * progress.epochs + progress.epoch)
+        if progress.confusion is None or trained:  # the first fold's curve is the trial's
             return
         curve[str(progress.epoch)] = accuracy(progress.confusion)
         trial.set_user_attr(ACCURACY_CURVE, curve)
         trial.report(_value(progress.confusion, plan), progress.epoch)
-        if progress.epoch < progress.epochs:
+        if progress.epoch < progress.epochs or len(folds) > 1:
             study = trial.study
             if pruner.prune(study, study._storage.get_trial(trial._trial_id)):
-                _set_scores(
-                    trial, progress.confusion, plan
-                )  # before pruning: a trial without constraint looks feasible
+                # Before pruning: a trial without constraint looks feasible.
+                _set_scores(trial, progress.confusion, plan, folds[:1])
                 raise optuna.TrialPruned
 
     model, data = plan.config.model, plan.data
-    recipe = recipe_of(
-        model,
-        epochs=plan.epochs,
-        learning_rate=learning_rate,
-        augmentation=data.augmentation,
-        images=len(data.train),
-    )
-    return train(
-        model,
-        head,
-        data.train,
-        data.validation,
-        num_classes=len(data.classes),
-        recipe=recipe,
-        seed=seed,
-        device=plan.device,
-        on_epoch=on_epoch,
-    )
+    for fold in folds:
+        training, validation = data.fold(fold)
+        recipe = recipe_of(
+            model,
+            epochs=plan.epochs,
+            learning_rate=learning_rate,
+            augmentation=data.augmentation,
+            images=len(training),
+        )
+        model_of_fold = train(
+            model,
+            head,
+            training,
+            validation,
+            num_classes=len(data.classes),
+            recipe=recipe,
+            seed=seed,
+            device=plan.device,
+            on_epoch=on_epoch,
+        )
+        trained.append(model_of_fold)
+    _keep_checkpoint(trial, trained[0], plan, store)
+    pooled: IntArray = np.sum([t.confusion for t in trained], axis=0)
+    return pooled
 
 
 def _value(confusion: IntArray, plan: Plan) -> float:
     return important_recall(confusion, list(plan.important)) if plan.important else accuracy(confusion)
 
 
-def _set_scores(trial: Trial, confusion: IntArray, plan: Plan) -> float:
-    """Store what validation says of a trial; the constraint exactly once, last."""
+def _set_scores(trial: Trial, confusion: IntArray, plan: Plan, folds: Sequence[int]) -> float:
+    """Store what validation says of a trial on these folds; the constraint exactly once, last."""
     trial.set_user_attr("accuracy", accuracy(confusion))
     trial.set_user_attr("recall_per_class", [float(r) for r in recall_per_class(confusion)])
     trial.set_user_attr("confusion", confusion.tolist())
     value = _value(confusion, plan)
-    if plan.floor is not None:
+    if plan.floors:
         trial.set_user_attr("recall", value)
-        trial.set_constraint("accuracy", plan.floor - accuracy(confusion))
+        floor = sum(plan.floors[fold] for fold in folds) / len(folds)
+        trial.set_constraint("accuracy", floor - accuracy(confusion))
     return value
 
 

@@ -22,15 +22,49 @@ class Split(NamedTuple):
     held_out: IntArray
 
 
+def folds(
+    labels: IntArray,
+    groups: IntArray,
+    *,
+    count: int,
+    fraction: float,
+    seed: int,
+    classes: Sequence[str],
+    purpose: str,
+) -> list[Split]:
+    """`count` ways to hold out about `fraction` of every class, as `hold_out_groups` does; the first is its very split.
+
+    What one fold holds out the later ones keep as long as a class has other groups: with enough of them the held-out
+    parts share no image, and a class with few repeats some.
+    """
+    splits: list[Split] = []
+    used = np.empty(0, np.int64)
+    for _ in range(count):
+        split = hold_out_groups(
+            labels, groups, fraction=fraction, seed=seed, classes=classes, purpose=purpose, last=used
+        )
+        splits.append(split)
+        used = np.union1d(used, groups[split.held_out])
+    return splits
+
+
 def hold_out_groups(
-    labels: IntArray, groups: IntArray, *, fraction: float, seed: int, classes: Sequence[str], purpose: str
+    labels: IntArray,
+    groups: IntArray,
+    *,
+    fraction: float,
+    seed: int,
+    classes: Sequence[str],
+    purpose: str,
+    last: IntArray | None = None,
 ) -> Split:
-    """Hold out about `fraction` of every class, in whole groups, chosen by `seed`.
+    """Hold out about `fraction` of every class, in whole groups, chosen by `seed`, those in `last` only at need.
 
     `labels` and `groups` are (N,). Each class gives at least one group and keeps at least one. Raises DataError, naming
     the class, where a class has fewer than two groups or where groups that span classes make that impossible;
     `purpose` says in the message what the held-out part is for.
     """
+    late = set() if last is None else set(last.tolist())
     rng = np.random.default_rng(seed)
     held: set[int] = set()
     kept: set[int] = set()
@@ -46,7 +80,7 @@ def hold_out_groups(
             )
         wanted = fraction * sum(sizes.values())
         have = sum(size for g, size in sizes.items() if g in held)
-        free = [g for g in sizes if g not in held and g not in kept]
+        free = sorted((g for g in sizes if g not in held and g not in kept), key=late.__contains__)
         spare = len([g for g in sizes if g not in held]) - 1  # one group stays
         for g in free:
             # Stop where one more group would overshoot by more than stopping falls short.

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from camri_tune.baseline import best_learning_rate, next_learning_rates
-from camri_tune.config import StudyConfig
+from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError
@@ -22,6 +23,8 @@ from camri_tune.training import default_learning_rate
 from camri_tune.worker import LocalWorkers, worker_count
 
 ROUNDS_OF_FINALISTS = 2
+# An important class with fewer in validation is ranked on folds.
+FEW_IMAGES, FEW_GROUPS = 20, 5
 Planned = TypeVar("Planned")
 
 
@@ -36,14 +39,16 @@ class Stages:
         self.data = data
         self.store = store
         self.important = important
+        self.folds = 1
 
-    def plan_baseline(self) -> Baseline | None:
+    def plan_baseline(self, folds: int = 1) -> Baseline | None:
         """The cross-entropy baseline; None where something of it was missing, and is queued now. Nothing may wait.
 
-        First its learning rate is tuned, then it is trained on R fresh seeds. Raises CamriTuneError where it fails.
+        First its learning rate is tuned, then it is trained on R fresh seeds, which take the folds in turn, and on
+        folds that are left. Raises CamriTuneError where it fails.
         """
         default, tuning = default_learning_rate(self.config.model), tuning_seed(self.config)
-        by_seed = {r.seed: r for r in self.records("baseline")}
+        found = {(r.seed, r.fold): r for r in self.records("baseline")}
         tried = [r for r in self.records("baseline") if r.seed == tuning]
         rates = next_learning_rates(tried, default)
         for rate in rates:
@@ -53,24 +58,28 @@ class Stages:
         best = best_learning_rate(tried, default)
         if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
-        missing = [seed for seed in self.seeds() if seed not in by_seed]
-        for seed in missing:
-            self.store.enqueue("baseline", {"learning_rate": best}, seed=seed)
+        count = max(self.config.seeds, folds)
+        wanted = [(replicate_seed(self.config, index), index % folds) for index in range(count)]
+        missing = [key for key in wanted if key not in found]
+        for seed, fold in missing:
+            self.store.enqueue("baseline", {"learning_rate": best}, seed=seed, fold=fold)
         if missing:
             return None
-        for seed in self.seeds():
-            if by_seed[seed].state != "complete":
-                raise CamriTuneError(f"the baseline's training with seed {seed} failed: {by_seed[seed].failure}")
-        return Baseline(best, tuple(by_seed[seed] for seed in self.seeds()))
+        for seed, fold in wanted:
+            if found[seed, fold].state != "complete":
+                raise CamriTuneError(f"the baseline's training with seed {seed} failed: {found[seed, fold].failure}")
+        models = tuple(found[key] for key in wanted)
+        return Baseline(best, models[: self.config.seeds], models[self.config.seeds :])
 
     def adopt(self, baseline: Baseline, important: tuple[int, ...]) -> None:
-        """Settle who is important and which accuracy must be kept, for this study's trials."""
+        """Settle who is important and which accuracy must be kept on each fold, for this study's trials."""
         self.important = important
+        self.folds = len(baseline.accuracy_by_fold)
         self.store.set(
             "baseline",
             {
                 "important": list(important),
-                "floor": self.floor(baseline),
+                "floors": self.floors(baseline),
                 "learning_rate": baseline.learning_rate,
                 "recall_per_class": list(baseline.recall_per_class),
             },
@@ -96,7 +105,7 @@ class Stages:
         of the first few finalists keeps the floor over seeds, the next few get their chance; trials that missed it by
         less than seeds scatter come last.
         """
-        count = self.config.finalists
+        count = self.config.most_finalists
         slack = baseline.accuracy_sd or 0.0
         candidates = finalists(self.records("search"), count * ROUNDS_OF_FINALISTS, slack)
         models: dict[int, list[TrialRecord]] = {}
@@ -105,17 +114,19 @@ class Stages:
             if found is None:
                 return None
             models |= found
-            if rank_settings(models, self.floor(baseline)):
+            if rank_settings(models):
                 break
         return models
 
     def retrain(self, chosen: Sequence[TrialRecord]) -> dict[int, list[TrialRecord]] | None:
         """Models of these trials' settings on the baseline's seeds; None where some had to be queued."""
         models = {(r.source_trial, r.seed): r for r in self.records("finalists")}
-        wanted = [(trial, seed) for trial in chosen for seed in self.seeds()]
-        missing = [(trial, seed) for trial, seed in wanted if (trial.number, seed) not in models]
-        for trial, seed in missing:
-            self.store.enqueue("finalists", trial.params, source_trial=trial.number, seed=seed)
+        seeds = [(seed, index % self.folds) for index, seed in enumerate(self.seeds())]
+        missing = [
+            (trial, seed, fold) for trial in chosen for seed, fold in seeds if (trial.number, seed) not in models
+        ]
+        for trial, seed, fold in missing:
+            self.store.enqueue("finalists", trial.params, source_trial=trial.number, seed=seed, fold=fold)
         if missing:
             return None
         return {trial.number: [models[trial.number, seed] for seed in self.seeds()] for trial in chosen}
@@ -124,10 +135,32 @@ class Stages:
         """The R seeds that baseline and finalists share."""
         return [replicate_seed(self.config, index) for index in range(self.config.seeds)]
 
-    def floor(self, baseline: Baseline) -> float:
-        """The validation accuracy that a setting must keep."""
+    def floors(self, baseline: Baseline) -> list[float]:
+        """The validation accuracy that a setting must keep on each fold."""
         # A mean of equal accuracies can round above them: one image in a billion must not decide.
-        return baseline.accuracy - self.config.tolerance_fraction - 1e-9
+        return [accuracy - self.config.tolerance_fraction - 1e-9 for accuracy in baseline.accuracy_by_fold]
+
+    def folds_wanted(self, important: tuple[int, ...]) -> tuple[int, str | None]:
+        """How many folds a trial is to train on, and what to tell of it: several where one validates too little."""
+        asked, data = self.config.folds, self.data
+        if asked != "auto":
+            return asked, None
+        labels, groups = data.validation.labels.numpy(), data.validation.groups.numpy()
+        # Images and groups of each important class.
+        sizes = {c: (int((labels == c).sum()), len(np.unique(groups[labels == c]))) for c in important}
+        few = [c for c, (images, units) in sizes.items() if images < FEW_IMAGES or units < FEW_GROUPS]
+        if not few:
+            return 1, None
+        c = few[0]
+        images, units = sizes[c]
+        count = f"{images} validation images" + (f" of {units} group(s)" if units < images else "")
+        text = f"Class {c} ({data.classes[c]}) has only {count}, too few to rank trials by: "
+        if not data.has_folds:
+            return 1, text + "add some, or give no folder for validation, and folds of the training images are used."
+        return MOST_FOLDS, text + (
+            f"each trial trains on {MOST_FOLDS} folds instead of one split, at {MOST_FOLDS} times the cost "
+            f"({self.config.trials * MOST_FOLDS} trainings in the search; --folds 1 for one split)."
+        )
 
     def records(self, stage: Stage) -> list[TrialRecord]:
         """Trials of a stage that count, with the recall of this study's important classes.
@@ -143,6 +176,10 @@ class Crew:
     def __init__(self, workers: LocalWorkers, console: Console) -> None:
         self._workers = workers
         self._console = console
+
+    def replan(self, folds: int, more_baselines: int) -> None:
+        """Tell the console that a trial of the search is `folds` trainings, and the baseline so many more."""
+        self._console.replan(folds, more_baselines)
 
     @classmethod
     @contextmanager

@@ -211,7 +211,7 @@ class StudyStore:
                 if worker is not None and trial.user_attrs.get("worker") != worker:
                     continue
                 fixed = trial.system_attrs.get("fixed_params", {})
-                keep = {k: v for k, v in trial.user_attrs.items() if k in ("source_trial", "seed")}
+                keep = {k: v for k, v in trial.user_attrs.items() if k in ("source_trial", "seed", "fold")}
                 # What the sampler had chosen is kept: an interrupted trial is run again, not replaced.
                 study.enqueue_trial({**fixed, **trial.params}, user_attrs={"retry_of": trial.number, **keep})
                 self._storage.set_trial_user_attr(trial._trial_id, "failure", INTERRUPTED)
@@ -256,6 +256,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         seconds=attributes.get("seconds"),
         epoch=attributes.get("epoch", 0),
         source_trial=attributes.get("source_trial"),
+        fold=attributes.get("fold", 0),
     )
 
 

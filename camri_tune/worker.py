@@ -75,7 +75,7 @@ def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:
         data,
         device,
         important=tuple(baseline["important"]),
-        floor=baseline["floor"],
+        floors=tuple(baseline["floors"]),
         baseline_learning_rate=baseline["learning_rate"],
     )
 
