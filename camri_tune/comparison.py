@@ -20,15 +20,15 @@ from camri_tune.console import Console
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Judge, versions
+from camri_tune.folders import Part
 from camri_tune.images import Images
-from camri_tune.metrics import confusion_matrix, recall_per_class
 from camri_tune.posthoc import biased, tune_bias
-from camri_tune.records import Baseline, Figure, TrialRecord
+from camri_tune.records import Baseline, Figure, SeedDifference, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
-from camri_tune.table1 import Cell, Difference, Method, Outcome, Protocol, Scores, Table, paper_figures
+from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
 from camri_tune.training import pick_device
 
 Models = Sequence[TrialRecord]  # of one setting, one for each seed
@@ -75,7 +75,7 @@ def compare(
 
 def _study_of(dataset: str, config: StudyConfig, folder: Path) -> StudyConfig:
     """The study of one data set, whose folder lies in the comparison's and whose name holds both."""
-    study = config.model_copy(update={"dataset": dataset, "out": folder, "loss": "ce"})
+    study = config.model_copy(update={"dataset": dataset, "out": folder, "loss": "ce", "folds": 1})
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{folder.name}-{study.source_name}")
     return study.model_copy(update={"name": name}).absolute()
 
@@ -94,7 +94,7 @@ def _one_dataset(
     # Cross-entropy and its threshold are made of the baseline's models: nothing to search.
     searched: list[Loss] = [m for m in methods if m != "ce" and m != "threshold"]  # noqa: PLR1714 - mypy reads it so
     count = sum(len(tokens) if looks_at_class(loss) else 1 for loss in searched)
-    retrained = config.trials if protocol == "paper" else min(config.finalists, config.trials)
+    retrained = config.trials if protocol == "paper" else min(config.most_finalists, config.trials)
     planned = {
         "baseline": len(START_FACTORS) + config.seeds,
         "search": count * config.trials,
@@ -202,7 +202,7 @@ class _Bench:
 
     def _choose(self, settings: Mapping[int, Models], loss: Loss, important: int, *, bias: bool) -> int | None:
         """The setting of highest mean recall among those whose mean accuracy keeps cross-entropy's."""
-        part = "validation" if self._protocol == "ours" else "test"
+        part: Part = "validation" if self._protocol == "ours" else "test"
         floor = (
             self._scores(self._baseline.records, "ce", important, part, []).accuracy.mean - self._tolerance - ROUNDING
         )
@@ -230,36 +230,48 @@ class _Bench:
 
     def _outcome(self, models: Models, loss: Loss, important: int, *, bias: bool) -> Outcome:
         biases = self._biases(models, loss, important) if bias else []
-        on_test = self._scores(models, loss, important, "test", biases)
-        base = self._scores(self._baseline.records, "ce", important, "test", [])
+        test = self.judge.test
+        ours = (test.labels == important).numpy()
+        right = self._right(models, loss, important, "test", biases)
+        base = self._right(self._baseline.records, "ce", important, "test", [])
+        groups = test.groups.numpy()
         return Outcome(
             validation=self._scores(models, loss, important, "validation", biases),
-            test=on_test,
-            recall_difference=Difference.between(on_test.recall, base.recall),
-            accuracy_difference=Difference.between(on_test.accuracy, base.accuracy),
+            test=self._scores(models, loss, important, "test", biases),
+            recall_difference=SeedDifference.of(right[:, ours], base[:, ours], groups[ours]),
+            accuracy_difference=SeedDifference.of(right, base, groups),
+            hits=right[:, ours],
+            groups=groups[ours],
             biases=tuple(biases),
         )
 
-    def _scores(self, models: Models, loss: Loss, important: int, part: str, biases: Sequence[float]) -> Scores:
-        images = self.judge.test if part == "test" else self._data.validation
-        labels = images.labels.numpy()
-        recalls, accuracies = [], []
-        for place, record in enumerate(models):
-            bias = biases[place] if biases else 0.0
-            answers = biased(self._logits(record, loss, part), important=important, bias=bias)
-            confusion = confusion_matrix(labels, answers, len(self._data.classes))
-            recalls.append(float(recall_per_class(confusion)[important]))
-            accuracies.append(float((answers == labels).mean()))
-        return Scores(Figure(tuple(recalls)), Figure(tuple(accuracies)))
+    def _scores(self, models: Models, loss: Loss, important: int, part: Part, biases: Sequence[float]) -> Scores:
+        ours = (self._images(part).labels == important).numpy()
+        right = self._right(models, loss, important, part, biases)
+        return Scores(*(Figure(tuple(shares.mean(axis=1).tolist())) for shares in (right[:, ours], right)))
 
-    def _logits(self, record: TrialRecord, loss: Loss, part: str) -> Logits:
+    def _right(
+        self, models: Models, loss: Loss, important: int, part: Part, biases: Sequence[float]
+    ) -> NDArray[np.bool_]:
+        """Whether each of the R models gets each image of a part right (R, N), with its bias, if any."""
+        labels = self._images(part).labels.numpy()
+        answers = [
+            biased(self._logits(record, loss, part), important=important, bias=biases[place] if biases else 0.0)
+            for place, record in enumerate(models)
+        ]
+        right: NDArray[np.bool_] = np.stack(answers) == labels
+        return right
+
+    def _images(self, part: Part) -> Images:
+        return self.judge.test if part == "test" else self._data.validation
+
+    def _logits(self, record: TrialRecord, loss: Loss, part: Part) -> Logits:
         path = self._folder / f"{record.sha256}.{part}.safetensors"
         try:
             return load_file(path)["logits"].numpy()
         except (OSError, SafetensorError, KeyError):  # not there yet, or cut short
             pass
-        images = self.judge.test if part == "test" else self._data.validation
-        logits = self.judge.logits(record, loss, images)
+        logits = self.judge.logits(record, loss, self._images(part))
         if logits is None:
             raise CamriTuneError(
                 f"the checkpoint of trial {record.number} ({loss}) is missing or altered: move "

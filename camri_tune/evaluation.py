@@ -4,7 +4,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +21,37 @@ from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.images import Images
 from camri_tune.metrics import accuracy, confusion_matrix, recall_per_class
 from camri_tune.posthoc import tune_bias
-from camri_tune.records import BIAS, Best, Measured, Share, Side, TrialRecord, measured_on_validation, without_nan
+from camri_tune.records import (
+    BIAS,
+    Best,
+    Measured,
+    PairedDifference,
+    SeedDifference,
+    Share,
+    Side,
+    TrialRecord,
+    measured_on_validation,
+    without_nan,
+)
 from camri_tune.search import model_spec
-from camri_tune.selection import paired_difference
+from camri_tune.selection import rank_models
 from camri_tune.storage import StudyStore
 from camri_tune.training import cpu_count, predict_logits
 
 Answers = NDArray[np.int64]  # predicted class of each test image
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One setting's R models, what each answers on test, and the place of the one that validation chose."""
+
+    records: Sequence[TrialRecord]
+    answers: Sequence[Answers]
+    place: int
+
+    @property
+    def chosen(self) -> TrialRecord:
+        return self.records[self.place]
 
 
 class Judge:
@@ -58,7 +82,7 @@ class Judge:
         The bias has the highest recall of those whose accuracy keeps `floor`, and is a parameter of the record.
         None where the checkpoint is missing or altered.
         """
-        (important,), validation = self._important, self._data.validation
+        (important,), (_, validation) = self._important, self._data.fold(record.fold)
         logits, labels = self.logits(record, loss, validation), validation.labels.numpy()
         if logits is None:
             return None
@@ -75,10 +99,15 @@ class Judge:
             constraint=floor - accuracy(confusion),
         )
 
-    def predictions(self, record: TrialRecord, loss: Loss) -> Answers | None:
-        """Answers of a trial's model on test; None where its checkpoint is missing or altered."""
-        logits = self.logits(record, loss, self.test)
-        return None if logits is None else logits.argmax(dim=1).numpy()
+    def entrant(self, records: Sequence[TrialRecord], loss: Loss) -> Entrant | None:
+        """A setting's models with their answers on test; None where a checkpoint is missing or altered."""
+        answers = []
+        for record in records:
+            logits = self.logits(record, loss, self.test)
+            if logits is None:
+                return None
+            answers.append(logits.argmax(dim=1).numpy())
+        return Entrant(records, answers, list(records).index(rank_models(records)[0]))
 
     def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
         """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
@@ -99,20 +128,24 @@ class Judge:
         recalls = [recall_per_class(confusion_matrix(labels, a, len(self._data.classes))).tolist() for a in answers]
         return Measured.over_seeds([float((a == labels).mean()) for a in answers], recalls, self._important)
 
-    def best(self, trial: int, records: list[TrialRecord], new: list[Answers], place: int, old: Answers) -> Best:
-        """Describe the chosen setting; `place` is the exported model's seed, `old` the baseline's answers with it."""
-        labels, important = self.test.labels.numpy(), self._important
-        right, old_right = new[place] == labels, old == labels
+    def best(self, trial: int, new: Entrant, old: Entrant, confidence: float) -> Best:
+        """What test says of a setting beside the baseline, with bounds that hold at `confidence`, one-sided."""
+        labels, groups, important = self.test.labels.numpy(), self.test.groups.numpy(), self._important
         ours = np.isin(labels, important)
+        right, old_right = (np.stack(entrant.answers) == labels for entrant in (new, old))
+        chosen, rival = right[new.place], old_right[old.place]
         return Best(
             trial=trial,
-            params={k: float(v) for k, v in records[place].params.items()},
-            side=Side(measured_on_validation(records, important), self.measured(new)),
-            exported_seed=records[place].seed or 0,
-            exported_accuracy=Share(int(right.sum()), len(right)),
-            exported_recall={c: Share(int(right[labels == c].sum()), int((labels == c).sum())) for c in important},
-            accuracy_difference=paired_difference(right.tolist(), old_right.tolist()),
-            recall_difference=paired_difference(right[ours].tolist(), old_right[ours].tolist()),
+            params={k: float(v) for k, v in new.chosen.params.items()},
+            side=Side(measured_on_validation(new.records, important), self.measured(new.answers)),
+            exported_seed=new.chosen.seed or 0,
+            exported_accuracy=Share.of(chosen, groups),
+            exported_recall={c: Share.of(chosen[labels == c], groups[labels == c]) for c in important},
+            baseline_seed=old.chosen.seed or 0,
+            accuracy_difference=PairedDifference.of(chosen, rival, groups, confidence),
+            recall_difference=PairedDifference.of(chosen[ours], rival[ours], groups[ours], confidence),
+            recall_over_seeds=SeedDifference.of(right[:, ours], old_right[:, ours], groups[ours]),
+            accuracy_over_seeds=SeedDifference.of(right, old_right, groups),
         )
 
 
@@ -149,7 +182,7 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
     return {
         "data": text,
         **clean,
-        "accuracy_interval": list(Share(int((answers == labels).sum()), len(labels)).interval),
+        "accuracy_interval": list(Share.of(answers == labels, images.groups.numpy()).interval),
         "important": list(config.important),
         "classes": list(bundle.classes),
         "matches_stored": all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class")),

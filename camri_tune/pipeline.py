@@ -4,7 +4,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ import torch
 
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
+from camri_tune.claims import few_test_images, nothing_to_gain, sentence_of
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import CamriTuneError, InputError
-from camri_tune.evaluation import Answers, Judge, versions
+from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.images import Images
-from camri_tune.records import Baseline, Best, Result, Side, TrialRecord, Verdict, without_nan
+from camri_tune.records import (
+    Baseline,
+    Best,
+    Finalist,
+    Result,
+    Side,
+    TrialRecord,
+    Verdict,
+    measured_on_validation,
+    without_nan,
+)
 from camri_tune.report import model_card
 from camri_tune.search import model_spec
-from camri_tune.selection import nothing_to_gain, rank_models, rank_settings, sentence_of, verdict_of
+from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
 from camri_tune.training import pick_device
@@ -45,13 +57,11 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
         planned = {
             "baseline": len(START_FACTORS) + config.seeds,
             "search": config.trials,
-            "finalists": min(config.finalists, config.trials) * config.seeds,
+            "finalists": min(config.most_finalists, config.trials) * config.seeds,
         }
         one = {"": stages}
         with Crew.at_work(stages, planned, device, console) as crew:
-            baseline = crew.carry_out("baseline", stages.plan_baseline, one)
-            stages.adopt(baseline, resolve_important(config.important, data.classes, baseline))
-            notices = data.notices() + _describe(stages, baseline, console)
+            baseline, notices = _settle_baseline(stages, crew, console)
             stages.plan_search(baseline)
             crew.finish("search", one)
             stages.check_search()
@@ -61,6 +71,27 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
         write_json(config.folder / "result.json", result.as_json())
         _export(stages, result, chosen)
         return result
+
+
+def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Baseline, list[str]]:
+    """Train the baseline, and settle who is important and on how many folds a trial trains. Also what to notice."""
+    config, data, one = stages.config, stages.data, {"": stages}
+    first = 1 if config.folds == "auto" else config.folds
+    if first > 1:
+        crew.replan(first, more_baselines=max(0, first - config.seeds))
+    baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(first), one)
+    important = resolve_important(config.important, data.classes, baseline)
+    folds, notice = stages.folds_wanted(important)
+    notices = data.notices()
+    if notice is not None:
+        console.say(notice)
+        notices.append(notice)
+    if folds != first:
+        # The models on fold 0 ranked the classes; one of them stays.
+        crew.replan(folds, more_baselines=max(config.seeds, folds) - 1)
+        baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
+    stages.adopt(baseline, important)
+    return baseline, notices + _describe(stages, baseline, console)
 
 
 def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]:
@@ -86,46 +117,80 @@ def _judge(
     notices: list[str],
     console: Console,
 ) -> tuple[Result, TrialRecord | None]:
-    """Read the test part, for the baseline's models and for those of the best setting that is intact."""
-    config = stages.config
+    """Read the test part, for the baseline's models and for the settings that kept accuracy, in validation's order."""
+    config, floors = stages.config, stages.floors(baseline)
     judge = Judge(stages.data, stages.store, stages.important, config.model, device)
     if config.calibrate:
-        retrained = _calibrated(judge, retrained, config.loss, stages.floor(baseline))
-    old = [judge.predictions(record, "ce") for record in baseline.records]
-    if any(answers is None for answers in old):
+        retrained = _calibrated(judge, retrained, config.loss, floors)
+    order = rank_settings(retrained)
+    reads = _note_reading(stages, [retrained[number] for number in order])
+    # One rule chooses a finalist's model and the baseline's: the best seed of one side alone would flatter it.
+    measured = [replace(r, constraint=floors[r.fold] - (r.accuracy or 0.0)) for r in baseline.records]
+    old = judge.entrant(measured, "ce")
+    if old is None:
         raise CamriTuneError(
             f"a checkpoint of the baseline is missing or altered under {config.folder / 'artifacts'}: move "
             f"{config.folder} away and run again"
         )
-    old_answers = [answers for answers in old if answers is not None]
-    best, chosen = None, None
-    for number in rank_settings(retrained, stages.floor(baseline)):
-        records = retrained[number]
-        new = [judge.predictions(record, config.loss) for record in records]
-        if any(answers is None for answers in new):
+    entrants: dict[int, Entrant] = {}
+
+    def judged(number: int, confidence: float) -> Best | None:
+        entrant = judge.entrant(retrained[number], config.loss)
+        if entrant is None:
             notices.append(f"Trial {number} was passed over: a checkpoint of it is missing or altered.")
             console.say(notices[-1])
-            continue
-        chosen = rank_models(records)[0]
-        place = records.index(chosen)
-        answers = [a for a in new if a is not None]
-        best = judge.best(number, records, answers, place, old_answers[place])
-        break
-    verdict: Verdict = "none"
+            return None
+        entrants[number] = entrant
+        return judge.best(number, entrant, old, confidence)
+
+    verdict, best, found = certify(order, judged, config.epsilon / 100)
     if best is not None:
-        verdict = verdict_of(best.accuracy_difference, config.epsilon / 100)
-    return _result(stages, baseline, judge, old_answers, verdict, best, notices), chosen
+        notices += few_test_images(best, stages.data.classes)
+    finals = _finalists(retrained, order, found, stages.important)
+    result = _result(stages, baseline, judge, old, verdict, best, finals, reads, notices)
+    return result, entrants[best.trial].chosen if best is not None else None
+
+
+def _finalists(
+    retrained: Mapping[int, Sequence[TrialRecord]],
+    order: Sequence[int],
+    judged: Mapping[int, Best],
+    important: Sequence[int],
+) -> list[Finalist]:
+    """Every finalist, those that kept accuracy first, in the order in which test may judge them."""
+    bounds = recall_bounds(retrained)
+    return [
+        Finalist(
+            trial=number,
+            params=dict(retrained[number][0].params),
+            validation=measured_on_validation(retrained[number], important) if number in bounds else None,
+            recall_bound=bounds.get(number),
+            kept_accuracy=number in order,
+            judged=judged[number].accuracy_difference if number in judged else None,
+        )
+        for number in dict.fromkeys([*order, *retrained])
+    ]
+
+
+def _note_reading(stages: Stages, settings: Sequence[Sequence[TrialRecord]]) -> int:
+    """Store which models test is about to judge. Returns how many different selections it has been read for."""
+    selection = [r.sha256 for records in settings for r in records]
+    earlier = stages.store.attributes.get("test_reads", [])
+    if selection and selection not in earlier:
+        stages.store.set("test_reads", [*earlier, selection])
+        return len(earlier) + 1
+    return len(earlier)
 
 
 def _calibrated(
-    judge: Judge, retrained: dict[int, list[TrialRecord]], loss: Loss, floor: float
+    judge: Judge, retrained: dict[int, list[TrialRecord]], loss: Loss, floors: Sequence[float]
 ) -> dict[int, list[TrialRecord]]:
     """Each setting's models with a bias tuned on validation; as trained where that would cost the setting its floor."""
     settings = {}
     for number, records in retrained.items():
-        found = [judge.calibrated(r, loss, floor) if r.state == "complete" else None for r in records]
+        found = [judge.calibrated(r, loss, floors[r.fold]) if r.state == "complete" else None for r in records]
         biased = [r for r in found if r is not None]
-        kept = len(biased) == len(records) and rank_settings({number: biased}, floor)
+        kept = len(biased) == len(records) and rank_settings({number: biased})
         settings[number] = biased if kept else records
     return settings
 
@@ -170,12 +235,15 @@ def _result(
     stages: Stages,
     baseline: Baseline,
     judge: Judge,
-    old: Sequence[Answers],
+    old: Entrant,
     verdict: Verdict,
     best: Best | None,
+    finals: Sequence[Finalist],
+    test_reads: int,
     notices: Sequence[str],
 ) -> Result:
     config, data, important = stages.config, stages.data, stages.important
+    validation = data.validation_of(stages.folds)
     records = stages.records("search")
     names = ", ".join(data.classes[c] for c in important)
     return Result(
@@ -192,14 +260,17 @@ def _result(
         notices=tuple(notices),
         images={
             "train": len(data.train),
-            "validation": len(data.validation),
+            "validation": len(validation),
             "test": len(judge.test),
-            "validation_important": _count(data.validation, important),
+            "validation_important": _count(validation, important),
             "test_important": _count(judge.test, important),
         },
-        baseline=Side(baseline.measured(important), judge.measured(old)),
+        folds=stages.folds,
+        baseline=Side(baseline.measured(important), judge.measured(old.answers)),
         baseline_learning_rate=baseline.learning_rate,
         best=best,
+        finalists=tuple(finals),
+        test_reads=test_reads,
         trials={state: sum(r.state == state for r in records) for state in ("complete", "pruned", "failed")},
         wall_seconds=float(stages.store.attributes["wall_seconds"]),
         versions=versions(),

@@ -3,12 +3,24 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from camri_tune.stats import Interval, binomial_interval, seed_interval
+import numpy as np
+from numpy.typing import NDArray
+
+from camri_tune.stats import (
+    Interval,
+    binomial_interval,
+    crossed_interval,
+    effective_size,
+    seed_interval,
+    tango_interval,
+)
 
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
 Verdict = Literal["certified", "feasible", "none"]
+CONFIDENCE = 0.95  # one-sided, of what a study claims
 BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 
@@ -30,6 +42,7 @@ class TrialRecord:
     seconds: float | None = None
     epoch: int = 0
     source_trial: int | None = None
+    fold: int = 0
 
     @property
     def feasible(self) -> bool:
@@ -110,15 +123,27 @@ class Measured:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The cross-entropy baseline on validation: its tuned learning rate and its R models, one per seed."""
+    """The cross-entropy baseline on validation: its tuned learning rate and its R models, one per seed.
+
+    `others` are models on folds that the R did not reach: they set those folds' floors and are compared with nothing.
+    """
 
     learning_rate: float
     records: tuple[TrialRecord, ...]
+    others: tuple[TrialRecord, ...] = ()
 
     @property
     def accuracy(self) -> float:
-        """Mean validation accuracy: the floor, before tolerance."""
+        """Mean validation accuracy."""
         return self._accuracy.mean
+
+    @property
+    def accuracy_by_fold(self) -> tuple[float, ...]:
+        """Mean validation accuracy of the models that were scored on each fold: the floors, before tolerance."""
+        by_fold: dict[int, list[float]] = {}
+        for record in (*self.records, *self.others):
+            by_fold.setdefault(record.fold, []).append(_known(record.accuracy))
+        return tuple(Figure(tuple(by_fold[fold])).mean for fold in sorted(by_fold))
 
     @property
     def accuracy_sd(self) -> float | None:
@@ -142,10 +167,19 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers of one model on n images, with the exact 95 % binomial interval."""
+    """Right answers of one model on n images, with the exact 95 % binomial interval.
+
+    `effective_n` is how many independent images they count as (see `stats.effective_size`).
+    """
 
     right: int
     n: int
+    effective_n: float
+
+    @classmethod
+    def of(cls, right: NDArray[np.bool_], groups: NDArray[np.int64]) -> "Share":
+        """From whether each image (N,) was right, and which images (N,) belong together."""
+        return cls(int(right.sum()), len(right), effective_size(right.astype(np.float64), groups, 0.975))
 
     @property
     def value(self) -> float:
@@ -153,27 +187,47 @@ class Share:
 
     @property
     def interval(self) -> Interval:
-        return binomial_interval(self.right, self.n)
+        return binomial_interval(self.value * self.effective_n, self.effective_n)
 
     def as_json(self) -> dict[str, Any]:
-        return {"value": self.value, "right": self.right, "n": self.n, "interval": list(self.interval)}
+        return {**asdict(self), "value": self.value, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True)
 class PairedDifference:
     """New model minus old on the same images: `gained` are right in the new alone, `lost` in the old alone, of `n`.
 
-    `interval` is Tango's, at confidence 0.90 two-sided, so that `lower_bound` holds at 95 % one-sided.
+    `lower_bound` is Tango's, at `confidence` one-sided, where the images count as `effective_n` independent ones.
     """
 
     gained: int
     lost: int
     n: int
-    interval: Interval
+    effective_n: float
+    confidence: float
+
+    @classmethod
+    def of(
+        cls,
+        new: NDArray[np.bool_],
+        old: NDArray[np.bool_],
+        groups: NDArray[np.int64] | None = None,
+        confidence: float = CONFIDENCE,
+    ) -> "PairedDifference":
+        """From whether each image (N,) was right under the new and the old model, and which (N,) belong together."""
+        difference = _less(new, old)
+        size = float(len(new)) if groups is None else effective_size(difference, groups, confidence)
+        return cls(int((difference > 0).sum()), int((difference < 0).sum()), len(new), size, confidence)
 
     @property
     def estimate(self) -> float:
         return (self.gained - self.lost) / self.n
+
+    @cached_property
+    def interval(self) -> Interval:
+        """Two-sided at 1 - 2 (1 - confidence), so that its lower end is the one-sided bound."""
+        share = self.effective_n / self.n
+        return tango_interval(self.gained * share, self.lost * share, self.effective_n, 2 * self.confidence - 1)
 
     @property
     def lower_bound(self) -> float:
@@ -186,6 +240,43 @@ class PairedDifference:
             "estimate": self.estimate,
             "lower_bound": self.lower_bound,
         }
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """One setting's R models less another's, seed by seed, in shares: what another seed and other images would give.
+
+    `values` are the seeds' differences. `interval` is a 95 % one for their mean, over seeds and images; None with one
+    seed, or without any spread to judge by.
+    """
+
+    values: tuple[float, ...]
+    interval: Interval | None
+
+    @classmethod
+    def of(
+        cls, new: NDArray[np.bool_], old: NDArray[np.bool_], groups: NDArray[np.int64] | None = None
+    ) -> "SeedDifference":
+        """From whether each seed's models (R, N) were right on each image, and which images (N,) belong together."""
+        differences = _less(new, old)
+        return cls(tuple(differences.mean(axis=1).tolist()), crossed_interval(differences, groups))
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def holds_up(self) -> bool:
+        """Whether the interval lies above zero."""
+        return self.interval is not None and self.interval.low > 0
+
+    def in_points(self) -> tuple[str, str]:
+        """The mean, and the interval in brackets (empty with one seed), both in points."""
+        span = f"[{100 * self.interval.low:+.2f}, {100 * self.interval.high:+.2f}]" if self.interval else ""
+        return f"{100 * self.mean:+.2f}", span
+
+    def as_json(self) -> dict[str, Any]:
+        return {"mean": self.mean, "values": list(self.values), "interval": list(self.interval or ()) or None}
 
 
 @dataclass(frozen=True)
@@ -203,8 +294,10 @@ class Side:
 class Best:
     """The chosen setting (its trial, its parameters, its R models) and the one model of them that is exported.
 
-    `exported_recall` is per important class, of that one model on test. The differences compare it with the baseline
-    model of the same seed, on the same test images; `recall_difference` on those of the important classes alone.
+    `exported_recall` is per important class, of that one model on test. `accuracy_difference` and `recall_difference`
+    compare it with the baseline model of `baseline_seed`, which the same rule chose on validation, on the same test
+    images; those `_over_seeds` compare all R models of both, seed by seed. What is said of recall is measured on the
+    images of the important classes alone.
     """
 
     trial: int
@@ -213,8 +306,11 @@ class Best:
     exported_seed: int
     exported_accuracy: Share
     exported_recall: dict[int, Share]
+    baseline_seed: int
     accuracy_difference: PairedDifference
     recall_difference: PairedDifference
+    recall_over_seeds: SeedDifference
+    accuracy_over_seeds: SeedDifference
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -223,16 +319,43 @@ class Best:
             **self.side.as_json(),
             "exported": {
                 "seed": self.exported_seed,
+                "compared_with_seed": self.baseline_seed,
                 "test": {
                     "accuracy": self.exported_accuracy.as_json(),
                     "recall": {str(c): share.as_json() for c, share in self.exported_recall.items()},
                 },
             },
-            "recall_difference": {**self.recall_difference.as_json(), "confidence": CONFIDENCE},
+            "recall_difference": self.recall_difference.as_json(),
+            "over_seeds": {
+                "recall_difference": self.recall_over_seeds.as_json(),
+                "accuracy_difference": self.accuracy_over_seeds.as_json(),
+            },
         }
 
 
-CONFIDENCE = 0.95  # one-sided, of every lower bound
+@dataclass(frozen=True)
+class Finalist:
+    """A setting that was retrained on fresh seeds, as validation ranked it, and what test said of it, if it was asked.
+
+    `recall_bound` is the lower bound of its mean recall on validation; None where a training failed.
+    """
+
+    trial: int
+    params: dict[str, float]
+    validation: Measured | None
+    recall_bound: float | None
+    kept_accuracy: bool
+    judged: PairedDifference | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "trial": self.trial,
+            "params": self.params,
+            "validation": self.validation.as_json() if self.validation else None,
+            "recall_lower_bound": self.recall_bound,
+            "kept_accuracy": self.kept_accuracy,
+            "accuracy_difference": self.judged.as_json() if self.judged else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -251,13 +374,21 @@ class Result:
     sentence: str
     notices: tuple[str, ...]
     images: dict[str, int]
+    folds: int
     baseline: Side
     baseline_learning_rate: float
     best: Best | None
+    finalists: tuple[Finalist, ...]
+    test_reads: int
     trials: dict[str, int]
     wall_seconds: float
     versions: dict[str, str]
     folder: str
+
+    @property
+    def candidates(self) -> int:
+        """How many finalists kept accuracy on validation: so many could have been judged on test."""
+        return sum(f.kept_accuracy for f in self.finalists)
 
     @property
     def important_names(self) -> str:
@@ -278,11 +409,14 @@ class Result:
             "sentence": self.sentence,
             "notices": list(self.notices),
             "images": self.images,
+            "folds": self.folds,
+            "test_reads": self.test_reads,
             "baseline": {"params": {"learning_rate": self.baseline_learning_rate}, **self.baseline.as_json()},
             "best": best.as_json() if best else None,
             "accuracy_difference": {
-                **best.accuracy_difference.as_json(), "epsilon": self.epsilon / 100, "confidence": CONFIDENCE
+                **best.accuracy_difference.as_json(), "epsilon": self.epsilon / 100, "study_confidence": CONFIDENCE
             } if best else None,
+            "finalists": [finalist.as_json() for finalist in self.finalists],
             "trials": self.trials,
             "wall_seconds": self.wall_seconds,
             "versions": self.versions,
@@ -292,6 +426,12 @@ class Result:
 def measured_on_validation(records: Sequence[TrialRecord], important: Sequence[int]) -> Measured:
     """Figures over the seeds of `records`, all complete."""
     return Measured.over_seeds([_known(r.accuracy) for r in records], [r.recall_per_class for r in records], important)
+
+
+def _less(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> NDArray[np.float64]:
+    if new.shape != old.shape:
+        raise ValueError(f"answers of shapes {new.shape} and {old.shape} are not to the same images")
+    return new.astype(np.float64) - old
 
 
 def _known(value: float | None) -> float:

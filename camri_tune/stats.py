@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -34,8 +36,61 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean - half, mean + half)
 
 
-def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Exact (Clopper-Pearson) interval of a share, for one model on n independent images."""
+def crossed_interval(
+    differences: NDArray[np.float64], groups: NDArray[np.int64] | None = None, confidence: float = 0.95
+) -> Interval | None:
+    """Interval for a mean difference that speaks of other seeds and other images.
+
+    None with fewer than two of either, and where nothing varies: that is no certainty.
+    `differences` (R, N) is new less old for each seed and image; `groups` (N,) names the images that belong together.
+    Student's t on the sum of both variances of the mean, that over seeds and that over images, with Satterthwaite's
+    degrees of freedom. The noise that is neither's is counted in both: a little too wide rather than too narrow.
+    """
+    seeds, images = differences.shape
+    members = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = int(members.max()) + 1 if images else 0
+    if min(seeds, count) < 2:
+        return None
+    mean = float(differences.mean())
+    by_seed = float(differences.mean(axis=1).var(ddof=1)) / seeds
+    by_image = _variance_over_groups(differences.mean(axis=0), members)
+    variance = by_seed + by_image
+    if variance == 0:
+        return None
+    freedom = variance**2 / (by_seed**2 / (seeds - 1) + by_image**2 / (count - 1))
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    return Interval(mean - half, mean + half)
+
+
+def effective_size(values: NDArray[np.float64], groups: NDArray[np.int64], confidence: float = 0.95) -> float:
+    """How many independent images say as much of a mean as these (N,), of which `groups` (N,) belong together.
+
+    N less the design effect: the variance over whole groups as resampling them shows it, beside that of independent
+    images; and less what Student's t of few groups asks for at a one-sided `confidence` (Korn and Graubard 1998). Where
+    nothing varies, a group counts as one image. At most N; at least 1.
+    """
+    n = len(values)
+    members = np.unique(groups, return_inverse=True)[1]
+    count = int(members.max()) + 1
+    if count == n:
+        return float(n)
+    if count == 1:
+        return 1.0
+    alone = float(values.var()) / n
+    together = _variance_over_groups(values, members)
+    size = n * min(1.0, alone / together) if alone > 0 and together > 0 else count
+    few = float(stats.norm.ppf(confidence) / stats.t.ppf(confidence, count - 1))
+    return max(1.0, size * few**2)
+
+
+def _variance_over_groups(values: NDArray[np.float64], members: NDArray[np.int64]) -> float:
+    """Variance of the mean of `values` (N,) when whole groups are resampled: the linearised bootstrap over groups."""
+    sums = np.bincount(members, weights=values - values.mean())
+    return float((sums**2).sum()) * len(sums) / (len(sums) - 1) / len(values) ** 2
+
+
+def binomial_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
+    """Exact (Clopper-Pearson) interval of a share, for one model on n images that count as independent."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n} is not a share; both must be counts with successes <= n")
     tail = (1 - confidence) / 2
@@ -44,13 +99,13 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> Inter
     return Interval(low, high)
 
 
-def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
+def tango_interval(gained: float, lost: float, n: float, confidence: float = 0.95) -> Interval:
     """Tango's score interval (1998) for the difference of two paired shares, (gained - lost) / n.
 
     `gained` images are right under the new model alone, `lost` under the old one alone, of `n`. The lower end at
-    confidence 1 - 2a is the one-sided lower bound at 1 - a.
+    confidence 1 - 2a is the one-sided lower bound at 1 - a. Counts need not be whole: see `effective_size`.
     """
-    if min(gained, lost) < 0 or gained + lost > n or n < 1:
+    if min(gained, lost) < 0 or gained + lost > n * (1 + 1e-9) or n < 1:
         raise ValueError(f"gained {gained}, lost {lost} of {n}: discordant counts must be >= 0 and at most n together")
     z = float(stats.norm.ppf((1 + confidence) / 2))
     estimate = (gained - lost) / n

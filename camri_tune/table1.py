@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from camri_tune.config import Loss
 from camri_tune.errors import InputError
-from camri_tune.records import Figure
-from camri_tune.stats import Interval, mean_interval
+from camri_tune.records import Figure, SeedDifference
 
 Method = Literal[Loss, "threshold"]
 METHODS: tuple[Method, ...] = ("ce", "threshold", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i")
@@ -35,50 +37,19 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Difference:
-    """New less old over paired seeds: both with the same seed and the same images. In shares, not points."""
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def between(cls, new: Figure, old: Figure) -> "Difference":
-        return cls(tuple(a - b for a, b in zip(new.values, old.values, strict=True)))
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values)
-
-    @property
-    def interval(self) -> Interval | None:
-        """95 % t interval over seeds; None with one seed."""
-        return mean_interval(self.values)
-
-    @property
-    def holds_up(self) -> bool:
-        """Whether the interval lies above zero. Equal differences, but for rounding, have no spread to judge by."""
-        spread = max(self.values) - min(self.values)
-        return self.interval is not None and self.interval.low > 0 and spread > ROUNDING
-
-    def in_points(self) -> tuple[str, str]:
-        """The mean, and the interval in brackets (empty with one seed), both in points."""
-        span = f"[{100 * self.interval.low:+.2f}, {100 * self.interval.high:+.2f}]" if self.interval else ""
-        return f"{100 * self.mean:+.2f}", span
-
-    def as_json(self) -> dict[str, Any]:
-        return {"mean": self.mean, "values": list(self.values), "interval": list(self.interval or ()) or None}
-
-
-@dataclass(frozen=True)
 class Outcome:
     """One setting's R models, on validation and on test, and less cross-entropy's of the same seeds on test.
 
-    `biases` are those that were added to the important class's logit, if any.
+    `hits` (R, N) are the important class's test images that each model got right, and `groups` (N,) says which of them
+    belong together. `biases` are those that were added to the important class's logit, if any.
     """
 
     validation: Scores
     test: Scores
-    recall_difference: Difference
-    accuracy_difference: Difference
+    recall_difference: SeedDifference
+    accuracy_difference: SeedDifference
+    hits: NDArray[np.bool_]
+    groups: NDArray[np.int64]
     biases: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -159,7 +130,7 @@ class Table:
 
 
 def best_of(column: Sequence[Cell]) -> Cell | None:
-    """The cell of highest mean test recall among those that kept accuracy, where that holds up over paired seeds.
+    """The cell of highest mean test recall among those that kept accuracy, where that holds up over seeds and images.
 
     It must beat the runner-up, seed by seed, with a 95 % interval above zero; else nobody is called best.
     """
@@ -170,10 +141,10 @@ def best_of(column: Sequence[Cell]) -> Cell | None:
     if len(ranked) < 2:
         return None
     (first, ours), (_, theirs) = ranked[:2]
-    return first if Difference.between(ours.test.recall, theirs.test.recall).holds_up else None
+    return first if SeedDifference.of(ours.hits, theirs.hits, ours.groups).holds_up else None
 
 
-def below(difference: Difference) -> bool:
+def below(difference: SeedDifference) -> bool:
     """Whether the mean difference is below zero, not counting rounding."""
     return difference.mean < -ROUNDING
 
@@ -189,7 +160,8 @@ def legend(table: Table) -> str:
     return (
         f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
         f"method and class. '-': no setting kept mean accuracy at cross-entropy's. †: mean accuracy on test came out "
-        f"below cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % t interval)."
+        f"below cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % interval "
+        f"over seeds and images above zero)."
     )
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"pipeline", "comparison"},
     {"report", "stages", "figures"},
     {"evaluation", "worker", "console", "pages"},
-    {"search", "selection", "table1"},
+    {"search", "selection", "claims", "table1"},
     {"storage", "pruning", "baseline"},
     {"bundle", "plane"},
     {"training"},

@@ -5,6 +5,7 @@ import math
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,16 +15,18 @@ from camri_tune.records import (
     Baseline,
     Best,
     Figure,
+    Finalist,
     Measured,
     PairedDifference,
     Result,
+    SeedDifference,
     Share,
     Side,
     TrialRecord,
     TrialState,
     measured_on_validation,
 )
-from camri_tune.stats import Interval, seed_interval, tango_interval
+from camri_tune.stats import Interval, crossed_interval, seed_interval, tango_interval
 
 GOOD = TrialRecord(0, "complete", {"learning_rate": 1e-3}, constraint=-0.01)
 
@@ -35,7 +38,7 @@ def _record(seed: int, accuracy: float, recalls: tuple[float, ...]) -> TrialReco
 
 
 def _difference(gained: int, lost: int, n: int) -> PairedDifference:
-    return PairedDifference(gained, lost, n, tango_interval(gained, lost, n, confidence=0.90))
+    return PairedDifference(gained, lost, n, n, 0.95)
 
 
 @pytest.mark.parametrize("constraint", [-0.5, -1e-12, 0.0])
@@ -132,25 +135,99 @@ def test_the_baseline_is_the_mean_over_its_seeds() -> None:
 
 
 def test_a_share_has_its_exact_interval() -> None:
-    share = Share(57, 60)
+    share = Share.of(np.arange(60) < 57, np.arange(60))
     exact = stats.binomtest(57, 60).proportion_ci(method="exact")
     assert share.value == 0.95
     assert share.interval == pytest.approx((exact.low, exact.high))
-    assert share.as_json() == {"value": 0.95, "right": 57, "n": 60, "interval": list(share.interval)}
+    assert share.as_json() == {
+        "value": 0.95,
+        "right": 57,
+        "n": 60,
+        "effective_n": 60,
+        "interval": list(share.interval),
+    }
 
 
-def test_a_paired_difference_says_what_its_lower_bound_is() -> None:
-    difference = PairedDifference(40, 20, 160, Interval(0.046, 0.203))
+def test_a_share_of_frames_counts_their_tracks() -> None:
+    """Sixty frames of six tracks, one track wrong throughout: hardly more than five of six."""
+    right, tracks = np.arange(60) >= 10, np.arange(60) // 10
+    share, alone = Share.of(right, tracks), Share.of(right, np.arange(60))
+    assert (share.right, share.n) == (alone.right, alone.n) == (50, 60)
+    assert share.effective_n < 6.1
+    assert share.interval.low < 0.4
+    assert alone.interval.low > 0.7
+
+
+@given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
+def test_two_models_are_compared_image_by_image(pairs: list[tuple[bool, bool]]) -> None:
+    gained = lost = 0
+    for new, old in pairs:
+        gained += new and not old
+        lost += old and not new
+    new_right, old_right = (np.array(column) for column in zip(*pairs, strict=True))
+    for groups in (None, np.arange(len(pairs))):
+        difference = PairedDifference.of(new_right, old_right, groups)
+        assert (difference.gained, difference.lost, difference.n) == (gained, lost, len(pairs))
+        assert difference.effective_n == len(pairs)
+        assert difference.estimate == pytest.approx(new_right.mean() - old_right.mean())
+        assert difference.interval == pytest.approx(tango_interval(gained, lost, len(pairs), confidence=0.90))
+    assert PairedDifference.of(new_right, old_right, None, 0.99).interval == pytest.approx(
+        tango_interval(gained, lost, len(pairs), confidence=0.98)
+    )
+
+
+def test_frames_of_one_object_are_not_so_many_proofs() -> None:
+    """Every frame of 3 of 40 tracks is lost: with 20 frames a track the bound is near that of 40 images."""
+    old, tracks = np.ones(800, bool), np.arange(800) // 20
+    new = tracks >= 3
+    grouped, alone, of_tracks = (
+        PairedDifference.of(new, old, tracks).lower_bound,
+        PairedDifference.of(new, old).lower_bound,
+        tango_interval(0, 3, 40, confidence=0.90).low,
+    )
+    assert grouped == pytest.approx(of_tracks, abs=0.02)
+    assert grouped < alone - 0.05
+
+
+def test_answers_to_different_images_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="not to the same images"):
+        PairedDifference.of(np.array([True, False]), np.array([True]))
+    with pytest.raises(ValueError, match="not to the same images"):
+        SeedDifference.of(np.ones((2, 3), bool), np.ones((1, 3), bool))
+
+
+def test_a_paired_difference_says_how_its_bound_can_be_had_again() -> None:
+    difference = PairedDifference(40, 20, 160, 160, 0.95)
     assert difference.estimate == 0.125
-    assert difference.lower_bound == 0.046
+    low, high = difference.interval
     assert json.loads(json.dumps(difference.as_json())) == {
         "gained": 40,
         "lost": 20,
         "n": 160,
-        "interval": [0.046, 0.203],
+        "effective_n": 160,
+        "confidence": 0.95,
+        "interval": [low, high],
         "estimate": 0.125,
-        "lower_bound": 0.046,
+        "lower_bound": low,
     }
+    assert tango_interval(40, 20, 160, confidence=0.90) == (low, high)
+
+
+def test_a_difference_over_seeds_is_that_of_each_pair() -> None:
+    rng = np.random.default_rng(0)
+    new, old = rng.random((3, 500)) < 0.9, rng.random((3, 500)) < 0.7
+    difference = SeedDifference.of(new, old)
+    assert difference.values == pytest.approx(tuple(n.mean() - o.mean() for n, o in zip(new, old, strict=True)))
+    assert difference.mean == pytest.approx(new.mean() - old.mean())
+    assert difference.interval == crossed_interval(new.astype(float) - old)
+    assert difference.holds_up
+    low, high = difference.interval or (0, 0)
+    assert difference.in_points() == (f"{100 * difference.mean:+.2f}", f"[{100 * low:+.2f}, {100 * high:+.2f}]")
+    assert not SeedDifference.of(old, new).holds_up
+    one = SeedDifference.of(new[:1], old[:1])
+    assert one.interval is None
+    assert not one.holds_up
+    assert one.in_points()[1] == ""
 
 
 def test_a_worse_model_has_a_negative_difference() -> None:
@@ -174,9 +251,15 @@ def _result(best: Best | None) -> Result:
         sentence="A sentence.",
         notices=("A notice.",),
         images={"train": 10, "validation": 5, "test": 5},
+        folds=1,
         baseline=Side(measured, measured),
         baseline_learning_rate=4e-3,
         best=best,
+        finalists=(
+            Finalist(7, {"scale": 16.0}, measured, 0.8, True, best.accuracy_difference if best else None),
+            Finalist(2, {"scale": 8.0}, None, None, False, None),
+        ),
+        test_reads=1,
         trials={"complete": 3, "pruned": 1, "failed": 0},
         wall_seconds=1.5,
         versions={"torch": "2"},
@@ -201,10 +284,13 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
         params={"scale": 16.0, "margin": 0.25},
         side=Side(measured, measured),
         exported_seed=1,
-        exported_accuracy=Share(93, 100),
-        exported_recall={0: Share(19, 20)},
+        exported_accuracy=Share(93, 100, 100),
+        exported_recall={0: Share(19, 20, 20)},
+        baseline_seed=0,
         accuracy_difference=_difference(3, 2, 100),
         recall_difference=_difference(2, 0, 20),
+        recall_over_seeds=SeedDifference((0.1, 0.05), Interval(0.01, 0.14)),
+        accuracy_over_seeds=SeedDifference((0.01, 0.01), Interval(0.0, 0.02)),
     )
     value = json.loads(json.dumps(_result(best).as_json()))
     assert value["best"]["trial"] == 7
@@ -215,6 +301,12 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
     assert value["best"]["exported"]["test"]["recall"]["0"]["n"] == 20
     assert value["best"]["recall_difference"]["gained"] == 2
     assert value["best"]["recall_difference"]["confidence"] == 0.95
+    assert value["best"]["exported"]["compared_with_seed"] == 0
+    assert value["best"]["over_seeds"]["recall_difference"]["interval"] == [0.01, 0.14]
+    kept, failed = value["finalists"]
+    assert (kept["trial"], kept["kept_accuracy"], kept["recall_lower_bound"]) == (7, True, 0.8)
+    assert kept["accuracy_difference"]["gained"] == 3
+    assert (failed["kept_accuracy"], failed["validation"], failed["accuracy_difference"]) == (False, None, None)
     difference = value["accuracy_difference"]
     assert (difference["gained"], difference["lost"], difference["n"]) == (3, 2, 100)
     assert difference["epsilon"] == pytest.approx(0.005), "points in the study, a fraction beside fractions"

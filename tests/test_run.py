@@ -21,6 +21,7 @@ from camri_tune.bundle import read_bundle
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import open_dataset
 from camri_tune.posthoc import tune_bias
+from camri_tune.stats import tango_interval
 from camri_tune.training import predict_logits
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 
@@ -79,7 +80,14 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, dict[str, Any]]
                 assert figure["n"] == len(figure["values"]) == result["seeds"] == 2
                 assert math.isclose(figure["mean"], sum(figure["values"]) / 2)
                 assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
+    (finalist,) = result["finalists"]
+    assert finalist["trial"] == result["best"]["trial"]
+    assert finalist["kept_accuracy"]
+    assert finalist["validation"] == result["best"]["validation"]
     difference = result["accuracy_difference"]
+    assert finalist["accuracy_difference"].items() <= difference.items()
+    assert difference["confidence"] == difference["study_confidence"] == 0.95, "one finalist shares with nobody"
+    assert difference["lower_bound"] == tango_interval(difference["gained"], difference["lost"], 359, 0.90).low
     assert difference["n"] == result["images"]["test"] == 359
     assert math.isclose(difference["estimate"], (difference["gained"] - difference["lost"]) / difference["n"])
     assert difference["lower_bound"] <= difference["estimate"]
@@ -110,6 +118,49 @@ def test_evaluating_the_bundle_reproduces_the_stored_figures(
     assert {key: figures[key] for key in stored} == stored
     assert figures["matches_stored"]
     assert "reproduced exactly" in camri_tune("evaluate", moved).stdout
+
+
+def test_several_finalists_share_the_doubt_and_are_judged_in_validations_order(tmp_path: Path) -> None:
+    """Two retrained settings: what test says of each is stored, with counts from which anyone has the bound again."""
+    done = camri_tune("run", "--out", tmp_path, *SMALL, "--trials", "4", "--finalists", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    assert len(result["finalists"]) == 2
+    kept = [f for f in result["finalists"] if f["kept_accuracy"]]
+    bounds = [f["recall_lower_bound"] for f in kept]
+    assert bounds == sorted(bounds, reverse=True)
+    level = 1 - 0.05 / len(kept)
+    judged = [f for f in kept if f["accuracy_difference"] is not None]
+    assert judged
+    for finalist in judged:
+        difference = finalist["accuracy_difference"]
+        counts = difference["gained"], difference["lost"], difference["n"]
+        assert difference["confidence"] == pytest.approx(level)
+        assert difference["lower_bound"] == pytest.approx(tango_interval(*counts, confidence=2 * level - 1).low)
+    passed = [f["accuracy_difference"]["lower_bound"] >= -0.005 for f in judged]
+    assert not any(passed[:-1]), "the first that passes ends it"
+    exported = judged[-1] if passed[-1] else judged[0]
+    assert result["best"]["trial"] == exported["trial"]
+    assert result["verdict"] == ("certified" if passed[-1] else "feasible")
+
+
+def test_folds_cost_as_many_trainings_a_trial_and_are_said(tmp_path: Path) -> None:
+    options = ["--epochs", "1", "--trials", "2", "--seeds", "2", "--finalists", "1", "--tolerance", "100"]
+    done = camri_tune("run", "--out", tmp_path, "--name", "d", *options, "--folds", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    assert result["folds"] == 3
+    assert result["images"]["validation"] > 2.5 * 287
+    assert "in 3 folds, each scored by models not trained on it" in done.stderr.replace("\n", " ")
+    with sqlite3.connect(tmp_path / "d" / "study.db") as database:
+        folds = database.execute(
+            "select study_name, value_json, count(*) from trial_user_attributes a join trials using (trial_id) "
+            "join studies using (study_id) where a.key = 'fold' group by 1, 2 order by 1, 2"
+        ).fetchall()
+    assert folds[:3] == [("d.baseline", fold, 1) for fold in "012"], "a third seed, for the third fold's floor"
+    assert folds[3:] == [("d.finalists", fold, 1) for fold in "01"]
+    for part in ("validation", "test"):
+        assert result["baseline"][part]["accuracy"]["n"] == result["best"][part]["accuracy"]["n"] == 2
 
 
 def test_calibrating_adds_the_bias_that_validation_asks_for_and_trains_nothing(
@@ -186,12 +237,12 @@ def test_asking_for_more_trials_adds_just_those(finished: tuple[Path, dict[str, 
 def test_nothing_is_called_best_where_nothing_is_feasible(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Raise the stored floor of a finished study out of reach: exit code 3, and the earlier export is withdrawn."""
+    """Put a finished study's finalists below the floor: exit code 3, and the earlier export is withdrawn."""
     folder = shutil.copytree(finished[0], tmp_path / "d")
     with sqlite3.connect(folder / "study.db") as database:
         changed = database.execute(
-            "update trial_user_attributes set value_json = '9.0' where key = 'accuracy' and trial_id in "
-            "(select trial_id from trials join studies using (study_id) where study_name = 'd.baseline')"
+            "update trial_system_attributes set value_json = '0.1' where key = 'constraints:accuracy' and trial_id in "
+            "(select trial_id from trials join studies using (study_id) where study_name = 'd.finalists')"
         ).rowcount
     assert changed > 0
     done = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--json")
