@@ -247,7 +247,7 @@ class SeedDifference:
     """One setting's R models less another's, seed by seed, in shares: what another seed and other images would give.
 
     `values` are the seeds' differences. `interval` is a 95 % one for their mean, over seeds and images; None with one
-    seed, or without any spread to judge by.
+    seed or one image (group), or without any spread to judge by.
     """
 
     values: tuple[float, ...]

@@ -55,7 +55,7 @@ def crossed_interval(
     by_seed = float(differences.mean(axis=1).var(ddof=1)) / seeds
     by_image = _variance_over_groups(differences.mean(axis=0), members)
     variance = by_seed + by_image
-    if variance == 0:
+    if variance < 1e-24:  # none but rounding's
         return None
     freedom = variance**2 / (by_seed**2 / (seeds - 1) + by_image**2 / (count - 1))
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)

@@ -13,20 +13,25 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from scipy import stats
+from numpy.typing import NDArray
 from torch import Tensor
 
 from camri_tune.bundle import ModelSpec, load_classifier
+from camri_tune.comparison import compare
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.evaluation import Judge
+from camri_tune.images import Images
 from camri_tune.posthoc import tune_bias
-from camri_tune.records import Figure, TrialRecord
+from camri_tune.records import Figure, SeedDifference, TrialRecord
 from camri_tune.report import cell_text
 from camri_tune.storage import StudyStore, open_storage
-from camri_tune.table1 import Cell, Difference, Outcome, Scores
+from camri_tune.table1 import Cell, Outcome, Scores
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
+from tests.samples import crossed
 
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
 SMALL = ["--epochs", "5", "--limit", "400", "--trials", "2", "--seeds", "2", "--finalists", "1", "--tolerance", "100"]
@@ -141,8 +146,10 @@ def _outcome(written: dict[str, Any]) -> Outcome:
     return Outcome(
         validation=scores("validation"),
         test=scores("test"),
-        recall_difference=Difference(tuple(written["recall_difference"]["values"])),
-        accuracy_difference=Difference(tuple(written["accuracy_difference"]["values"])),
+        recall_difference=SeedDifference(tuple(written["recall_difference"]["values"]), None),
+        accuracy_difference=SeedDifference(tuple(written["accuracy_difference"]["values"]), None),
+        hits=np.zeros((2, 0), bool),  # in no file
+        groups=np.zeros(0, int),
     )
 
 
@@ -202,7 +209,8 @@ def test_cross_entropy_has_no_difference_to_itself(finished: Compared) -> None:
         ce = finished.cells[token, "ce"]
         assert ce["params"] == {"learning_rate": finished.table["datasets"]["digits"]["learning_rate"]}
         for name in ("recall", "accuracy"):
-            assert ce["trained"][f"{name}_difference"]["values"] == [0.0, 0.0]
+            nothing = {"mean": 0.0, "values": [0.0, 0.0], "interval": None}  # no spread to judge by
+            assert ce["trained"][f"{name}_difference"] == nothing
 
 
 def test_the_threshold_row_is_cross_entropy_with_its_bias(finished: Compared) -> None:
@@ -223,9 +231,6 @@ def test_differences_are_those_of_the_values(finished: Compared) -> None:
                 difference = outcome[f"{name}_difference"]
                 assert difference["values"] == pytest.approx(values, abs=1e-15)
                 assert difference["mean"] == pytest.approx(sum(values) / 2, abs=1e-15)
-                half = float(stats.t.ppf(0.975, 1)) * abs(values[0] - values[1]) / 2
-                ends = [sum(values) / 2 - half, sum(values) / 2 + half]
-                assert difference["interval"] == pytest.approx(ends, abs=1e-12)
 
 
 # --- the figures again, from the checkpoints --------------------------------------------------------------------------
@@ -255,10 +260,14 @@ def _logits(compared: Compared, record: TrialRecord, pixels: Tensor) -> Tensor:
     return logits.double()
 
 
-def _recall_and_accuracy(logits: Tensor, labels: Tensor, important: int, bias: float = 0.0) -> tuple[float, float]:
+def _right(logits: Tensor, labels: Tensor, important: int, bias: float = 0.0) -> Tensor:
     shifted = logits.clone()
     shifted[:, important] += bias
-    right = shifted.argmax(dim=1) == labels
+    return shifted.argmax(dim=1) == labels
+
+
+def _recall_and_accuracy(logits: Tensor, labels: Tensor, important: int, bias: float = 0.0) -> tuple[float, float]:
+    right = _right(logits, labels, important, bias)
     return float(right[labels == important].double().mean()), float(right.double().mean())
 
 
@@ -279,6 +288,66 @@ def test_every_figure_is_that_of_the_checkpoints(finished: Compared, digits: Dat
                 found = list(zip(written["recall"]["values"], written["accuracy"]["values"], strict=True))
                 assert found == [pytest.approx(pair, abs=1e-12) for pair in expected], (cell["method"], name, part)
                 assert math.isclose(written["recall"]["mean"], sum(r for r, _ in expected) / 2)
+
+
+def _answers(compared: Compared, cell: dict[str, Any], test: Images) -> dict[str, NDArray[np.bool_]]:
+    """Whether each seed's model gets each test image right (2, N), as trained and at matched accuracy."""
+    logits = [_logits(compared, record, test.pixels) for record in _models(compared, cell)]
+    return {
+        name: np.stack(
+            [
+                _right(each, test.labels, cell["class"], bias).numpy()
+                for each, bias in zip(logits, cell[name]["biases"] or [0.0, 0.0], strict=True)
+            ]
+        )
+        for name in ("trained", "matched")
+    }
+
+
+def test_intervals_and_the_best_are_those_of_the_models_answers(finished: Compared, digits: Dataset) -> None:
+    test = digits.test()
+    assert len(set(test.groups.tolist())) == len(test), "here every image counts alone"
+    for token in ("worst1", "median"):
+        right = {method: _answers(finished, finished.cells[token, method], test) for method in METHODS}
+        ours = (test.labels == finished.cells[token, "ce"]["class"]).numpy()
+        base = right["ce"]["trained"]
+        for method, answers in right.items():
+            for name, new in answers.items():
+                written = finished.cells[token, method][name]
+                for figure, part in (("recall", ours), ("accuracy", np.ones_like(ours))):
+                    expected = crossed(new[:, part], base[:, part])
+                    assert written[f"{figure}_difference"]["interval"] == pytest.approx(expected, abs=1e-9)
+
+        first, second = sorted(METHODS, key=lambda m: -right[m]["trained"][:, ours].sum())[:2]
+        low, high = crossed(right[first]["trained"][:, ours], right[second]["trained"][:, ours]) or (0, 0)
+        best = [method for method in METHODS if finished.cells[token, method]["best"]]
+        assert best == ([first] if 0 < low < high else [])
+
+
+def test_test_images_of_one_group_count_together(
+    finished: Compared, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digits have no groups: here some are made of what was judged already. Nothing is trained for it."""
+    shutil.copytree(finished.folder, tmp_path / "compare")
+    test = digits.test()
+    groups = torch.arange(len(test)) // 40
+    monkeypatch.setattr(Judge, "test", Images(test.pixels, test.labels, groups))
+    options = {name.removeprefix("--"): value for name, value in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    config = StudyConfig.build({**options, "important": ("worst1",), "out": tmp_path})
+    table = compare(config, datasets=["digits"], methods=["ce", "l2"], protocol="ours")
+    ours = (test.labels == table.cells[0].important).numpy()
+    base = _answers(finished, finished.cells["worst1", "ce"], test)["trained"]
+    new = _answers(finished, finished.cells["worst1", "l2"], test)["trained"]
+    assert _counts(tmp_path / "compare") == _counts(finished.folder)
+
+    l2 = table.cells[1].trained
+    assert l2 is not None
+    assert (l2.hits == new[:, ours]).all()
+    assert l2.groups.tolist() == groups[ours].tolist()
+    for difference, part in ((l2.recall_difference, ours), (l2.accuracy_difference, np.ones_like(ours))):
+        grouped, alone = (crossed(new[:, part], base[:, part], g) for g in (groups[part].tolist(), None))
+        assert difference.interval == pytest.approx(grouped, abs=1e-9)
+        assert difference.interval != pytest.approx(alone, abs=1e-9)
 
 
 def test_each_bias_has_the_highest_recall_that_keeps_accuracy_on_validation(

@@ -9,15 +9,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
 from camri_tune.console import comparison_tables
 from camri_tune.pages import COLOURS, comparison_page, recall_over_accuracy
-from camri_tune.records import Figure
+from camri_tune.records import Figure, SeedDifference
 from camri_tune.report import cell_text, comparison_csv, comparison_markdown, write_comparison
-from camri_tune.table1 import METHODS, TITLES, Cell, Difference, Method, Outcome, Protocol, Scores, Table, best_of
+from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Protocol, Scores, Table, best_of
+from tests.samples import MANY, hits_of
 
 EVIL = "<b>x & y</b></script>|z"  # a class's name is its folder's
 CE_RECALL, CE_ACCURACY = (0.50, 0.52), (0.90, 0.92)
@@ -29,8 +31,10 @@ def _outcome(recall: Sequence[float], accuracy: Sequence[float]) -> Outcome:
     return Outcome(
         validation=Scores(Figure((0.123, 0.124)[: len(recall)]), Figure((0.321, 0.322)[: len(recall)])),
         test=test,
-        recall_difference=Difference.between(test.recall, Figure(CE_RECALL[: len(recall)])),
-        accuracy_difference=Difference.between(test.accuracy, Figure(CE_ACCURACY[: len(recall)])),
+        recall_difference=SeedDifference.of(hits_of(recall), hits_of(CE_RECALL[: len(recall)])),
+        accuracy_difference=SeedDifference.of(hits_of(accuracy), hits_of(CE_ACCURACY[: len(recall)])),
+        hits=hits_of(recall),
+        groups=np.arange(MANY),
     )
 
 
@@ -105,8 +109,12 @@ def test_the_csv_has_every_cell_with_its_figures() -> None:
             assert float(row[f"{prefix}recall_sd"]) == pytest.approx(outcome.test.recall.sd, abs=5e-7)
             assert float(row[f"{prefix}accuracy_sd"]) == pytest.approx(outcome.test.accuracy.sd, abs=5e-7)
             assert float(row[f"{prefix}recall_gain"]) == pytest.approx(outcome.recall_difference.mean, abs=5e-7)
-            ends = [float(row[f"{prefix}recall_gain_{end}"]) for end in ("low", "high")]
-            assert ends == pytest.approx(outcome.recall_difference.interval, abs=5e-7)
+            low, high = (row[f"{prefix}recall_gain_{end}"] for end in ("low", "high"))
+            if (interval := outcome.recall_difference.interval) is None:
+                assert outcome is CE, "no difference to itself, and no spread"
+                assert (low, high) == ("", "")
+                continue
+            assert (float(low), float(high)) == pytest.approx(interval, abs=5e-7)
     paper = [(row["paper_recall"], row["paper_accuracy"]) for row in rows]
     assert paper[4] == ("0.7654", "0.9876")
     assert set(paper[:4] + paper[5:]) == {("", "")}
@@ -250,6 +258,8 @@ def test_the_page_has_every_figure(page: _Page) -> None:
     assert l2[1:] == ["-"] * 6
     _, camri = rows[4]
     assert camri[6] == "0.7654 / 0.9876"
+    _, ce = rows[0]
+    assert ce[3] == "+0.00", "no difference to itself, and no interval"
     assert [cell.split(" ")[0] for cell in camri[1:6]] == ["0.7125", "0.9350", "+20.25", "0.6450", "0.9550"]
     interval = BETTER.recall_difference.interval
     assert interval

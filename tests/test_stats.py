@@ -306,6 +306,7 @@ def test_one_seed_or_one_group_has_no_such_interval() -> None:
     assert crossed_interval(np.zeros((3, 50)), np.zeros(50, int)) is None
     assert crossed_interval(np.zeros((3, 0))) is None
     assert crossed_interval(np.full((3, 50), 0.5)) is None, "nothing varies: that is no certainty"
+    assert crossed_interval(np.tile(np.eye(3), 5)) is None, "but for rounding"
 
 
 @pytest.mark.parametrize("images", [60, 1000])
