@@ -28,6 +28,7 @@ from camri_tune.records import (
     Side,
     TrialRecord,
     Verdict,
+    biases_of,
     measured_on_validation,
     without_nan,
 )
@@ -174,7 +175,8 @@ def _finalists(
 
 def _note_reading(stages: Stages, settings: Sequence[Sequence[TrialRecord]]) -> int:
     """Store which models test is about to judge. Returns how many different selections it has been read for."""
-    selection = [r.sha256 for records in settings for r in records]
+    # A bias added after training makes another model of the same weights.
+    selection = [[r.sha256, *biases_of(r.params).values()] for records in settings for r in records]
     earlier = stages.store.attributes.get("test_reads", [])
     if selection and selection not in earlier:
         stages.store.set("test_reads", [*earlier, selection])

@@ -1,7 +1,7 @@
 """Plain records that the rooms hand to each other. No torch, no Optuna: arithmetic on them is easy to test."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -421,6 +421,11 @@ class Result:
             "wall_seconds": self.wall_seconds,
             "versions": self.versions,
         }  # fmt: skip
+
+
+def biases_of(params: Mapping[str, float]) -> dict[int, float]:
+    """What calibration adds to the logit of each class, if anything."""
+    return {int(name.removeprefix(BIAS)): value for name, value in params.items() if name.startswith(BIAS)}
 
 
 def measured_on_validation(records: Sequence[TrialRecord], important: Sequence[int]) -> Measured:

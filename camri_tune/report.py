@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from camri_tune.claims import few_test_images, provenance
 from camri_tune.pages import comparison_page
-from camri_tune.records import BIAS, Figure, PairedDifference, Result, SeedDifference, without_nan
+from camri_tune.records import Figure, PairedDifference, Result, SeedDifference, biases_of, without_nan
 from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
 
 
@@ -75,10 +75,9 @@ def _counts(difference: PairedDifference) -> str:
 def _bias_line(params: Mapping[str, float]) -> str:
     """What calibration did to the model, if anything."""
     lines = [
-        f"- Calibrated: {value:+.4g} is added to the logit of class {name.removeprefix(BIAS)}, tuned on validation so that "
+        f"- Calibrated: {value:+.4g} is added to the logit of class {c}, tuned on validation so that "
         f"accuracy there keeps the baseline's.\n"
-        for name, value in params.items()
-        if name.startswith(BIAS)
+        for c, value in biases_of(params).items()
     ]
     return "".join(lines)
 

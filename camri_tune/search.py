@@ -24,7 +24,7 @@ from camri_tune.errors import TrainingDivergedError
 from camri_tune.losses import adacos_scale
 from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
 from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner
-from camri_tune.records import BIAS
+from camri_tune.records import biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec, Progress, Trained, recipe_of, train
 
@@ -277,7 +277,7 @@ def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, flo
         classes=data.classes,
         head="cosine" if "scale" in SPACES[loss] else "dense",
         scale=params.get("scale"),
-        logit_bias={int(n.removeprefix(BIAS)): value for n, value in params.items() if n.startswith(BIAS)},
+        logit_bias=biases_of(params),
     )
 
 
