@@ -164,6 +164,21 @@ def _baseline(*recalls: float) -> Baseline:
     return Baseline(1e-3, tuple(records))
 
 
+def test_each_fold_has_the_accuracy_of_its_own_models() -> None:
+    """Also of those on folds that no seed took, which count in nothing else."""
+    first, second, third, other = (
+        TrialRecord(n, "complete", {}, accuracy=accuracy, recall_per_class=(accuracy,), fold=fold)
+        for n, (fold, accuracy) in enumerate([(0, 0.5), (1, 0.875), (0, 0.75), (2, 0.125)])
+    )
+    assert Baseline(1e-3, (first, second, third)).accuracy_by_fold == (0.625, 0.875)
+    baseline = Baseline(1e-3, (first, second, third), (other,))
+    assert baseline.accuracy_by_fold == (0.625, 0.875, 0.125)
+    assert baseline.accuracy == pytest.approx((0.5 + 0.875 + 0.75) / 3)
+    assert baseline.accuracy_sd == Baseline(1e-3, (first, second, third)).accuracy_sd
+    assert baseline.recall_per_class == pytest.approx((baseline.accuracy,))
+    assert _baseline(0.5).accuracy_by_fold == (0.9,)
+
+
 BASELINE = _baseline(0.75, 0.5, 0.875, 0.25, 0.625)
 
 

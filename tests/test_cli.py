@@ -27,6 +27,9 @@ REPOSITORY = Path(__file__).parents[1]
         (["--trials", "abc"], ["--trials", "integer"]),
         (["--tolerance", "-1"], ["--tolerance", "-1", "greater than or equal to 0"]),
         (["--tolerance", "nan"], ["--tolerance", "nan"]),
+        (["--finalists", "6"], ["--finalists", "6", "less than or equal to 5"]),
+        (["--folds", "6"], ["--folds", "'6'", "from 1 to 5", "auto"]),
+        (["--folds", "many"], ["--folds", "'many'", "from 1 to 5", "auto"]),
         (["--workers", "0"], ["--workers", "0", "auto"]),
         (["--workers", "many"], ["--workers", "'many'", "auto"]),
         (["--name", "../x"], ["--name", "'../x'", "letters"]),
@@ -62,6 +65,16 @@ def test_data_folders_that_are_none_get_one_line(tmp_path: Path) -> None:
     }.items():
         path = tmp_path / dataset
         assert_one_line_error(camri_tune("run", "--out", tmp_path / "runs", "--dataset", path), str(path), *parts)
+
+
+def test_folds_of_a_data_set_with_its_own_validation_part_get_one_line(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for index, name in enumerate(("train/a", "train/b", "val/a", "val/b")):
+        (root / name).mkdir(parents=True)
+        for place in range(3):
+            Image.new("RGB", (8, 8), (index, place, 0)).save(root / name / f"{place}.png")
+    done = camri_tune("run", "--out", tmp_path / "runs", "--dataset", root, "--folds", "2")
+    assert_one_line_error(done, "--folds 2", "'photos'", "validation")
 
 
 def test_a_run_folder_that_cannot_be_written_gets_one_line(tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("epsilon", 101, "less than or equal to 100"),
     ("finalists", 0, "greater than or equal to 1"),
     ("finalists", 6, "less than or equal to 5"),
+    ("finalists", "auto", "integer"),
+    ("finalists", True, "integer"),
+    *(("folds", value, "whole number from 1 to 5, or 'auto'") for value in (0, -1, 6, "0", "6", "", "²", "many")),
+    *(("folds", value, "whole number from 1 to 5, or 'auto'") for value in (2.0, True, None, [2])),
     ("image_size", 7, "greater than or equal to 8"),
     ("image_size", 513, "less than or equal to 512"),
     ("limit", 0, "greater than or equal to 1"),
@@ -167,6 +171,33 @@ def test_workers_are_a_count_or_auto(given: object, expected: object) -> None:
     assert StudyConfig.build({"workers": given}).workers == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", "auto"), ("1", 1), (1, 1), ("3", 3), (5, 5), ("5", 5), ("05", 5)]
+)
+def test_folds_are_a_small_count_or_auto(given: object, expected: object) -> None:
+    assert StudyConfig().folds == "auto"
+    assert StudyConfig.build({"folds": given}).folds == expected
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_folds_may_be_more_than_seeds(seeds: int) -> None:
+    """The baseline gets models on those that are left."""
+    config = StudyConfig.build({"folds": 5, "seeds": seeds})
+    assert (config.folds, config.seeds) == (5, seeds)
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [(1, 1), (3, 1), (4, 1), (7, 1), (8, 2), (12, 3), (19, 4), (20, 5), (24, 5), (200, 5)],
+)
+def test_finalists_are_a_quarter_of_the_trials_unless_given(trials: int, expected: int) -> None:
+    config = StudyConfig.build({"trials": trials})
+    assert config.finalists is None
+    assert config.most_finalists == expected
+    for count in (1, 2, 5):
+        assert StudyConfig.build({"trials": trials, "finalists": count}).most_finalists == count
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
 def test_devices_that_may_be_named(device: str) -> None:
     assert StudyConfig.build({"device": device}).device == device
@@ -223,6 +254,7 @@ OTHER_VALUES: dict[str, object] = {
     "tolerance": 1.0,
     "epsilon": 1.0,
     "finalists": 1,
+    "folds": 3,
     "image_size": 16,
     "limit": 100,
     "skip_corrupt": True,

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, features
 from safetensors.torch import save_file
 
-from camri_tune.config import BUILT_IN_DATASETS
+from camri_tune.augmentation import Augmentation
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset, open_test_images
 from camri_tune.errors import DataError
+from camri_tune.folders import Packed, Source
 from camri_tune.images import Images, read_image
 from tests.conftest import MakeFolder
 from tests.opening import SIDE, Pixels, build_config, forbid_decoding, message_of, open_data, read_rgb, same
@@ -764,6 +766,153 @@ def test_a_limit_leaves_a_validation_folder_whole(image_folder: MakeFolder) -> N
     assert len(limited.train) == 8
     assert _shown(limited.validation) == _colours(root / "val")
     assert _shown(limited.test()) == _colours(root / "test")
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+FOLDS = 5
+
+
+def _rows(images: Images) -> list[int]:
+    """Which of the images of `_grouped` these are."""
+    high, low = images.pixels[:, 0, 0, :2].long().unbind(dim=1)
+    return [int(number) for number in 256 * high + low]
+
+
+def _grouped(sizes: Sequence[Sequence[int]], **values: Any) -> Dataset:
+    """Classes with groups of these sizes. The first two pixels number an image."""
+    table = [(label, size) for label, of_class in enumerate(sizes) for size in of_class]
+    groups = torch.repeat_interleave(torch.tensor([size for _, size in table]))
+    labels = torch.tensor([label for label, _ in table])[groups]
+    numbers = torch.arange(len(groups))
+    pixels = torch.zeros(len(groups), 1, SIDE, SIDE, dtype=torch.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = numbers // 256, numbers % 256
+    names = tuple(f"class {label}" for label in range(len(sizes)))
+    packed = Packed((), lambda: Images(pixels, labels, groups))
+    source = Source("grouped", None, names, SIDE, 1, Augmentation(), packed={"train": packed})
+    return Dataset(source, StudyConfig.build(values))
+
+
+def test_the_first_fold_is_the_split_and_the_others_hold_out_other_images(image_folder: MakeFolder) -> None:
+    root = image_folder({"a": 40, "b": 50})
+    data = open_data(root)
+    assert data.has_folds
+    assert data.fold(0)[0] is data.train
+    assert data.fold(0)[1] is data.validation
+    pool = _shown(data.train) | _shown(data.validation)
+    assert pool == _colours(root) - _shown(data.test())
+    held: list[tuple[int, ...]] = []
+    for fold in range(FOLDS):
+        train, validation = data.fold(fold)
+        assert not _shown(train) & _shown(validation)
+        assert _shown(train) | _shown(validation) == pool, "no test image, and none lost"
+        assert torch.bincount(validation.labels).tolist() == [6, 8]
+        held += _shown(validation)
+    assert len(held) == len(set(held)) == FOLDS * 14
+
+
+def test_a_class_of_few_images_repeats_some_of_them(image_folder: MakeFolder) -> None:
+    data = open_data(image_folder({"a": 4, "b": 50}))
+    a, b = ([{*_shown(data.fold(k)[1][_of_class(data.fold(k)[1], c)])} for k in range(FOLDS)] for c in (0, 1))
+    assert [len(shown) for shown in a] == [1] * FOLDS
+    assert len(set.union(*a)) == 3, "all but the test image"
+    assert len(set.union(*b)) == FOLDS * 8
+    validation = data.validation_of(FOLDS)
+    assert _shown(validation) == set.union(*a, *b), "each once"
+    assert torch.bincount(validation.labels).tolist() == [3, FOLDS * 8]
+
+
+def _of_class(images: Images, label: int) -> NDArray[np.int64]:
+    return np.flatnonzero(images.labels.numpy() == label)
+
+
+def test_folds_are_the_same_for_whoever_opens_the_data_set(image_folder: MakeFolder) -> None:
+    """Workers open it for themselves, and ask for folds in any order."""
+    root = image_folder({"a": 20, "b": 20})
+    first, second = open_data(root), open_data(root, folds=3)
+    expected = [first.fold(fold) for fold in range(3)]
+    for fold in (2, 0, 1):
+        assert all(map(same, second.fold(fold), expected[fold]))
+    assert second.fingerprint == first.fingerprint
+    assert same(second.train, first.train)
+    assert same(second.test(), first.test())
+    other = open_data(root, seed=1)
+    assert _shown(other.fold(1)[1]) != _shown(first.fold(1)[1])
+
+
+def test_folds_move_whole_groups() -> None:
+    data = _grouped([[3] * 25, [1, 2, 3, 4] * 8])
+    assert data.grouped
+    for fold in range(FOLDS):
+        train, validation = data.fold(fold)
+        assert not set(train.groups.tolist()) & set(validation.groups.tolist())
+        assert len(train) + len(validation) == len(data.train) + len(data.validation)
+
+
+def test_the_images_that_folds_validate_on_are_each_told_once() -> None:
+    data = _grouped([[3] * 25, [2] * 5, [1] * 50])
+    assert data.validation_of(1) is data.validation
+    for count in range(1, FOLDS + 1):
+        expected = {row for fold in range(count) for row in _rows(data.fold(fold)[1])}
+        images = data.validation_of(count)
+        assert _rows(images) == sorted(expected)
+        assert len(_rows(images)) == len(expected)
+    alone = [len(data.fold(fold)[1]) for fold in range(FOLDS)]
+    assert len(data.validation_of(2)) == sum(alone[:2])
+    assert len(data.validation_of(FOLDS)) < sum(alone), "the class of few groups"
+
+
+@pytest.mark.parametrize("values", [{"per_group": 2}, {"limit": 30}, {"per_group": 2, "limit": 30}])
+def test_every_fold_trains_on_as_few_as_asked_for(values: dict[str, int]) -> None:
+    sizes = [[5] * 25, [3] * 30]
+    whole, thin = _grouped(sizes), _grouped(sizes, **values)
+    parts = set()
+    for fold in range(FOLDS):
+        train, validation = thin.fold(fold)
+        everything, same_validation = whole.fold(fold)
+        assert same(validation, same_validation), "fewer images to judge on would decide badly"
+        assert set(_rows(train)) < set(_rows(everything))
+        assert set(train.labels.tolist()) == {0, 1}
+        counts = torch.bincount(train.groups).tolist()
+        if "per_group" in values:
+            assert set(counts) <= {0, 2}
+        if "limit" in values:
+            assert 24 < len(train) <= 30
+        else:
+            assert len(set(train.groups.tolist())) == len(set(everything.groups.tolist()))
+        parts.add(tuple(_rows(train)))
+    assert len(parts) == FOLDS
+    assert same(thin.validation_of(FOLDS), whole.validation_of(FOLDS))
+
+
+def test_a_data_set_with_a_validation_part_has_that_alone(image_folder: MakeFolder) -> None:
+    root = image_folder({"train/a": 20, "train/b": 20, "val/a": 9, "val/b": 9})
+    for folds in ("auto", 1, "1"):
+        data = open_data(root, folds=folds)
+        assert not data.has_folds
+        for fold in range(FOLDS):
+            train, validation = data.fold(fold)
+            assert same(train, data.train)
+            assert _shown(validation) == _colours(root / "val")
+        assert same(data.validation_of(FOLDS), data.validation)
+    limited = open_data(root, limit=8)
+    assert [len(limited.fold(fold)[0]) for fold in range(FOLDS)] == [8] * FOLDS
+
+
+def test_folds_are_not_to_be_had_of_a_data_set_with_a_validation_part(image_folder: MakeFolder) -> None:
+    root = image_folder({"train/a": 20, "train/b": 20, "val/a": 9, "val/b": 9})
+    for folds in (2, 5):
+        with pytest.raises(DataError, match=rf"^--folds {folds} .*brings its own: leave --folds out") as raised:
+            open_data(root, folds=folds)
+        assert repr(root.name) in message_of(raised)
+    with_test = image_folder({"train/a": 20, "train/b": 20, "test/a": 3, "test/b": 3})
+    data = open_data(with_test, folds=5)
+    assert data.has_folds
+    pool = _colours(with_test / "train")
+    for fold in range(FOLDS):
+        train, validation = data.fold(fold)
+        assert _shown(train) | _shown(validation) == pool, "the test part stays what it is"
+    assert _shown(data.test()) == _colours(with_test / "test")
 
 
 # --- images to judge a finished model on ------------------------------------------------------------------------------

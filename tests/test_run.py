@@ -177,6 +177,7 @@ def test_calibrating_adds_the_bias_that_validation_asks_for_and_trains_nothing(
     bias = result["best"]["params"][f"bias_{important}"]
     # A tolerance of 100 points forbids no bias: the lowest one above zero that misses nothing on validation is taken.
     assert result["best"]["validation"]["recall"]["values"] == [1.0, 1.0]
+    assert (plain["test_reads"], result["test_reads"]) == (1, 2), "another model of the same weights"
     bundle = read_bundle(mine / "best")
     assert bundle.config.spec.logit_bias == {important: bias}
     data = open_dataset(StudyConfig())

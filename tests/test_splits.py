@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import DataError
-from camri_tune.splits import IntArray, Split, hold_out_groups, limit_groups, thin_groups
+from camri_tune.splits import IntArray, Split, folds, hold_out_groups, limit_groups, thin_groups
 
 SEEDS = st.integers(0, 2**31 - 1)
 # Each class is a list of its groups' sizes: groups of one class, as tracks of one sign are.
@@ -125,6 +126,132 @@ def test_groups_that_span_all_classes_are_split_as_a_whole() -> None:
     split = _hold_out(labels, groups, ["healthy", "ill"], fraction=0.2, seed=0)
     _assert_a_good_split(split, labels, groups, ["healthy", "ill"])
     assert len(np.unique(groups[split.held_out])) == 2
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+
+def _folds(
+    labels: IntArray, groups: IntArray, classes: Sequence[str], *, count: int, fraction: float, seed: int
+) -> list[Split]:
+    options: dict[str, Any] = {"fraction": fraction, "seed": seed, "classes": classes, "purpose": "validation"}
+    return folds(labels, groups, count=count, **options)
+
+
+def _same(first: Split, second: Split) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@given(sizes=GROUP_SIZES, count=st.integers(1, 6), fraction=st.floats(0.05, 0.9), seed=SEEDS)
+@settings(deadline=None)
+def test_every_fold_is_a_good_split_and_the_first_is_that_of_one_alone(
+    sizes: list[list[int]], count: int, fraction: float, seed: int
+) -> None:
+    labels, groups, classes = _arrays(sizes, seed)
+    splits = _folds(labels, groups, classes, count=count, fraction=fraction, seed=seed)
+    assert len(splits) == count
+    for split in splits:
+        _assert_a_good_split(split, labels, groups, classes)
+    assert _same(splits[0], _hold_out(labels, groups, classes, fraction=fraction, seed=seed))
+
+
+@given(sizes=GROUP_SIZES, count=st.integers(2, 6), fraction=st.floats(0.05, 0.9), seed=SEEDS)
+@settings(deadline=None)
+def test_a_fold_holds_out_again_only_where_a_class_has_nothing_new_left(
+    sizes: list[list[int]], count: int, fraction: float, seed: int
+) -> None:
+    labels, groups, classes = _arrays(sizes, seed)
+    used: set[int] = set()
+    for split in _folds(labels, groups, classes, count=count, fraction=fraction, seed=seed):
+        for label in range(len(classes)):
+            of_class = set(groups[labels == label].tolist())
+            held = set(groups[split.held_out].tolist()) & of_class
+            assert not held & used or of_class - used < held
+        used |= set(groups[split.held_out].tolist())
+
+
+@given(
+    counts=st.lists(st.integers(2, 40), min_size=1, max_size=4),
+    size=st.integers(1, 5),
+    count=st.integers(2, 6),
+    fraction=st.floats(0.05, 0.5),
+    seed=SEEDS,
+)
+@settings(deadline=None, max_examples=200)
+def test_folds_share_no_image_of_a_class_with_enough_groups(
+    counts: list[int], size: int, count: int, fraction: float, seed: int
+) -> None:
+    """With groups of one size each fold takes as many; a class with fewer than all folds need gives all it has."""
+    labels, groups, classes = _arrays([[size] * number for number in counts], seed)
+    splits = _folds(labels, groups, classes, count=count, fraction=fraction, seed=seed)
+    for label, number in enumerate(counts):
+        held = [set(groups[split.held_out][labels[split.held_out] == label].tolist()) for split in splits]
+        (taken,) = {len(of_fold) for of_fold in held}
+        assert abs(taken - fraction * number) <= 0.5 + 1e-9 or taken == 1
+        assert len(set.union(*held)) == min(number, count * taken)
+
+
+@given(sizes=GROUP_SIZES, fraction=st.floats(0.05, 0.9), seed=SEEDS)
+@settings(deadline=None)
+def test_a_fold_is_the_same_however_many_are_asked_for(sizes: list[list[int]], fraction: float, seed: int) -> None:
+    """A worker that needs the third alone gets the third of five."""
+    labels, groups, classes = _arrays(sizes, seed)
+    five, again, three = (
+        _folds(labels, groups, classes, count=count, fraction=fraction, seed=seed) for count in (5, 5, 3)
+    )
+    assert all(map(_same, five, again))
+    assert all(map(_same, three, five[:3]))
+
+
+def test_another_seed_means_other_folds() -> None:
+    labels, groups, classes = _arrays([[1] * 50, [1] * 50], 0)
+    lasts = {tuple(_folds(labels, groups, classes, count=3, fraction=0.2, seed=s)[2].held_out) for s in range(5)}
+    assert len(lasts) == 5
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_class_with_few_groups_repeats_them(number: int) -> None:
+    """Five folds take two, three or four groups in turn, and the class with enough is not held back by it."""
+    labels, groups, classes = _arrays([[3] * number, [3] * 25], 0)
+    splits = _folds(labels, groups, classes, count=5, fraction=0.2, seed=0)
+    few, enough = ([groups[s.held_out][labels[s.held_out] == c] for s in splits] for c in (0, 1))
+    assert [len(np.unique(of_fold)) for of_fold in few] == [1] * 5
+    assert len(np.unique(few[:number])) == number, "each once before one comes again"
+    assert [len(np.unique(of_fold)) for of_fold in enough] == [5] * 5
+    assert len(np.unique(enough)) == 25
+
+
+def test_folds_of_groups_that_span_classes_hold_out_others_each() -> None:
+    """Ten patients with images of both classes each: five folds of two."""
+    labels, groups = np.tile([0, 1], 50), np.repeat(np.arange(10), 10)
+    splits = _folds(labels, groups, ["healthy", "ill"], count=5, fraction=0.2, seed=0)
+    for split in splits:
+        _assert_a_good_split(split, labels, groups, ["healthy", "ill"])
+    assert sorted(np.concatenate([np.unique(groups[s.held_out]) for s in splits])) == list(range(10))
+
+
+def test_what_is_to_come_last_is_held_out_only_at_need() -> None:
+    labels, groups, classes = _arrays([[1] * 10, [1] * 10], 0)
+    ours = np.unique(groups[labels == 0])
+    options: dict[str, Any] = {"fraction": 0.2, "seed": 0, "classes": classes, "purpose": "validation"}
+    for last, unwanted in ((ours[:8], ours[:8]), (ours[:9], ours[:0]), (ours, ours[:0])):
+        held = groups[hold_out_groups(labels, groups, **options, last=last).held_out]
+        assert len(np.intersect1d(held, ours)) == 2
+        assert len(np.intersect1d(held, unwanted)) == 0
+    assert (
+        len(np.intersect1d(groups[hold_out_groups(labels, groups, **options, last=ours[:9]).held_out], ours[9:])) == 1
+    )
+    nothing = hold_out_groups(labels, groups, **options, last=np.empty(0, np.int64))
+    assert _same(nothing, hold_out_groups(labels, groups, **options))
+
+
+def test_a_class_of_one_group_is_named_whatever_the_fold() -> None:
+    labels, groups = np.array([0, 0, 1, 1, 1]), np.array([1, 2, 3, 3, 3])
+    with pytest.raises(DataError, match=r"^class 'stop' has 3 image\(s\) in 1 group\(s\)"):
+        _folds(labels, groups, ["go", "stop"], count=2, fraction=0.2, seed=0)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 @given(sizes=GROUP_SIZES, share=st.floats(0, 1.2), seed=SEEDS)

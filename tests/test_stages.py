@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast, get_args
 
 import optuna
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from camri_tune.baseline import START_FACTORS
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.config import MOST_FOLDS, Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
+from camri_tune.images import Images
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import Plan, looks_at_class, starting_points, suggest, tuning_seed
 from camri_tune.stages import Crew, Stages, only_run
@@ -59,7 +61,9 @@ def _train_one(stages: Stages, stage: Stage, outcome: Outcome) -> bool:
     base = store.attributes.get("baseline")
     plan = Plan(store.config, stages.data, CPU)
     if base is not None:
-        plan = Plan(store.config, stages.data, CPU, tuple(base["important"]), base["floor"], base["learning_rate"])
+        plan = Plan(
+            store.config, stages.data, CPU, tuple(base["important"]), tuple(base["floors"]), base["learning_rate"]
+        )
     suggest(trial, stage, plan)
     study = store.optuna_study(stage)
     scores = outcome(trial.number, trial.params, trial.user_attrs)
@@ -72,12 +76,13 @@ def _train_one(stages: Stages, stage: Stage, outcome: Outcome) -> bool:
     recalls[3], recalls[5] = recall, 1 - recall  # who is good at the one is bad at the other
     for key, value in {"accuracy": accuracy, "recall_per_class": recalls, "checkpoint": "c", "sha256": "s"}.items():
         trial.set_user_attr(key, value)
-    if plan.floor is None:
+    if not plan.floors:
         study.tell(trial, accuracy)
         return True
     lowest = min(recalls[c] for c in plan.important)
     trial.set_user_attr("recall", lowest)
-    trial.set_constraint("accuracy", plan.floor - accuracy)
+    floors = plan.floors if stage == "search" else plan.floors[trial.user_attrs["fold"] :][:1]
+    trial.set_constraint("accuracy", sum(floors) / len(floors) - accuracy)
     study.tell(trial, lowest)
     return True
 
@@ -93,21 +98,28 @@ def _equal(accuracy: float = 0.9, recall: float = 0.5) -> Outcome:
     return lambda *_: (accuracy, recall)
 
 
+def _by_fold(accuracies: Sequence[float]) -> Outcome:
+    return lambda _, __, attributes: (accuracies[attributes.get("fold", 0)], 0.5)
+
+
 def _waiting(stages: Stages, stage: Stage) -> list[dict[str, Any]]:
     """Parameters and attributes that queued trials ask for."""
     trials = stages.store.optuna_study(stage).get_trials(states=(optuna.trial.TrialState.WAITING,))
     return [{**t.system_attrs["fixed_params"], **t.user_attrs} for t in trials]
 
 
-def _baseline(stages: Stages, outcome: Outcome | None = None) -> Baseline:
-    while (planned := stages.plan_baseline()) is None:
+def _baseline(stages: Stages, outcome: Outcome | None = None, folds: int = 1) -> Baseline:
+    while (planned := stages.plan_baseline(folds)) is None:
         _train(stages, "baseline", outcome or _equal())
     return planned
 
 
-def _searched(stages: Stages, scores: Sequence[Scores]) -> Baseline:
-    """A study whose baseline (accuracy 0.9) and search are finished, the search's trials with these scores."""
-    baseline = _baseline(stages)
+def _searched(stages: Stages, scores: Sequence[Scores], by_fold: Sequence[float] = (0.9,)) -> Baseline:
+    """A study whose baseline and search are finished, the search's trials with these scores.
+
+    The baseline's accuracy is 0.9, or as given for each fold.
+    """
+    baseline = _baseline(stages, _by_fold(by_fold), len(by_fold))
     stages.adopt(baseline, (3,))
     stages.plan_search(baseline)
     assert _train(stages, "search", lambda number, *_: scores[number]) == len(scores)
@@ -126,7 +138,7 @@ def test_the_baselines_learning_rate_is_tuned_first_and_then_it_gets_its_seeds(m
     assert _train(stages, "baseline", lambda _, params, __: (peak[params["learning_rate"]], 0.5)) == 4
 
     assert stages.plan_baseline() is None
-    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * 2, "seed": seed} for seed in (0, 1)]
+    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * 2, "seed": seed, "fold": 0} for seed in (0, 1)]
     assert tuning not in stages.seeds() == [0, 1], "what chose the rate does not judge it"
     assert _train(stages, "baseline", lambda _, __, attributes: (0.5 + attributes["seed"] / 10, 0.5)) == 2
 
@@ -174,11 +186,213 @@ def test_more_seeds_are_another_study(make: Callable[..., Stages]) -> None:
 def test_the_floor_is_the_mean_less_the_tolerance_and_never_above_equal_accuracies(make: Callable[..., Stages]) -> None:
     stages = make(tolerance=2.0)
     baseline = _baseline(stages)
-    assert stages.floor(baseline) == pytest.approx(0.88)
+    assert stages.floors(baseline) == [pytest.approx(0.88)]
     three = Baseline(0.1, tuple(TrialRecord(n, "complete", {}, accuracy=0.1) for n in range(3)))
     assert three.accuracy > 0.1, "as rounding has it"
-    assert make(tolerance=2.0, name="t").floor(three) < 0.08
-    assert make(name="u").floor(three) <= 0.1
+    (with_tolerance,), (without,) = make(tolerance=2.0, name="t").floors(three), make(name="u").floors(three)
+    assert with_tolerance < 0.08
+    assert without <= 0.1
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+
+def _seeds_and_folds(stages: Stages, stage: Stage) -> list[tuple[int, int]]:
+    return [(trial["seed"], trial["fold"]) for trial in _waiting(stages, stage)]
+
+
+def test_the_baselines_seeds_take_the_folds_in_turn(make: Callable[..., Stages]) -> None:
+    stages = make(seeds=5)
+    assert stages.plan_baseline(2) is None
+    assert [trial.get("fold", 0) for trial in _waiting(stages, "baseline")] == [0] * 4, "the rate is tuned on one split"
+    _train(stages, "baseline", _equal())
+    assert stages.plan_baseline(2) is None
+    assert _seeds_and_folds(stages, "baseline") == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
+    _train(stages, "baseline", _equal())
+    baseline = stages.plan_baseline(2)
+    assert baseline is not None
+    assert [(r.seed, r.fold) for r in baseline.records] == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
+    assert baseline.others == ()
+    assert not _waiting(stages, "baseline")
+
+
+def test_a_baseline_that_goes_to_folds_keeps_what_it_has_on_the_first(make: Callable[..., Stages]) -> None:
+    """The important class is known only after a baseline on one split."""
+    stages = make(seeds=4)
+    first = _baseline(stages)
+    assert [r.fold for r in first.records] == [0] * 4
+    assert stages.plan_baseline(3) is None
+    assert _seeds_and_folds(stages, "baseline") == [(1, 1), (2, 2)], "seeds 0 and 3 have their models"
+    _train(stages, "baseline", _equal(0.8))
+    baseline = stages.plan_baseline(3)
+    assert baseline is not None
+    assert [(r.seed, r.fold) for r in baseline.records] == [(0, 0), (1, 1), (2, 2), (3, 0)]
+    assert [r.number for r in baseline.records if r.fold == 0] == [r.number for r in first.records if r.seed in (0, 3)]
+    assert stages.plan_baseline() == first, "as a run that is resumed sees it"
+    assert stages.plan_baseline(3) == baseline
+    assert not _waiting(stages, "baseline")
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_folds_that_no_seed_takes_get_a_model_for_their_floor(seeds: int, make: Callable[..., Stages]) -> None:
+    accuracies = (0.9, 0.8, 0.7, 0.6, 0.5)
+    stages = make(seeds=seeds)
+    baseline = _baseline(stages, _by_fold(accuracies), 5)
+    assert [(r.seed, r.fold) for r in baseline.records] == [(n, n) for n in range(seeds)]
+    assert [(r.seed, r.fold) for r in baseline.others] == [(n, n) for n in range(seeds, 5)]
+    assert stages.floors(baseline) == pytest.approx(accuracies)
+    assert baseline.accuracy == pytest.approx(sum(accuracies[:seeds]) / seeds), "they are compared with nothing"
+    stages.adopt(baseline, (3,))
+    assert stages.folds == 5
+    assert stages.store.attributes["baseline"]["floors"] == pytest.approx(accuracies)
+    trial = TrialRecord(0, "complete", {"learning_rate": RATE, "scale": 16.0, "margin": 0.1})
+    assert stages.retrain([trial]) is None
+    assert _seeds_and_folds(stages, "finalists") == [(n, n) for n in range(seeds)], "finalists have the seeds alone"
+
+
+def test_a_baseline_that_fails_on_a_fold_is_named_by_its_seed(make: Callable[..., Stages]) -> None:
+    stages = make()
+    _baseline(stages)
+    with pytest.raises(CamriTuneError, match=r"training with seed 1 failed: boom \d$"):
+        _baseline(stages, lambda *_: None, 2)
+    other = make(name="other")
+    with pytest.raises(CamriTuneError, match=r"training with seed 2 failed: boom \d$"):
+        _baseline(other, lambda _, __, attributes: None if attributes.get("fold", 0) == 2 else (0.9, 0.5), 3)
+
+
+def test_each_fold_has_a_floor_of_its_own(make: Callable[..., Stages]) -> None:
+    """Of the models that were scored on it, less the tolerance."""
+    stages = make(seeds=3, tolerance=2.0)
+    accuracies = {0: 0.9, 1: 0.75, 2: 0.8}
+    baseline = _baseline(stages, lambda _, __, attributes: (accuracies.get(attributes["seed"], 0.1), 0.5), 2)
+    assert stages.floors(baseline) == pytest.approx([0.83, 0.73])
+    assert stages.folds == 1, "not settled yet"
+    stages.adopt(baseline, (3,))
+    assert stages.folds == 2
+    assert stages.store.attributes["baseline"]["floors"] == stages.floors(baseline)
+
+
+def test_a_finalist_has_the_folds_of_the_baselines_seeds(make: Callable[..., Stages]) -> None:
+    """The study's own seed moves theirs, but not which of them takes which fold."""
+    stages = make(seeds=4, seed=1, finalists=1)
+    baseline = _searched(stages, SEARCH, (0.9, 0.9, 0.9))
+    expected = [(100_000, 0), (100_001, 1), (100_002, 2), (100_003, 0)]
+    assert [(r.seed, r.fold) for r in baseline.records] == expected
+    assert stages.plan_finalists(baseline) is None
+    assert _seeds_and_folds(stages, "finalists") == expected
+    _train(stages, "finalists", _equal())
+    models = stages.plan_finalists(baseline)
+    assert models is not None
+    assert {number: [(r.seed, r.fold) for r in records] for number, records in models.items()} == {4: expected}
+    assert not _waiting(stages, "finalists")
+
+
+@pytest.mark.parametrize(("accuracies", "rounds"), [((0.7, 0.9), 1), ((0.9, 0.7), 1), ((0.69, 0.9), 2)])
+def test_a_finalist_keeps_accuracy_by_the_floors_of_its_folds(
+    accuracies: tuple[float, float], rounds: int, make: Callable[..., Stages]
+) -> None:
+    """Three seeds on two folds, the first of which is harder and counts twice: the mean of the floors says nothing."""
+    stages = make(seeds=3, finalists=1)
+    baseline = _searched(stages, [(0.9, 0.6), (0.9, 0.8), *SEARCH[2:]], (0.7, 0.9))
+    assert stages.plan_finalists(baseline) is None
+    _train(stages, "finalists", _by_fold(accuracies))
+    models = stages.plan_finalists(baseline)
+    assert (models is None) == (rounds == 2)
+
+
+def test_a_second_round_has_the_same_folds(make: Callable[..., Stages]) -> None:
+    stages = make(finalists=1)
+    baseline = _searched(stages, SEARCH, (0.9, 0.9))
+    stages.plan_finalists(baseline)
+    _train(stages, "finalists", _equal(0.8))
+    assert stages.plan_finalists(baseline) is None
+    assert _seeds_and_folds(stages, "finalists") == [(0, 0), (1, 1)]
+
+
+def test_finalists_are_a_quarter_of_the_trials_unless_given(make: Callable[..., Stages]) -> None:
+    stages = make(finalists=None, trials=8, seeds=1)
+    baseline = _searched(stages, [(0.95, recall / 10) for recall in range(8)])
+    assert stages.plan_finalists(baseline) is None
+    assert [trial["source_trial"] for trial in _waiting(stages, "finalists")] == [7, 6]
+
+
+NAMES = ("zero", "one", "two", "three")
+
+
+def _validated(*sizes: Sequence[int], own: bool = False, **values: Any) -> Stages:
+    """A study of classes whose validation images come in groups of these sizes, from a part of its own or not."""
+    table = [(label, size) for label, of_class in enumerate(sizes) for size in of_class]
+    groups = torch.repeat_interleave(torch.tensor([size for _, size in table]))
+    labels = torch.tensor([label for label, _ in table])[groups]
+    images = Images(torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), labels, groups)
+    data = SimpleNamespace(validation=images, classes=NAMES[: len(sizes)], has_folds=not own)
+    return Stages(StudyConfig.build(values), cast(Dataset, data), cast(StudyStore, None))
+
+
+ENOUGH = [1] * 20
+AS_FEW: list[list[int]] = [[1] * 20, [4] * 5, [16, 1, 1, 1, 1]]
+TOO_FEW: list[tuple[list[int], str]] = [
+    ([1] * 19, "19 validation images"),
+    ([1], "1 validation images"),
+    ([25] * 4, "100 validation images of 4 group(s)"),
+    ([3, 3, 3, 3, 3], "15 validation images of 5 group(s)"),
+    ([30], "30 validation images of 1 group(s)"),
+]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("sizes", AS_FEW)
+def test_enough_images_are_validated_on_one_split(sizes: list[int], seeds: int) -> None:
+    assert _validated([1], sizes, seeds=seeds).folds_wanted((1,)) == (1, None)
+
+
+def test_digits_need_no_folds(make: Callable[..., Stages]) -> None:
+    assert make().folds_wanted((0, 3, 9)) == (1, None)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("sizes", "count"), TOO_FEW)
+def test_few_images_or_few_groups_ask_for_folds_and_say_what_they_cost(
+    sizes: list[int], count: str, seeds: int
+) -> None:
+    folds, text = _validated(ENOUGH, sizes, trials=7, seeds=seeds).folds_wanted((1,))
+    assert folds == MOST_FOLDS == 5
+    assert text is not None
+    assert "\n" not in text
+    for part in (
+        f"Class 1 (one) has only {count}, too few",
+        "5 folds",
+        "5 times the cost",
+        "35 trainings",
+        "--folds 1",
+    ):
+        assert part in text
+
+
+def test_the_important_class_that_has_few_decides() -> None:
+    sizes = (ENOUGH, [1] * 3, [1] * 19, [5] * 5)
+    assert _validated(*sizes).folds_wanted((0, 3)) == (1, None), "others may have few"
+    for important, named in (((0, 2, 3), "Class 2 (two)"), ((2, 1), "Class 2 (two)"), ((3, 1), "Class 1 (one)")):
+        folds, text = _validated(*sizes).folds_wanted(important)
+        assert folds == MOST_FOLDS
+        assert text is not None
+        assert text.startswith(f"{named} has only ")
+
+
+@pytest.mark.parametrize("sizes", [ENOUGH, [1]])
+@pytest.mark.parametrize("asked", [1, 2, 5])
+def test_so_many_folds_as_are_asked_for_and_nothing_said(asked: int, sizes: list[int]) -> None:
+    assert _validated(ENOUGH, sizes, folds=asked, seeds=2).folds_wanted((1,)) == (asked, None)
+
+
+def test_a_validation_part_that_is_too_small_is_said() -> None:
+    folds, text = _validated(ENOUGH, [1] * 9, own=True).folds_wanted((1,))
+    assert folds == 1
+    assert text is not None
+    assert "Class 1 (one) has only 9 validation images, too few" in text
+    assert "no folder for validation" in text
+    assert "\n" not in text
+    assert _validated(ENOUGH, [1] * 9, own=True).folds_wanted((0,)) == (1, None)
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
@@ -191,7 +405,7 @@ def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) 
     stages.adopt(baseline, (3,))
     stored = stages.store.attributes["baseline"]
     assert stored["important"] == [3]
-    assert stored["floor"] == pytest.approx(0.9)
+    assert stored["floors"] == [pytest.approx(0.9)]
     assert stored["learning_rate"] == baseline.learning_rate
     assert stored["recall_per_class"][3] == 0.5
     stages.plan_search(baseline)
@@ -245,7 +459,7 @@ def test_the_best_few_are_retrained_on_the_baselines_seeds(make: Callable[..., S
     assert stages.plan_finalists(baseline) is None
     params = {r.number: r.params for r in stages.records("search")}
     assert _waiting(stages, "finalists") == [
-        {**params[number], "source_trial": number, "seed": seed} for number in (4, 1) for seed in (0, 1)
+        {**params[number], "source_trial": number, "seed": seed, "fold": 0} for number in (4, 1) for seed in (0, 1)
     ]
     assert _train(stages, "finalists", _equal()) == 4
     models = stages.plan_finalists(baseline)
@@ -421,9 +635,10 @@ class _Hands:
         return Crew(cast(LocalWorkers, self), Console(quiet=True))
 
 
-def _whole_run(stages: Stages, crew: Crew) -> dict[int, list[TrialRecord]]:
+def _whole_run(stages: Stages, crew: Crew, folds: int = 1) -> dict[int, list[TrialRecord]]:
     one = {"": stages}
     baseline = crew.carry_out("baseline", stages.plan_baseline, one)
+    baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, (3,))
     stages.plan_search(baseline)
     crew.finish("search", one)
@@ -444,20 +659,27 @@ def test_a_crew_carries_out_every_stage(make: Callable[..., Stages]) -> None:
     assert hands.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
 
 
-@pytest.mark.parametrize("after", [1, 4, 8, 12, 16, 18])
-def test_a_run_that_is_stopped_anywhere_goes_on_where_it_was(after: int, make: Callable[..., Stages]) -> None:
+@pytest.mark.parametrize(
+    ("after", "folds"), [(1, 1), (4, 1), (8, 1), (12, 1), (16, 1), (18, 1), (5, 3), (7, 3), (11, 3), (17, 3)]
+)
+def test_a_run_that_is_stopped_anywhere_goes_on_where_it_was(
+    after: int, folds: int, make: Callable[..., Stages]
+) -> None:
+    everything = ["baseline"] * (6 + folds - 1) + ["search"] * 6 + ["finalists"] * 8
     first = make()
     hands = _Hands(first, _by_stage)
     hands.patience = after
     with pytest.raises(KeyboardInterrupt):
-        _whole_run(first, hands.crew())
+        _whole_run(first, hands.crew(), folds)
     again = make()
     more = _Hands(again, _by_stage)
-    assert list(_whole_run(again, more.crew())) == [4, 1, 3, 0]
-    assert hands.trained + more.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
+    models = _whole_run(again, more.crew(), folds)
+    assert list(models) == [4, 1, 3, 0]
+    assert {tuple((r.seed, r.fold) for r in found) for found in models.values()} == {((0, 0), (1, 1 % folds))}
+    assert hands.trained + more.trained == everything
     third = make()
     nothing = _Hands(third, _by_stage)
-    _whole_run(third, nothing.crew())
+    _whole_run(third, nothing.crew(), folds)
     assert nothing.trained == []
 
 

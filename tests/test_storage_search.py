@@ -26,7 +26,9 @@ from camri_tune.bundle import load_classifier, save_weights, sha256
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
+from camri_tune.metrics import confusion_matrix
 from camri_tune.models import Classifier, build_body
 from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner, below_all, is_feasible
 from camri_tune.records import TrialRecord
@@ -395,10 +397,10 @@ def test_an_interrupted_trial_fails_and_runs_again_as_it_was(store: StudyStore) 
 
 def test_a_trial_that_was_interrupted_before_it_chose_keeps_what_was_asked_for(store: StudyStore) -> None:
     asked = {"learning_rate": 0.01, "scale": 8.0, "margin": 0.1}
-    _claimed(store, "finalists", asked, seed=5, source_trial=17)
+    _claimed(store, "finalists", asked, seed=5, source_trial=17, fold=2)
     assert store.requeue_interrupted() == 1
     again = store.records("finalists")[1]
-    assert (again.seed, again.source_trial) == (5, 17)
+    assert (again.seed, again.source_trial, again.fold) == (5, 17, 2)
     frozen = store.optuna_study("finalists").get_trials(deepcopy=False)[1]
     assert frozen.system_attrs["fixed_params"] == asked
 
@@ -464,7 +466,7 @@ def test_a_trial_without_checkpoint_has_none_to_give(store: StudyStore, tmp_path
 
 
 def _plan(config: StudyConfig, digits: Dataset, **values: Any) -> Plan:
-    return Plan(config, digits, CPU, **{"important": (3,), "floor": 0.05, "baseline_learning_rate": 4e-3, **values})
+    return Plan(config, digits, CPU, **{"important": (3,), "floors": (0.05,), "baseline_learning_rate": 4e-3, **values})
 
 
 PARAMS = {"learning_rate": 4e-3, "scale": 16.0, "margin": 0.1}
@@ -543,6 +545,85 @@ def test_a_trial_of_the_baseline_is_scored_by_accuracy_and_has_no_floor_to_keep(
     assert not frozen.constraints
     assert record.checkpoint
     assert not record.feasible
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_on_folds_is_judged_by_what_all_of_their_models_say(
+    store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    """The search's trial is compared with one model of each fold alone, of the same parameters and seed."""
+    plan = _plan(config, digits, floors=(0.05, 0.25))
+    for fold in (0, 1):
+        run_trial(_claimed(store, "finalists", PARAMS, seed=5, fold=fold), "finalists", plan, store)
+    run_trial(_claimed(store, "search", PARAMS, seed=5), "search", plan, store)
+    record, alone = _only(store, "search"), store.records("finalists")
+    (frozen,) = store.optuna_study("search").get_trials()
+    one, two = (np.array(t.user_attrs["confusion"]) for t in store.optuna_study("finalists").get_trials())
+    confusion = np.array(frozen.user_attrs["confusion"])
+
+    for fold, single in enumerate((one, two)):
+        assert single.sum(axis=1).tolist() == torch.bincount(digits.fold(fold)[1].labels).tolist()
+    assert one.tolist() != two.tolist()
+    assert confusion.tolist() == (one + two).tolist()
+    assert record.accuracy == np.trace(confusion) / confusion.sum()
+    assert record.recall_per_class == tuple(np.diag(confusion) / confusion.sum(axis=1))
+    assert record.recall == frozen.value == record.recall_per_class[3]
+    assert record.accuracy is not None
+    assert record.constraint == pytest.approx(0.15 - record.accuracy, abs=1e-12), "the mean of the floors"
+    assert (record.state, record.epoch, record.fold) == ("complete", 2, 0)
+    assert frozen.user_attrs[ACCURACY_CURVE] == {"1": alone[0].accuracy}, "the first fold's, which others have, too"
+    assert record.sha256 == alone[0].sha256, "the first fold's model is kept"
+
+    assert [r.fold for r in alone] == [0, 1]
+    for single_record, floor in zip(alone, plan.floors, strict=True):
+        assert single_record.epoch == 1
+        assert single_record.accuracy is not None
+        assert single_record.constraint == floor - single_record.accuracy, "its own fold's floor"
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_of_the_baseline_is_trained_and_scored_on_its_fold(
+    store: StudyStore, config: StudyConfig, digits: Dataset, tmp_path: Path
+) -> None:
+    params = {"learning_rate": 4e-3}
+    for fold in (2, 0):
+        trial = _claimed(store, "baseline", params, seed=1, fold=fold)
+        run_trial(trial, "baseline", Plan(config, digits, CPU), store)
+    frozen, _ = store.optuna_study("baseline").get_trials()
+    record, other = store.records("baseline")
+    assert (record.fold, other.fold) == (2, 0)
+    assert record.sha256 != other.sha256, "the same rate and seed, but other images"
+    assert not frozen.constraints
+    assert store.fetch_checkpoint(record, tmp_path / "weights")
+    classifier = load_classifier(tmp_path / "weights", model_spec(digits, config.model, "ce", params))
+    for fold in range(3):
+        validation = digits.fold(fold)[1]
+        answers = predict_logits(classifier, validation.pixels, CPU).argmax(dim=1)
+        confusion = confusion_matrix(validation.labels.numpy(), answers.numpy(), 10).tolist()
+        assert (confusion == frozen.user_attrs["confusion"]) == (fold == 2)
+
+
+def test_a_trial_that_fails_on_a_later_fold_fails(
+    store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is said of it from the folds that went well."""
+    seen: list[tuple[Images, Images, int]] = []
+
+    def broken(_: Model, __: HeadSpec, training: Images, validation: Images, *, seed: int, **___: Any) -> Any:
+        seen.append((training, validation, seed))
+        if len(seen) == 3:
+            raise RuntimeError("the third")
+        return object()
+
+    monkeypatch.setattr("camri_tune.search.train", broken)
+    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits, floors=(0.05,) * 4), store)
+    record = _only(store, "search")
+    assert [(training, validation) for training, validation, _ in seen] == [digits.fold(fold) for fold in range(3)]
+    assert {seed for _, _, seed in seen} == {10_000}
+    assert record.state == "failed"
+    assert record.failure
+    assert "the third" in record.failure
+    assert (record.accuracy, record.constraint, record.checkpoint) == (None, None, None)
 
 
 @pytest.mark.usefixtures("no_threads_more")
@@ -932,7 +1013,7 @@ def test_a_stopped_trial_carries_its_constraint(
     for _ in range(rivals):
         store.optuna_study("search").add_trial(_finished(curve, -0.1))
     trial = _claimed(store, "search", {**PARAMS, "learning_rate": 1e-3})
-    run_trial(trial, "search", _plan(config, digits, floor=0.99), store)
+    run_trial(trial, "search", _plan(config, digits, floors=(0.99,)), store)
     record = store.records("search")[-1]
     assert record.accuracy is not None
     assert record.accuracy < 0.99
@@ -947,6 +1028,53 @@ def test_a_stopped_trial_carries_its_constraint(
 
 
 @pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize(("rivals", "folds"), [(4, 2), (3, 2), (4, 1)])
+def test_a_trial_on_folds_is_stopped_at_the_end_of_the_first_at_the_latest(
+    rivals: int, folds: int, config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    """After its last epoch a trial on one fold has nothing left to save, one on several has the other folds."""
+    store = create(config, digits)
+    for _ in range(rivals):
+        store.optuna_study("search").add_trial(_finished({"1": 1.0}, -0.1))
+    trial = _claimed(store, "search", {**PARAMS, "learning_rate": 1e-3})
+    floors = (0.99, 0.5)[:folds]
+    run_trial(trial, "search", _plan(config, digits, floors=floors), store)
+    record = store.records("search")[-1]
+    confusion = np.array(store.optuna_study("search").get_trials()[-1].user_attrs["confusion"])
+    assert record.accuracy is not None
+    assert record.accuracy == np.trace(confusion) / confusion.sum()
+    if rivals == 4 and folds == 2:
+        assert (record.state, record.epoch, record.checkpoint) == ("pruned", 1, None)
+        assert confusion.sum() == len(digits.validation)
+        assert record.constraint == 0.99 - record.accuracy, "the floor of the fold that it was trained on"
+        assert record.constraint > 0
+        assert not record.feasible
+        assert record.seconds is not None
+    else:
+        assert (record.state, record.epoch) == ("complete", folds)
+        assert record.constraint == pytest.approx(sum(floors) / folds - record.accuracy, abs=1e-12)
+        assert confusion.sum() == sum(len(digits.fold(fold)[1]) for fold in range(folds))
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_later_folds_are_not_compared_with_first_ones(
+    config: StudyConfig, digits: Dataset, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that came through its first fold is trained on all of them: a hard fold must not stop it."""
+    store = create(config, digits)
+    asked: list[dict[str, float]] = []
+
+    def prune(_: AccuracyFloorPruner, __: optuna.Study, trial: FrozenTrial) -> bool:
+        asked.append(trial.user_attrs[ACCURACY_CURVE])
+        return len(asked) > 1
+
+    monkeypatch.setattr(AccuracyFloorPruner, "prune", prune)
+    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits, floors=(0.05,) * 3), store)
+    assert _only(store, "search").state == "complete"
+    assert [list(curve) for curve in asked] == [["1"]]
+
+
+@pytest.mark.usefixtures("no_threads_more")
 def test_finalists_are_never_stopped(config: StudyConfig, digits: Dataset, create: Create) -> None:
     config = config.model_copy(update={"epochs": 2})
     store = create(config, digits)
@@ -954,5 +1082,5 @@ def test_finalists_are_never_stopped(config: StudyConfig, digits: Dataset, creat
         for _ in range(5):
             store.optuna_study(stage).add_trial(_finished({"1": 1.0, "2": 1.0}, -0.1))
     trial = _claimed(store, "finalists", {**PARAMS, "learning_rate": 1e-3}, seed=1)
-    run_trial(trial, "finalists", _plan(config, digits, floor=0.99), store)
+    run_trial(trial, "finalists", _plan(config, digits, floors=(0.99,)), store)
     assert store.records("finalists")[-1].state == "complete"
