@@ -3,7 +3,6 @@
 Progress goes to standard error; standard output carries the result alone.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -15,12 +14,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from camri_tune.progress import ENDED, STAGE_TITLES, Schedule, done, duration, seconds_left, total
 from camri_tune.records import Figure, Result, Side, TrialRecord
 from camri_tune.selection import finalists
 from camri_tune.table1 import TITLES, Outcome, below, best_of
 from camri_tune.table1 import Table as Comparison
-
-STAGE_TITLES = {"baseline": "Baseline (cross-entropy)", "search": "Search", "finalists": "Finalists on fresh seeds"}
 
 
 class Console:
@@ -30,7 +28,8 @@ class Console:
         self._rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self._live: Live | None = None
         self._reported: set[tuple[str, str, int]] = set()
-        self._view: _View | None = None
+        self._schedule: Schedule | None = None
+        self._records: dict[str, list[TrialRecord]] = {}  # of each stage, all studies together
 
     def __enter__(self) -> Self:
         if self._rich.is_terminal and not self._rich.quiet:
@@ -56,28 +55,34 @@ class Console:
         elif done == total or done % 10_000 == 0:
             self.say(f"Reading images: {done:,} of {total:,}")
 
-    def plan(self, planned: Mapping[str, int], epochs: int, workers: int) -> None:
+    def plan(self, schedule: Schedule) -> None:
         """What the whole run will train, for the time to go."""
-        self._view = _View(dict(planned), epochs, workers)
-
-    def replan(self, folds: int, more_baselines: int) -> None:
-        """A trial of the search is `folds` trainings, and so many more of the baseline were added."""
-        if self._view is not None:
-            self._view.replan(folds, more_baselines)
+        self._schedule = schedule
 
     def update(self, stage: str, records: Mapping[str, Sequence[TrialRecord]]) -> None:
         """Show where a stage stands, with each study's records by its label."""
+        self._records[stage] = [r for found in records.values() for r in found]
         for label, found in records.items():
             for record in found:
                 key = (stage, label, record.number)
-                if record.state in ("complete", "pruned", "failed") and key not in self._reported:
+                if record.state in ENDED and key not in self._reported:
                     self._reported.add(key)
-                    if self._view is not None:
-                        self._view.finished(stage, record)
                     if self._live is None or record.state == "failed":
                         self.say(self._line(stage, label, record))
-        if self._live is not None and self._view is not None:
-            self._live.update(self._view.render(stage, records))
+        if self._live is not None and self._schedule is not None:
+            self._live.update(_view(stage, records, self._schedule, self._time_to_go()))
+
+    def judging(self, done: int, total: int) -> None:
+        """Progress of measuring models on the test part."""
+        text = f"Judging on the test part: model {done + 1} of at most {total}"
+        if self._live is not None:
+            self._live.update(Group(Text(text, style="bold"), _bar(done, total)))
+        else:
+            self.say(text)
+
+    def _time_to_go(self) -> str:
+        left = seconds_left(self._records, self._schedule) if self._schedule is not None else None
+        return f"about {duration(left)} to go" if left is not None else "time to go: after the first training"
 
     def _line(self, stage: str, label: str, record: TrialRecord) -> str:
         parts = [f"{STAGE_TITLES[stage]} {label} #{record.number}: {record.state}".replace("  ", " ")]
@@ -89,71 +94,33 @@ class Console:
             parts.append("feasible" if record.feasible else "below the floor")
         if record.failure:
             parts.append(record.failure)
-        parts.append(_parameters(record.params))
-        if self._view is not None and (left := self._view.seconds_left()) is not None:
-            parts.append(f"about {_duration(left)} to go")
+        parts += [_parameters(record.params), self._time_to_go()]
         return ", ".join(part for part in parts if part)
 
 
-class _View:
-    """The live display's memory: how long trainings take here, and how many are left."""
-
-    def __init__(self, planned: dict[str, int], epochs: int, workers: int) -> None:
-        self._planned = planned  # trainings of each stage
-        self._folds = 1  # trainings of one trial of the search
-        self._epochs = epochs
-        self._workers = workers
-        self._started = time.monotonic()
-        self._seconds: list[float] = []
-        self._done = dict.fromkeys(planned, 0)
-        self._running = 0.0
-
-    def replan(self, folds: int, more_baselines: int) -> None:
-        self._folds = folds
-        self._planned["search"] *= folds
-        self._planned["baseline"] += more_baselines
-
-    def trainings(self, stage: str) -> int:
-        return self._folds if stage == "search" else 1
-
-    def finished(self, stage: str, record: TrialRecord) -> None:
-        trainings = self.trainings(stage)
-        self._done[stage] += trainings
-        if record.seconds and record.state == "complete":
-            self._seconds.append(record.seconds / trainings)
-
-    def seconds_left(self) -> float | None:
-        """From the mean time of finished trainings; None before one has finished."""
-        if not self._seconds:
-            return None
-        left = sum(max(0, n - self._done[stage]) for stage, n in self._planned.items()) - self._running
-        return max(0.0, left) * sum(self._seconds) / len(self._seconds) / self._workers
-
-    def render(self, stage: str, records: Mapping[str, Sequence[TrialRecord]]) -> Group:
-        everything = [(label, r) for label, found in records.items() for r in found]
-        running = [(label, r) for label, r in everything if r.state == "running"]
-        self._running = sum(r.epoch for _, r in running) / self._epochs
-        ended = sum(1 for _, r in everything if r.state in ("complete", "pruned", "failed"))
-        total = max(len(everything), 1)
-        left = self.seconds_left()
-        time_text = f"about {_duration(left)} to go" if left is not None else "time to go: after the first training"
-        lines: list[RenderableType] = [
-            Text(f"{STAGE_TITLES[stage]}: {ended} of {total} trainings · {time_text}", style="bold"),
-            _bar(ended + self._running / self.trainings(stage), total),
-        ]
-        for label, r in running:
-            epochs = self._epochs * self.trainings(stage)
-            lines.append(Text(f"  {label} #{r.number}  epoch {r.epoch}/{epochs}  {_parameters(r.params)}"))
-        if stage == "search" and len(records) == 1:
-            best = finalists(next(iter(records.values())), 1)
-            lines.append(
-                Text(
-                    f"  best feasible: #{best[0].number}, recall {best[0].recall:.4f}, accuracy {best[0].accuracy:.4f}"
-                )
-                if best
-                else Text("  best feasible: none yet")
-            )
-        return Group(*lines)
+def _view(stage: str, records: Mapping[str, Sequence[TrialRecord]], schedule: Schedule, time_to_go: str) -> Group:
+    """A stage as it stands: how far, what is running, and the best so far."""
+    everything = [r for found in records.values() for r in found]
+    ended, count = sum(r.state in ENDED for r in everything), total(everything, stage, schedule)
+    lines: list[RenderableType] = [
+        Text(f"{STAGE_TITLES[stage]}: {ended} of {count} · {time_to_go}", style="bold"),
+        _bar(done(everything, stage, schedule), count),
+    ]
+    epochs = schedule.epochs * schedule.trainings_of(stage)
+    lines += [
+        Text(f"  {label} #{r.number}  epoch {r.epoch}/{epochs}  {_parameters(r.params)}")
+        for label, found in records.items()
+        for r in found
+        if r.state == "running"
+    ]
+    if stage == "search" and len(records) == 1:
+        best = finalists(everything, 1)
+        lines.append(
+            Text(f"  best feasible: #{best[0].number}, recall {best[0].recall:.4f}, accuracy {best[0].accuracy:.4f}")
+            if best
+            else Text("  best feasible: none yet")
+        )
+    return Group(*lines)
 
 
 def result_table(result: Result) -> Table:
@@ -254,10 +221,3 @@ def _bar(done: float, total: float) -> Table:
     line = Table.grid()  # a bar alone does not end its line
     line.add_row(ProgressBar(total=total, completed=done, width=50))
     return line
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -79,7 +79,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
     config, data, one = stages.config, stages.data, {"": stages}
     first = 1 if config.folds == "auto" else config.folds
     if first > 1:
-        crew.replan(first, more_baselines=max(0, first - config.seeds))
+        crew.on_folds(first, more_baselines=max(0, first - config.seeds))
     baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(first), one)
     important = resolve_important(config.important, data.classes, baseline)
     folds, notice = stages.folds_wanted(important)
@@ -89,7 +89,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
         notices.append(notice)
     if folds != first:
         # The models on fold 0 ranked the classes; one of them stays.
-        crew.replan(folds, more_baselines=max(config.seeds, folds) - 1)
+        crew.on_folds(folds, more_baselines=max(config.seeds, folds) - 1)
         baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, important)
     return baseline, notices + _describe(stages, baseline, console)

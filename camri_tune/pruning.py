@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-ACCURACY_CURVE = "accuracy_curve"  # user attribute: {"epoch": accuracy}
+from camri_tune.records import ACCURACY_CURVE
 
 
 class AccuracyFloorPruner(optuna.pruners.BasePruner):

@@ -21,12 +21,26 @@ from camri_tune.stats import (
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
 Verdict = Literal["certified", "feasible", "none"]
 CONFIDENCE = 0.95  # one-sided, of what a study claims
+# A trial's curves, as Optuna stores them with it: {"epoch": accuracy} and {"epoch": recall of each class}.
+ACCURACY_CURVE, RECALL_CURVE = "accuracy_curve", "recall_curve"
 BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 
 @dataclass(frozen=True)
+class EpochScores:
+    """What validation said of a model after an epoch, counted from 1."""
+
+    epoch: int
+    accuracy: float
+    recall_per_class: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class TrialRecord:
-    """One training as it stands in the storage. `constraint` <= 0 means that the accuracy floor was met."""
+    """One training as it stands in the storage. `constraint` <= 0 means that the accuracy floor was met.
+
+    `confusion` (C, C) is of validation, rows true; `curve` has what validation said after some of the epochs.
+    """
 
     number: int
     state: TrialState
@@ -43,6 +57,9 @@ class TrialRecord:
     epoch: int = 0
     source_trial: int | None = None
     fold: int = 0
+    device: str | None = None
+    confusion: tuple[tuple[int, ...], ...] = ()
+    curve: tuple["EpochScores", ...] = ()
 
     @property
     def feasible(self) -> bool:

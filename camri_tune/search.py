@@ -23,8 +23,8 @@ from camri_tune.datasets import Dataset
 from camri_tune.errors import TrainingDivergedError
 from camri_tune.losses import adacos_scale
 from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
-from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner
-from camri_tune.records import biases_of
+from camri_tune.pruning import AccuracyFloorPruner
+from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec, Progress, Trained, recipe_of, train
 
@@ -200,15 +200,18 @@ def _train(trial: Trial, stage: Stage, plan: Plan, folds: Sequence[int], store: 
         seed = plan.config.seed * 100_000 + _SEED_OFFSETS[stage] + trial.number
         trial.set_user_attr("seed", seed)
     pruner = AccuracyFloorPruner(epochs=plan.epochs) if stage == "search" else optuna.pruners.NopPruner()
-    curve: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
+    recalls: dict[str, list[float]] = {}
     trained: list[Trained] = []
 
     def on_epoch(progress: Progress) -> None:
         trial.set_user_attr("epoch", len(trained) * progress.epochs + progress.epoch)
         if progress.confusion is None or trained:  # the first fold's curve is the trial's
             return
-        curve[str(progress.epoch)] = accuracy(progress.confusion)
-        trial.set_user_attr(ACCURACY_CURVE, curve)
+        accuracies[str(progress.epoch)] = accuracy(progress.confusion)
+        recalls[str(progress.epoch)] = [round(float(r), 5) for r in recall_per_class(progress.confusion)]
+        trial.set_user_attr(ACCURACY_CURVE, accuracies)
+        trial.set_user_attr(RECALL_CURVE, recalls)
         trial.report(_value(progress.confusion, plan), progress.epoch)
         if progress.epoch < progress.epochs or len(folds) > 1:
             study = trial.study

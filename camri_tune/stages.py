@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -15,6 +16,8 @@ from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError
+from camri_tune.overview import LOCK
+from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import replicate_seed, starting_points, tuning_seed
 from camri_tune.selection import finalists, rank_settings
@@ -173,13 +176,20 @@ class Stages:
 class Crew:
     """The workers of a run, and the console that shows what they do."""
 
-    def __init__(self, workers: LocalWorkers, console: Console) -> None:
+    def __init__(self, workers: LocalWorkers, console: Console, store: StudyStore, schedule: Schedule) -> None:
         self._workers = workers
         self._console = console
+        self._store = store
+        self._plan(schedule)
 
-    def replan(self, folds: int, more_baselines: int) -> None:
-        """Tell the console that a trial of the search is `folds` trainings, and the baseline so many more."""
-        self._console.replan(folds, more_baselines)
+    def on_folds(self, folds: int, more_baselines: int) -> None:
+        """A trial of the search is `folds` trainings from now on, and so many more of the baseline are needed."""
+        self._plan(self._schedule.on_folds(folds, more_baselines))
+
+    def _plan(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._console.plan(schedule)
+        self._store.set("schedule", asdict(schedule))  # for those who look on from outside
 
     @classmethod
     @contextmanager
@@ -193,7 +203,6 @@ class Crew:
         again = store.requeue_interrupted()  # before any worker looks at the queues
         count = worker_count(config, device)
         epochs = config.epochs or data.epochs
-        console.plan(planned, epochs, count)
         console.say(
             f"{config.study_name}: {data}; {epochs} epochs, {count} worker(s) on {device}; files in {config.folder}"
         )
@@ -209,7 +218,7 @@ class Crew:
                 count=count,
                 log_folder=config.folder / "logs",
             ) as workers:
-                yield cls(workers, console)
+                yield cls(workers, console, store, Schedule(dict(planned), epochs, count))
                 store.set("stage", "done")
         finally:
             store.set("wall_seconds", store.attributes.get("wall_seconds", 0.0) + time.monotonic() - started)
@@ -235,9 +244,9 @@ class Crew:
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
     """Two runs of one study at once would plan the same work twice."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # whoever only asks whether it is held has it for a moment
     except Timeout:
         raise InputError(
             f"another run works on {str(folder)!r} now; wait for it, or start another study with --name"

@@ -25,7 +25,7 @@ from camri_tune.bundle import sha256
 from camri_tune.config import STAGE_SUFFIXES, StudyConfig
 from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError, StudyMismatchError
-from camri_tune.records import TrialRecord, TrialState
+from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, EpochScores, TrialRecord, TrialState
 
 Stage = Literal["baseline", "search", "finalists"]
 STAGES: tuple[Stage, ...] = ("baseline", "search", "finalists")
@@ -103,7 +103,6 @@ class StudyStore:
         shared = f"{name}.baseline" if within is None else within._names["baseline"]
         self._names: dict[Stage, str] = {"baseline": shared, "search": name, "finalists": f"{name}.finalists"}
         self._folder: Path = config.folder / "artifacts" if within is None else within._folder
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._artifacts = FileSystemArtifactStore(str(self._folder))
         self._studies: dict[Stage, Study] = {}
 
@@ -150,6 +149,11 @@ class StudyStore:
         attributes = optuna.load_study(storage=self._storage, study_name=name).user_attrs
         config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
         return StudyStore(self._storage, name, config, within=self)
+
+    def at(self, folder: Path) -> "StudyStore":
+        """The same study with its files in `folder`, wherever it was when the study was made."""
+        config = self.config.model_copy(update={"out": folder.parent, "name": folder.name})
+        return StudyStore(self._storage, self.name, config)
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -221,6 +225,7 @@ class StudyStore:
 
     def save_checkpoint(self, trial: Trial, path: Path) -> None:
         """Keep a checkpoint file as an artifact of `trial`, with its SHA-256 on the trial."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         trial.set_user_attr("sha256", sha256(path))
         identifier = upload_artifact(
             artifact_store=self._artifacts, file_path=str(path), study_or_trial=trial, storage=self._storage
@@ -241,6 +246,7 @@ class StudyStore:
 def _record(trial: FrozenTrial) -> TrialRecord:
     attributes = trial.user_attrs
     constraint = trial.constraints.get("accuracy")
+    accuracies, curves = attributes.get(ACCURACY_CURVE, {}), attributes.get(RECALL_CURVE, {})
     return TrialRecord(
         number=trial.number,
         state=_STATES[trial.state],
@@ -257,6 +263,9 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         epoch=attributes.get("epoch", 0),
         source_trial=attributes.get("source_trial"),
         fold=attributes.get("fold", 0),
+        device=attributes.get("device"),
+        confusion=tuple(tuple(row) for row in attributes.get("confusion", ())),
+        curve=tuple(EpochScores(int(epoch), accuracies[epoch], tuple(recalls)) for epoch, recalls in curves.items()),
     )
 
 

@@ -16,6 +16,7 @@ from camri_tune.console import Console
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
 from camri_tune.images import Images
+from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import Plan, looks_at_class, starting_points, suggest, tuning_seed
 from camri_tune.stages import Crew, Stages, only_run
@@ -632,7 +633,8 @@ class _Hands:
         on_tick()
 
     def crew(self) -> Crew:
-        return Crew(cast(LocalWorkers, self), Console(quiet=True))
+        schedule = Schedule({"baseline": 6, "search": 6, "finalists": 4}, epochs=1, workers=1)
+        return Crew(cast(LocalWorkers, self), Console(quiet=True), self.stages.store, schedule)
 
 
 def _whole_run(stages: Stages, crew: Crew, folds: int = 1) -> dict[int, list[TrialRecord]]:

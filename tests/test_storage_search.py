@@ -30,8 +30,8 @@ from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
 from camri_tune.metrics import confusion_matrix
 from camri_tune.models import Classifier, build_body
-from camri_tune.pruning import ACCURACY_CURVE, AccuracyFloorPruner, below_all, is_feasible
-from camri_tune.records import TrialRecord
+from camri_tune.pruning import AccuracyFloorPruner, below_all, is_feasible
+from camri_tune.records import ACCURACY_CURVE, TrialRecord
 from camri_tune.search import (
     SPACES,
     Plan,

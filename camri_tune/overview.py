@@ -1,0 +1,181 @@
+"""A study at a glance, from its storage alone: what `status`, `report` and `dashboard` show, also while it runs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from camri_tune.config import StudyConfig
+from camri_tune.errors import InputError
+from camri_tune.progress import Records, Schedule, current_stage, seconds_left
+from camri_tune.records import Baseline, TrialRecord
+from camri_tune.search import replicate_seed
+from camri_tune.selection import finalists
+from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, open_storage, storage_url
+
+LOCK = ".lock"  # held by the run that works on a folder
+RESULT, EVIDENCE, REPORT = "result.json", "evidence.safetensors", "report.html"
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One study as it stands. Who is important and the floor are known once the baseline is trained.
+
+    `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
+    accuracy that a trial must keep, the mean over folds with several. `running` says whether a run works on it now, on
+    this machine. `result` is `result.json`, once there is one.
+    """
+
+    config: StudyConfig
+    folder: Path
+    dataset: str
+    classes: tuple[str, ...]
+    important: tuple[int, ...]
+    floor: float | None
+    records: Records
+    schedule: Schedule | None
+    running: bool
+    wall_seconds: float | None
+    result: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.config.study_name
+
+    @property
+    def search(self) -> Sequence[TrialRecord]:
+        return self.records["search"]
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best feasible trial so far: a candidate, not a result."""
+        return next((t for t in finalists(self.search, 1) if t.feasible), None)
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """The baseline's R models; None while some are missing."""
+        by_seed = {r.seed: r for r in self.records["baseline"] if r.state == "complete"}
+        seeds = [replicate_seed(self.config, index) for index in range(self.config.seeds)]
+        if self.floor is None or not all(seed in by_seed for seed in seeds):
+            return None
+        models = tuple(by_seed[seed] for seed in seeds)
+        return Baseline(models[0].params["learning_rate"], models)
+
+    @property
+    def retrained(self) -> dict[int, list[TrialRecord]]:
+        """Finished models of each finalist, by the number of its trial in the search."""
+        models: dict[int, list[TrialRecord]] = {}
+        for record in self.records["finalists"]:
+            if record.state == "complete" and record.source_trial is not None:
+                models.setdefault(record.source_trial, []).append(record)
+        return models
+
+    @property
+    def important_names(self) -> str:
+        """'14 (Stop)'; the words of the study's configuration until the baseline has said who that is."""
+        if not self.important:
+            return ", ".join(self.config.important)
+        return ", ".join(f"{c} ({self.classes[c]})" if self.classes[c] != str(c) else str(c) for c in self.important)
+
+    @property
+    def stage(self) -> str:
+        """What is being worked on: `baseline`, `search`, `finalists`; `judged` when there is a result."""
+        return "judged" if self.result is not None and not self.running else current_stage(self.records)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the run is through, at the pace so far; None before a training has finished."""
+        return seconds_left(self.records, self.schedule) if self.schedule is not None else None
+
+
+def read_overview(store: StudyStore) -> Overview:
+    """The study as it stands, its files looked for in the folder that its configuration names."""
+    attributes, folder = store.attributes, store.config.folder
+    baseline = attributes.get("baseline") or {"important": [], "floors": []}
+    important, floors = tuple(baseline["important"]), baseline["floors"]
+    schedule = attributes.get("schedule")
+    return Overview(
+        config=store.config,
+        folder=folder,
+        dataset=attributes["identity"]["dataset"].split(" (")[0],
+        classes=tuple(attributes["classes"]),
+        important=important,
+        floor=sum(floors) / len(floors) if floors else None,
+        records={
+            stage: [r.for_classes(important) for r in store.records(stage) if r.failure != INTERRUPTED]
+            for stage in STAGES
+        },
+        schedule=Schedule(**schedule) if schedule else None,
+        running=is_locked(folder),
+        wall_seconds=attributes.get("wall_seconds"),
+        result=_read_result(folder / RESULT),
+    )
+
+
+def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStore:
+    """Open an existing study: by the name of its folder in `out` or the folder itself; or by its name in `storage`.
+
+    Without a name, the one in `out` that was worked on last. Raises InputError, naming the studies that are there.
+    """
+    if storage is not None:
+        if name is None:
+            raise InputError(
+                "--storage needs the NAME of a study in it; without --storage the last one in --out is taken"
+            )
+        store = StudyStore.existing(open_storage(storage), name)
+        here = out / name
+        return store.at(here) if here.is_dir() else store
+    folder = _folder_of(name, out)
+    config = StudyConfig(name=folder.name, out=folder.parent)
+    return StudyStore.existing(open_storage(storage_url(config)), folder.name).at(folder)
+
+
+def studies_in(out: Path) -> list[Path]:
+    """Folders of studies in `out`, the one that was worked on last at the end."""
+    return sorted((path.parent for path in out.glob("*/study.db")), key=lambda folder: _changed(folder / "study.db"))
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run works on this folder now, as far as this machine can tell."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that may only be read: whoever may write there is not told from nobody
+        return False
+
+
+def _folder_of(name: str | None, out: Path) -> Path:
+    known = studies_in(out)
+    if name is None:
+        if not known:
+            raise InputError(f"--out {str(out)!r} has no studies; start one with camri-tune run, or name its --out")
+        return known[-1].resolve()
+    for folder in (out / name, Path(name)):
+        if (folder / "study.db").is_file():
+            return folder.resolve()
+    names = ", ".join(folder.name for folder in known[-5:]) or "no studies"
+    raise InputError(
+        f"study {name!r} is not in --out {str(out)!r}, which has {names}; name another --out, or the study's --storage"
+    )
+
+
+def _changed(database: Path) -> float:
+    # In WAL mode the newest changes stand beside the database.
+    beside = [database, database.with_name(f"{database.name}-wal")]
+    return max(path.stat().st_mtime for path in beside if path.exists())
+
+
+def _read_result(path: Path) -> Mapping[str, Any] | None:
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None

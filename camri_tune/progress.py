@@ -1,0 +1,78 @@
+"""How far a study is and how long it still takes: arithmetic on records, the same for every display."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from camri_tune.records import TrialRecord
+
+ENDED = ("complete", "pruned", "failed")
+STAGE_TITLES = {"baseline": "Baseline (cross-entropy)", "search": "Search", "finalists": "Finalists on fresh seeds"}
+
+Records = Mapping[str, Sequence[TrialRecord]]  # of each stage
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run means to train: trainings `planned` for each stage, `epochs` each, by so many `workers` at a time.
+
+    A trial of the search is `folds` trainings.
+    """
+
+    planned: Mapping[str, int]
+    epochs: int
+    workers: int
+    folds: int = 1
+
+    def on_folds(self, folds: int, more_baselines: int) -> "Schedule":
+        """The same where a trial trains on so many folds, and so many more baselines are trained."""
+        planned = {**self.planned, "search": self.planned["search"] // self.folds * folds}
+        planned["baseline"] += more_baselines
+        return replace(self, planned=planned, folds=folds)
+
+    def trainings_of(self, stage: str) -> int:
+        """How many trainings one trial of a stage is."""
+        return self.folds if stage == "search" else 1
+
+
+def done(records: Sequence[TrialRecord], stage: str, schedule: Schedule) -> float:
+    """Trials of a stage that are done, those that train counted by their epochs."""
+    epochs = schedule.epochs * schedule.trainings_of(stage)
+    return sum(
+        1.0 if r.state in ENDED else min(r.epoch / epochs, 1.0) if r.state == "running" else 0.0 for r in records
+    )
+
+
+def total(records: Sequence[TrialRecord], stage: str, schedule: Schedule) -> int:
+    """Trials that a stage has, or will have."""
+    planned = schedule.planned[stage] // schedule.trainings_of(stage)
+    # The baseline is queued step by step; the others whole, and then it is known how many they are.
+    return max(planned, len(records)) if stage == "baseline" or not records else len(records)
+
+
+def current_stage(records: Records) -> str:
+    """The last stage that has trials: they are queued when the one before is finished."""
+    return next((stage for stage in reversed(STAGE_TITLES) if records.get(stage)), "baseline")
+
+
+def seconds_left(records: Records, schedule: Schedule) -> float | None:
+    """From the mean time of finished trainings; None before one has finished."""
+    seconds: list[float] = []
+    left = 0.0
+    stages = list(STAGE_TITLES)
+    current = stages.index(current_stage(records))
+    for place, stage in enumerate(stages):
+        found, trainings = records.get(stage, ()), schedule.trainings_of(stage)
+        seconds += [r.seconds / trainings for r in found if r.state == "complete" and r.seconds]
+        if place >= current:
+            left += (total(found, stage, schedule) - done(found, stage, schedule)) * trainings
+    if not seconds:
+        return None
+    return max(left, 0.0) * sum(seconds) / len(seconds) / schedule.workers
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '12 min' or '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
