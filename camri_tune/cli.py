@@ -44,6 +44,15 @@ FinalistsOption = Annotated[
     typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
 ]
 
+StudyArgument = Annotated[
+    str | None, typer.Argument(help="A study's name, or its folder (default: the one worked on last).")
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for studies.")]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(envvar="CAMRI_STORAGE", help="Database URL of the study (default: SQLite in its folder)."),
+]
+
 
 @app.command()
 def run(
@@ -146,6 +155,37 @@ def compare(
 
 
 @app.command()
+def status(
+    name: StudyArgument = None,
+    out: OutOption = Path("runs"),
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A study at a glance, also while it runs in another terminal."""
+    from camri_tune.overview import find_study, read_overview  # noqa: PLC0415
+    from camri_tune.tables import status_view  # noqa: PLC0415
+
+    overview = read_overview(find_study(name, out=out, storage=storage))
+    if as_json:
+        print(json.dumps(overview.as_json(), indent=2))
+        return
+    _result_console(as_json).print(status_view(overview), soft_wrap=True)
+
+
+@app.command()
+def report(
+    name: StudyArgument = None,
+    out: OutOption = Path("runs"),
+    storage: StorageOption = None,
+) -> None:
+    """Write a study's report.html from what is stored, also while it runs, and print its path."""
+    from camri_tune.overview import find_study  # noqa: PLC0415
+    from camri_tune.report import write_report  # noqa: PLC0415
+
+    print(write_report(find_study(name, out=out, storage=storage)))
+
+
+@app.command()
 def worker(
     study: Annotated[str, typer.Option(help="Name of the study to join.")],
     storage: Annotated[str | None, typer.Option(help="Its database URL (or set $CAMRI_STORAGE).")] = None,
@@ -162,6 +202,23 @@ def worker(
         raise InputError(f"no storage: give --storage URL, or set {STORAGE_VARIABLE}")
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
     work(storage_url=url, name=study, device=device, data_dir=data_dir, index=os.getpid())
+
+
+@app.command()
+def dashboard(
+    name: Annotated[str | None, typer.Argument(help="Study (default: the one in --out worked on last).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for studies.")] = Path("runs"),
+    storage: Annotated[str | None, typer.Option(help="Its database URL (or set $CAMRI_STORAGE).")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any free one.")] = 8080,
+) -> None:
+    """Optuna's dashboard on a study, also while it runs, with the accuracy constraint and the feasible best."""
+    from camri_tune.dashboard import serve  # noqa: PLC0415
+    from camri_tune.overview import find_study  # noqa: PLC0415
+    from camri_tune.storage import STORAGE_VARIABLE  # noqa: PLC0415
+
+    store = find_study(name, out=out, storage=storage or os.environ.get(STORAGE_VARIABLE))
+    serve(store, host=host, port=port)
 
 
 @app.command()
@@ -288,8 +345,8 @@ def _default_data_dir() -> Path:
 
 def _show(result: "Result", as_json: bool) -> None:
     from camri_tune.claims import provenance  # noqa: PLC0415
-    from camri_tune.console import result_table  # noqa: PLC0415
     from camri_tune.records import without_nan  # noqa: PLC0415
+    from camri_tune.tables import result_table  # noqa: PLC0415
 
     if as_json:
         print(json.dumps(without_nan(result.as_json()), indent=2))
@@ -303,9 +360,9 @@ def _show(result: "Result", as_json: bool) -> None:
 
 
 def _show_comparison(table: "Table", as_json: bool) -> None:
-    from camri_tune.console import comparison_tables  # noqa: PLC0415
     from camri_tune.records import without_nan  # noqa: PLC0415
     from camri_tune.table1 import legend  # noqa: PLC0415
+    from camri_tune.tables import comparison_tables  # noqa: PLC0415
 
     if as_json:
         print(json.dumps(without_nan(table.as_json()), indent=2))

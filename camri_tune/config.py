@@ -1,6 +1,7 @@
 """The typed record of a study: one source for command-line flags, study files and what is stored with the study."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -153,6 +154,17 @@ class StudyConfig(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise InputError(_one_line(error, cls, source)) from None
+
+    def command(self) -> str:
+        """The command that makes this study: options that are not the defaults, without the storage's address."""
+        words = ["camri-tune", "run"]
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            if key in ("storage", "out", "data_dir", "workers", "device") or value == field.default:
+                continue
+            option = f"--{key.replace('_', '-')}"
+            words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]
+        return shlex.join(words)
 
     def absolute(self) -> Self:
         """The same study with absolute paths, so that workers may run elsewhere on this machine."""

@@ -1,4 +1,4 @@
-"""What the terminal shows: one live display while it works, plain lines where there is no terminal, a table at the end.
+"""Progress of a run on the terminal: one live display while it works, plain lines where there is no terminal.
 
 Progress goes to standard error; standard output carries the result alone.
 """
@@ -15,10 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from camri_tune.progress import ENDED, STAGE_TITLES, Schedule, done, duration, seconds_left, total
-from camri_tune.records import Figure, Result, Side, TrialRecord
+from camri_tune.records import TrialRecord
 from camri_tune.selection import finalists
-from camri_tune.table1 import TITLES, Outcome, below, best_of
-from camri_tune.table1 import Table as Comparison
+from camri_tune.tables import parameters
 
 
 class Console:
@@ -73,10 +72,10 @@ class Console:
             self._live.update(_view(stage, records, self._schedule, self._time_to_go()))
 
     def judging(self, done: int, total: int) -> None:
-        """Progress of measuring models on the test part."""
-        text = f"Judging on the test part: model {done + 1} of at most {total}"
+        """Progress of measuring finalists on the test part: `done` of at most `total`, the baseline before them."""
+        text = f"Judging on the test part: {done} of at most {total} finalists"
         if self._live is not None:
-            self._live.update(Group(Text(text, style="bold"), _bar(done, total)))
+            self._live.update(Group(Text(text, style="bold"), _bar(done, max(total, 1))))
         else:
             self.say(text)
 
@@ -94,7 +93,7 @@ class Console:
             parts.append("feasible" if record.feasible else "below the floor")
         if record.failure:
             parts.append(record.failure)
-        parts += [_parameters(record.params), self._time_to_go()]
+        parts += [parameters(record.params), self._time_to_go()]
         return ", ".join(part for part in parts if part)
 
 
@@ -108,7 +107,7 @@ def _view(stage: str, records: Mapping[str, Sequence[TrialRecord]], schedule: Sc
     ]
     epochs = schedule.epochs * schedule.trainings_of(stage)
     lines += [
-        Text(f"  {label} #{r.number}  epoch {r.epoch}/{epochs}  {_parameters(r.params)}")
+        Text(f"  {label} #{r.number}  epoch {r.epoch}/{epochs}  {parameters(r.params)}")
         for label, found in records.items()
         for r in found
         if r.state == "running"
@@ -121,100 +120,6 @@ def _view(stage: str, records: Mapping[str, Sequence[TrialRecord]], schedule: Sc
             else Text("  best feasible: none yet")
         )
     return Group(*lines)
-
-
-def result_table(result: Result) -> Table:
-    """Baseline and best side by side, with what each figure was measured on."""
-    table = Table(title=Text(f"{result.study}: important class {result.important_names}"), title_justify="left")
-    table.add_column("")
-    table.add_column(f"baseline (ce, {result.seeds} seeds)", justify="right")
-    best = result.best
-    table.add_column(f"best ({result.loss}, {result.seeds} seeds)" if best else "best", justify="right")
-    for part in ("test", "validation"):
-        for name in ("recall", "accuracy"):
-            cells = [_cell(_figure(side, part, name)) for side in (result.baseline, best.side if best else None)]
-            # On folds each seed's model has a validation part of its own.
-            count = (
-                f"n = {_images(result, part, name):,}" if part == "test" or result.folds == 1 else "each seed's fold"
-            )
-            table.add_row(f"{name} on {part}, {count}", *cells)
-    if best is not None:
-        over = {"recall": best.recall_over_seeds, "accuracy": best.accuracy_over_seeds}
-        for name, difference in over.items():
-            table.add_row(f"gain in {name} on test, points", "", " ".join(difference.in_points()))
-        for c, share in best.exported_recall.items():
-            table.add_row(f"exported model: recall of {c} on test", "", _share(share.value, share.interval))
-        table.add_row(
-            "exported model: accuracy on test",
-            "",
-            _share(best.exported_accuracy.value, best.exported_accuracy.interval),
-        )
-        table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", _parameters(best.params))
-    table.caption = Text(
-        "Mean ± sd over seeds [95 % t interval over seeds]; gains [95 % interval over seeds and images]; "
-        "one model [exact 95 % interval]."
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """A table for each data set and class: recall and accuracy on test, as trained and with a bias; the paper's."""
-    tables = []
-    for dataset, token in comparison.columns():
-        cells = comparison.column(dataset, token)
-        best = best_of(cells)
-        title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
-        table = Table(title=Text(title), title_justify="left")
-        for head in ("", "recall", "accuracy", "gain in recall", "recall, bias", "accuracy, bias", "paper"):
-            table.add_column(head, justify="left" if not head else "right", no_wrap=True)
-        for cell in cells:
-            row = [TITLES[cell.method], *_scores(cell.trained), _gain(cell.trained), *_scores(cell.matched)]
-            row.append(f"{cell.paper[0]:.4f} / {cell.paper[1]:.4f}" if cell.paper else "-")
-            table.add_row(*row, style="bold" if cell is best else "")
-        tables.append(table)
-    return tables
-
-
-def _scores(outcome: Outcome | None) -> tuple[str, str]:
-    if outcome is None:
-        return "-", "-"
-    recall, accuracy = (f"{f.mean:.4f}" + (f" ± {f.sd:.4f}" if f.sd is not None else "") for f in outcome.test)
-    return recall, accuracy + (" †" if below(outcome.accuracy_difference) else "")
-
-
-def _gain(outcome: Outcome | None) -> str:
-    if outcome is None:
-        return "-"
-    return " ".join(outcome.recall_difference.in_points()).rstrip()
-
-
-def _figure(side: Side | None, part: str, name: str) -> Figure | None:
-    if side is None:
-        return None
-    measured = side.test if part == "test" else side.validation
-    return measured.recall if name == "recall" else measured.accuracy
-
-
-def _images(result: Result, part: str, name: str) -> int:
-    return result.images[f"{part}_important" if name == "recall" else part]
-
-
-def _cell(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    text = f"{figure.mean:.4f}"
-    if figure.sd is not None and figure.interval is not None:
-        text += f" ± {figure.sd:.4f} [{figure.interval.low:.4f}, {figure.interval.high:.4f}]"
-    return text
-
-
-def _share(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
-
-
-def _parameters(params: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))
 
 
 def _bar(done: float, total: float) -> Table:

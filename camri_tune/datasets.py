@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
 from camri_tune.folders import Part, Source
-from camri_tune.images import Images, describe_counts, read_image
+from camri_tune.images import Images, describe_counts, read_image, resized
 from camri_tune.sources import find_source, is_data_dir_of
 from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_groups
 
@@ -229,7 +229,7 @@ class _Cache:
                     f"the {part} part of {self._source.name} can no longer be read ({error}): "
                     f"put the files under {self._source.root} back and run again"
                 ) from None
-            return _resized(images, self._source.image_size)
+            return resized(images, self._source.image_size)
         path = self._folder / f"{part}.safetensors"
         try:
             tensors = load_file(path)
@@ -276,19 +276,6 @@ class _Cache:
 
 def _unpack(tensors: dict[str, torch.Tensor]) -> tuple[int, Images]:
     return int(tensors["skipped"]), Images(tensors["pixels"], tensors["labels"], tensors["groups"])
-
-
-def _resized(images: Images, size: int) -> Images:
-    if images.pixels.shape[-1] == size:
-        return images
-    resized = [  # in pieces: as floats, all of them together would be large
-        torch.nn.functional.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        for some in torch.split(images.pixels, 1024)
-    ]
-    return replace(images, pixels=torch.cat(resized))
 
 
 def _cache_folder() -> Path:

@@ -18,8 +18,10 @@ from camri_tune.bundle import load_classifier, read_bundle
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_test_images
 from camri_tune.errors import BundleError, DataError, InputError
-from camri_tune.images import Images
+from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
+from camri_tune.images import Images, resized
 from camri_tune.metrics import accuracy, confusion_matrix, recall_per_class
+from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
 from camri_tune.records import (
     BIAS,
@@ -36,7 +38,7 @@ from camri_tune.records import (
 from camri_tune.search import model_spec
 from camri_tune.selection import rank_models
 from camri_tune.storage import StudyStore
-from camri_tune.training import cpu_count, predict_logits
+from camri_tune.training import cpu_count, predict_embeddings, predict_logits
 
 Answers = NDArray[np.int64]  # predicted class of each test image
 
@@ -111,16 +113,41 @@ class Judge:
 
     def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
         """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
+        classifier = self._classifier(record, loss)
+        return None if classifier is None else predict_logits(classifier, images.pixels, self._device)
+
+    def _classifier(self, record: TrialRecord, loss: Loss) -> Classifier | None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.safetensors"
             if not self._store.fetch_checkpoint(record, path):
                 return None
             try:
                 spec = model_spec(self._data, self._model, loss, record.params)
-                classifier = load_classifier(path, spec).to(self._device)
+                return load_classifier(path, spec).to(self._device)
             except BundleError:
                 return None
-        return predict_logits(classifier, images.pixels, self._device)
+
+    def evidence(self, new: Entrant, loss: Loss, old: Entrant) -> Evidence | None:
+        """What test shows of the exported model beside the baseline's, image by image, for a report.
+
+        None where a checkpoint went missing just now.
+        """
+        labels, important = self.test.labels.numpy(), list(self._important)
+        answers = np.stack([old.answers[old.place], new.answers[new.place]])
+        places = []
+        sides: list[tuple[Entrant, Loss]] = [(old, "ce"), (new, loss)]
+        for entrant, head in sides:
+            classifier = self._classifier(entrant.chosen, head)
+            if classifier is None:
+                return None
+            embeddings = predict_embeddings(classifier, self.test.pixels, self._device).numpy()
+            weights = classifier.head.class_weights.detach().float().cpu().numpy()
+            places.append(angles(embeddings, weights, labels, important))
+        kinds = kinds_of_images(labels, answers, important)
+        rows = np.unique(np.concatenate([rows[:SHOWN] for rows in kinds.values()]))
+        shown = resized(self.test[rows], min(SIDE, self._data.image_size)).pixels.numpy()
+        to_important, to_other = (np.stack(side) for side in zip(*places, strict=True))
+        return Evidence(labels, answers, to_important, to_other, rows, shown)
 
     def measured(self, answers: Sequence[Answers]) -> Measured:
         """Figures over the seeds of one setting, from its models' answers."""

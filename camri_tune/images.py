@@ -1,6 +1,6 @@
 """Images in memory, and one image file decoded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,20 @@ def describe_counts(images: Images) -> str:
     groups = len(torch.unique(images.groups))
     text = f"{len(images):,} images"
     return text if groups == len(images) else f"{text} in {groups:,} groups"
+
+
+def resized(images: Images, size: int) -> Images:
+    """The same images at `size` x `size`."""
+    if images.pixels.shape[-1] == size:
+        return images
+    resized = [  # in pieces: as floats, all of them together would be large
+        torch.nn.functional.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        for some in torch.split(images.pixels, 1024)
+    ]
+    return replace(images, pixels=torch.cat(resized))
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:

@@ -22,6 +22,11 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         self.dense = nn.Linear(embedding_size, num_classes)
 
+    @property
+    def class_weights(self) -> Tensor:
+        """The direction in which each class lies (C, D)."""
+        return self.dense.weight
+
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Logits (N, C) of embeddings (N, D), in float32 (float64 stays)."""
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -112,6 +117,11 @@ class NormFaceLoss(nn.Module):
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
         nn.init.xavier_normal_(self.weight)
+
+    @property
+    def class_weights(self) -> Tensor:
+        """The direction in which each class lies (C, D)."""
+        return self.weight
 
     def cosine(self, embeddings: Tensor) -> Tensor:
         """cos(theta_k) (N, C). Float32 with autocast off: bfloat16 cannot tell 0 from 5 degrees."""

@@ -90,6 +90,45 @@ class Overview:
         """Until the run is through, at the pace so far; None before a training has finished."""
         return seconds_left(self.records, self.schedule) if self.schedule is not None else None
 
+    def as_json(self) -> dict[str, Any]:
+        """What `status --json` prints."""
+        states = ("waiting", "running", "complete", "pruned", "failed")
+        best, baseline = self.best, self.baseline
+        return {
+            "study": self.name,
+            "folder": str(self.folder),
+            "stage": self.stage,
+            "running": self.running,
+            "dataset": self.dataset,
+            "important": list(self.important),
+            "loss": self.config.loss,
+            "floor": self.floor,
+            "baseline": {
+                "accuracy": baseline.accuracy,
+                "recall": baseline.measured(self.important).recall.mean,
+                "learning_rate": baseline.learning_rate,
+            }
+            if baseline is not None
+            else None,
+            "trials": {
+                stage: {state: sum(r.state == state for r in records) for state in states}
+                for stage, records in self.records.items()
+            },
+            "best": {
+                "trial": best.number,
+                "recall": best.recall,
+                "accuracy": best.accuracy,
+                "params": best.params,
+            }
+            if best is not None
+            else None,
+            "failures": {str(t.number): t.failure for t in self.search if t.state == "failed"},
+            "seconds_left": self.seconds_left if self.running else None,
+            "wall_seconds": self.wall_seconds,
+            "verdict": self.result["verdict"] if self.result else None,
+            "sentence": self.result["sentence"] if self.result else None,
+        }
+
 
 def read_overview(store: StudyStore) -> Overview:
     """The study as it stands, its files looked for in the folder that its configuration names."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from camri_tune.records import Figure
@@ -25,7 +26,47 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right
 th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 700; background: #eef7f2; }
 small { color: #555; display: block; font-weight: 400; } .note { color: #444; } .paper { background: #f7f5ee; }
 .warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
+.lead { font-size: 1.1rem; } h1 { margin-bottom: .2rem; } code { background: #f3f3f3; padding: .1rem .3rem; }
+.verdict { border: 2px solid; border-radius: .6rem; padding: .8rem 1.2rem; margin: 1rem 0; font-size: 1.1rem; }
+.verdict p { margin: .4rem 0 0; } .badge { font-weight: 700; font-size: 1.25rem; }
+.good { border-color: #009E73; background: #eef8f4; } .fair { border-color: #E69F00; background: #fdf6e6; }
+.bad { border-color: #D55E00; background: #fdf0e8; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin: 1.2rem 0; }
+.card { border: 1px solid #ddd; border-radius: .6rem; padding: .8rem 1.2rem; } .card h3, .card p { margin: .2rem 0; }
+.pair { display: flex; gap: 2rem; font-size: 1.7rem; font-weight: 650; font-variant-numeric: tabular-nums; }
+.pair small { font-size: .85rem; } .scroll { overflow-x: auto; } .wide { min-width: 44rem; }
+td small { white-space: normal; } td:first-child small { max-width: 26rem; }
+.gallery { display: flex; flex-wrap: wrap; gap: .7rem; } .gallery figure { margin: 0; width: 6rem; }
+.gallery img { width: 6rem; height: 6rem; image-rendering: pixelated; background: #eee; }
+.gallery figcaption { font-size: .78rem; line-height: 1.25; overflow-wrap: anywhere; }
+details { margin: 2rem 0; } summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .7rem; } .pair { font-size: 1.35rem; gap: 1.2rem; } }
+@media print { h2, h3 { break-after: avoid; } figure, .card, .js-plotly-plot, tr { break-inside: avoid; } }
 """
+# A printed page is narrower than most screens, and Plotly's pictures keep the width that they have.
+PRINTING = """
+const refit = (layout) => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, layout));
+addEventListener("beforeprint", () => refit({ width: 690 }));
+addEventListener("afterprint", () => refit({ width: null, autosize: true }));
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole page with the style, and Plotly's code for its pictures."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>\n{body}\n"
+        f"<script>{PRINTING}</script></body></html>\n"
+    )
+
+
+def picture(figure: go.Figure, name: str, *, wide: bool = False) -> str:
+    """A figure as part of a page, with `name` as its id. Where the screen is narrow a `wide` one scrolls sideways."""
+    html = figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
+    )
+    return f'<div class="scroll"><div class="wide">{html}</div></div>' if wide else html
 
 
 def comparison_page(table: Table) -> str:
@@ -36,22 +77,15 @@ def comparison_page(table: Table) -> str:
     for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
         facts = table.facts["datasets"][dataset]
         columns = [table.column(*column) for column in table.columns() if column[0] == dataset]
-        # Plotly's code goes in once, with the first picture.
-        first = dataset == table.cells[0].dataset
-        figure = recall_over_accuracy(columns)
-        picture = figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+        drawn = picture(recall_over_accuracy(columns), f"plane-{dataset}", wide=True)
         parts.append(f"<h2>{escape(dataset)}</h2>")
         parts.append(
             f'<p class="note">{facts["train"]:,} training, {facts["validation"]:,} validation, {facts["test"]:,} '
             f"test images; {facts['epochs']} epochs; network {escape(str(table.facts['model']))}; "
-            f"{facts['wall_seconds'] / 60:,.0f} minutes of training here.</p>{picture}"
+            f"{facts['wall_seconds'] / 60:,.0f} minutes of training here.</p>{drawn}"
         )
         parts += [_column(cells) for cells in columns]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(table.folder.name)}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return page(table.folder.name, "\n".join(parts))
 
 
 def recall_over_accuracy(columns: Sequence[Sequence[Cell]]) -> go.Figure:

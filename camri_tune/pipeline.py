@@ -1,25 +1,25 @@
 """The whole job: baseline, search, finalists, judgement, export."""
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
-from camri_tune.claims import few_test_images, nothing_to_gain, sentence_of
+from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Entrant, Judge, versions
+from camri_tune.evidence import Evidence
 from camri_tune.images import Images
+from camri_tune.overview import EVIDENCE, RESULT
 from camri_tune.records import (
     Baseline,
     Best,
@@ -32,7 +32,7 @@ from camri_tune.records import (
     measured_on_validation,
     without_nan,
 )
-from camri_tune.report import model_card
+from camri_tune.report import model_card, write_report, write_text
 from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run
@@ -67,11 +67,14 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
             crew.finish("search", one)
             stages.check_search()
             retrained = crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
-        console.say("Judging on the test part")
-        result, chosen = _judge(stages, baseline, retrained, device, notices, console)
-        write_json(config.folder / "result.json", result.as_json())
+        result, chosen, evidence = _judge(stages, baseline, retrained, device, notices, console)
+        console.say("Writing the result and its report")
+        if evidence is not None:
+            evidence.save(config.folder / EVIDENCE)
+        write_text(config.folder / RESULT, json.dumps(without_nan(result.as_json()), indent=2) + "\n")
         _export(stages, result, chosen)
-        return result
+    write_report(store)  # by now nothing works on the study any more
+    return result
 
 
 def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Baseline, list[str]]:
@@ -117,13 +120,14 @@ def _judge(
     device: torch.device,
     notices: list[str],
     console: Console,
-) -> tuple[Result, TrialRecord | None]:
+) -> tuple[Result, TrialRecord | None, Evidence | None]:
     """Read the test part, for the baseline's models and for the settings that kept accuracy, in validation's order."""
     config, floors = stages.config, stages.floors(baseline)
     judge = Judge(stages.data, stages.store, stages.important, config.model, device)
     if config.calibrate:
         retrained = _calibrated(judge, retrained, config.loss, floors)
     order = rank_settings(retrained)
+    console.judging(0, len(order))
     reads = _note_reading(stages, [retrained[number] for number in order])
     # One rule chooses a finalist's model and the baseline's: the best seed of one side alone would flatter it.
     measured = [replace(r, constraint=floors[r.fold] - (r.accuracy or 0.0)) for r in baseline.records]
@@ -136,6 +140,7 @@ def _judge(
     entrants: dict[int, Entrant] = {}
 
     def judged(number: int, confidence: float) -> Best | None:
+        console.judging(len(entrants), len(order))
         entrant = judge.entrant(retrained[number], config.loss)
         if entrant is None:
             notices.append(f"Trial {number} was passed over: a checkpoint of it is missing or altered.")
@@ -149,7 +154,10 @@ def _judge(
         notices += few_test_images(best, stages.data.classes)
     finals = _finalists(retrained, order, found, stages.important)
     result = _result(stages, baseline, judge, old, verdict, best, finals, reads, notices)
-    return result, entrants[best.trial].chosen if best is not None else None
+    if best is None:
+        return result, None, None
+    entrant = entrants[best.trial]
+    return result, entrant.chosen, judge.evidence(entrant, config.loss, old)
 
 
 def _finalists(
@@ -248,7 +256,7 @@ def _result(
     validation = data.validation_of(stages.folds)
     records = stages.records("search")
     names = ", ".join(data.classes[c] for c in important)
-    return Result(
+    result = Result(
         study=config.study_name,
         dataset=data.name,
         classes=data.classes,
@@ -278,13 +286,8 @@ def _result(
         versions=versions(),
         folder=str(config.folder),
     )
+    return replace(result, provenance=tuple(provenance(result)))
 
 
 def _count(images: Images, important: Sequence[int]) -> int:
     return int(torch.isin(images.labels, torch.tensor(important)).sum())
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(without_nan(value), indent=2) + "\n")
-    os.replace(partial, path)

@@ -377,7 +377,10 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Result:
-    """What a study found, as `result.json` holds it. `best` is None exactly when the verdict is `none`."""
+    """What a study found, as `result.json` holds it. `best` is None exactly when the verdict is `none`.
+
+    `provenance` says which data chose and which judged (see claims.py).
+    """
 
     study: str
     dataset: str
@@ -401,6 +404,7 @@ class Result:
     wall_seconds: float
     versions: dict[str, str]
     folder: str
+    provenance: tuple[str, ...] = ()
 
     @property
     def candidates(self) -> int:
@@ -425,6 +429,7 @@ class Result:
             "verdict": self.verdict,
             "sentence": self.sentence,
             "notices": list(self.notices),
+            "provenance": list(self.provenance),
             "images": self.images,
             "folds": self.folds,
             "test_reads": self.test_reads,

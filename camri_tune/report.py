@@ -1,15 +1,30 @@
-"""What people read afterwards: the model card of an exported bundle, and a comparison as CSV, JSON and Markdown."""
+"""What people read afterwards: a study's report, the card of an exported model, and a comparison in four formats."""
 
 import csv
 import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from camri_tune.claims import few_test_images, provenance
+from camri_tune.evidence import Evidence
+from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
 from camri_tune.records import Figure, PairedDifference, Result, SeedDifference, biases_of, without_nan
+from camri_tune.search import parameter_importance
+from camri_tune.storage import StudyStore
+from camri_tune.study_page import study_page
 from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
+
+
+def write_report(store: StudyStore) -> Path:
+    """Write a study's `report.html` from what is stored, whether or not it is finished. Returns the file's path."""
+    overview = read_overview(store)
+    evidence = Evidence.load(overview.folder / EVIDENCE) if overview.result is not None else None
+    path = overview.folder / REPORT
+    write_text(path, study_page(overview, parameter_importance(store), evidence))
+    return path
 
 
 def model_card(result: Result) -> str:
@@ -95,9 +110,14 @@ def write_comparison(table: Table) -> None:
         "html": comparison_page(table),
     }
     for suffix, text in texts.items():
-        partial = table.folder / f"{table.stem}.{suffix}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, table.folder / f"{table.stem}.{suffix}")
+        write_text(table.folder / f"{table.stem}.{suffix}", text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def comparison_csv(table: Table) -> str:

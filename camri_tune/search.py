@@ -1,12 +1,13 @@
 """What is searched, by whom, and how one trial runs: the bridge between Optuna's trials and `training.train`."""
 
+import csv
 import math
 import os
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import optuna
 import torch
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import ModelSpec, save_weights
@@ -55,6 +56,7 @@ SPACES: dict[Loss, dict[str, Range]] = {
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 TUNING_SEED_OFFSET = 20_000
+MIN_TRIALS_FOR_IMPORTANCE = 5
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,27 @@ def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
     return head_spec(loss, params, plan.important), learning_rate
 
 
+def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
+    """Share of the variance of recall and of accuracy over the search that each parameter accounts for (fANOVA).
+
+    Empty where too few trials are complete, or nothing varies.
+    """
+    study = store.optuna_study("search")
+    targets: dict[str, Callable[[FrozenTrial], float]] = {
+        "recall": lambda t: float(t.user_attrs["recall"]),
+        "accuracy": lambda t: float(t.user_attrs["accuracy"]),
+    }
+    found = {}
+    for name, target in targets.items():
+        complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+        values = {target(t) for t in complete if "recall" in t.user_attrs}
+        if len(complete) < MIN_TRIALS_FOR_IMPORTANCE or len(values) < 2:
+            continue
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        found[name] = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
+    return found
+
+
 def make_sampler(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler of the search: `benchmarks/search.py` has what was measured to choose it."""
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=False)
@@ -217,6 +240,7 @@ def _train(trial: Trial, stage: Stage, plan: Plan, folds: Sequence[int], store: 
             study = trial.study
             if pruner.prune(study, study._storage.get_trial(trial._trial_id)):
                 # Before pruning: a trial without constraint looks feasible.
+                _keep_confusion(trial, progress.confusion, plan, store)
                 _set_scores(trial, progress.confusion, plan, folds[:1])
                 raise optuna.TrialPruned
 
@@ -244,6 +268,7 @@ def _train(trial: Trial, stage: Stage, plan: Plan, folds: Sequence[int], store: 
         trained.append(model_of_fold)
     _keep_checkpoint(trial, trained[0], plan, store)
     pooled: IntArray = np.sum([t.confusion for t in trained], axis=0)
+    _keep_confusion(trial, pooled, plan, store)
     return pooled
 
 
@@ -269,6 +294,18 @@ def _keep_checkpoint(trial: Trial, trained: Trained, plan: Plan, store: StudySto
         path = Path(folder) / "model.safetensors"
         save_weights(trained.classifier, path)
         store.save_checkpoint(trial, path)
+
+
+def _keep_confusion(trial: Trial, confusion: IntArray, plan: Plan, store: StudyStore) -> None:
+    """As a table that the dashboard shows: counts of validation images, rows true."""
+    classes = plan.data.classes
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "confusion.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow([r"true \ predicted", *classes])
+            table.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
+        store.save_artifact(trial, path)
 
 
 def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, float]) -> ModelSpec:

@@ -156,6 +156,16 @@ class StudyStore:
         return StudyStore(self._storage, self.name, config)
 
     @property
+    def storage(self) -> RDBStorage:
+        """The database that the study is in."""
+        return self._storage
+
+    @property
+    def artifact_folder(self) -> Path:
+        """Where the files of its trials lie."""
+        return self._folder
+
+    @property
     def attributes(self) -> Mapping[str, Any]:
         """What is stored with the study as a whole (read anew)."""
         return self.optuna_study("search").user_attrs
@@ -223,14 +233,17 @@ class StudyStore:
                 count += 1
         return count + sum(self.cell(name).requeue_interrupted(worker) for name in self.attributes.get("cells", []))
 
-    def save_checkpoint(self, trial: Trial, path: Path) -> None:
-        """Keep a checkpoint file as an artifact of `trial`, with its SHA-256 on the trial."""
+    def save_artifact(self, trial: Trial, path: Path) -> str:
+        """Keep a file as an artifact of `trial`, which has not ended; return the artifact's id."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        trial.set_user_attr("sha256", sha256(path))
-        identifier = upload_artifact(
+        return upload_artifact(
             artifact_store=self._artifacts, file_path=str(path), study_or_trial=trial, storage=self._storage
         )
-        trial.set_user_attr("checkpoint", identifier)
+
+    def save_checkpoint(self, trial: Trial, path: Path) -> None:
+        """Keep a checkpoint file as an artifact of `trial`, with its SHA-256 on the trial."""
+        trial.set_user_attr("sha256", sha256(path))
+        trial.set_user_attr("checkpoint", self.save_artifact(trial, path))
 
     def fetch_checkpoint(self, record: TrialRecord, path: Path) -> bool:
         """Copy a trial's checkpoint to `path`; False where it is missing or not what the trial stored."""

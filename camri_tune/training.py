@@ -195,6 +195,15 @@ def predict_logits(classifier: Classifier, pixels: Tensor, device: torch.device)
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def predict_embeddings(classifier: Classifier, pixels: Tensor, device: torch.device) -> Tensor:
+    """Embeddings (N, D) on the CPU of uint8 images (N, C, S, S)."""
+    classifier.eval()
+    return torch.cat(
+        [classifier.embed(batch.to(device)).float().cpu() for batch in torch.split(pixels, EVALUATION_BATCH)]
+    )
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises InputError where it is not there."""
     if name == "auto":

@@ -1,15 +1,27 @@
 """What several test modules share: a cache of their own, the real data sets, small image folders."""
 
+import getpass
 import os
+import secrets
+import shutil
+import signal
+import socket
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+import sqlalchemy
 from filelock import FileLock
 from PIL import Image
 
 from camri_tune.storage import open_storage
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 REPOSITORY = Path(__file__).parents[1]
 UNPACK = REPOSITORY.parent / "shared" / "data" / "unpack"
@@ -30,17 +42,21 @@ def _real_data(name: str, folder: str, tmp_path_factory: pytest.TempPathFactory)
     named = os.environ.get("CAMRI_DATA")
     if named and (Path(named) / folder).is_dir():
         return Path(named)
-    if UNPACK.exists():
-        # Parallel test processes have base folders of their own under one parent: they unpack once.
-        base = tmp_path_factory.getbasetemp()
-        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        with FileLock(shared / "unpack.lock"):
-            subprocess.run([str(UNPACK), str(shared / "data"), name], check=True)
-        return shared / "data"
-    reason = (
-        f"the real images of {name} are not here: set CAMRI_DATA to the folder that holds {folder!r} "
-        f"(it is {named!r}), or put the archive's unpack script at ../shared/data/unpack"
-    )
+    if not UNPACK.exists():
+        _not_here(
+            f"the real images of {name} are not here: set CAMRI_DATA to the folder that holds {folder!r} "
+            f"(it is {named!r}), or put the archive's unpack script at ../shared/data/unpack"
+        )
+    # Parallel test processes have base folders of their own under one parent: they unpack once.
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "unpack.lock"):
+        subprocess.run([str(UNPACK), str(shared / "data"), name], check=True)
+    return shared / "data"
+
+
+def _not_here(reason: str) -> NoReturn:
+    """What a test needs is missing: no reason to fail on somebody's laptop, but one where everything is installed."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -70,6 +86,77 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "study.db"
     open_storage(f"sqlite:///{path}").engine.dispose()
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """Debian's Chromium, headless."""
+    executable = shutil.which("chromium")
+    try:
+        from playwright.sync_api import sync_playwright  # noqa: PLC0415
+    except ImportError:
+        _not_here("no browser: pip install playwright")
+    if executable is None:
+        _not_here("no browser: apt-get install chromium")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of an empty database, with a password, on a PostgreSQL server of the tests' own."""
+    server = shutil.which("postgres") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres")), None)
+    if server is None:
+        _not_here("no PostgreSQL server: apt-get install postgresql")
+    bin_folder = Path(server).resolve().parent
+    # PostgreSQL refuses to serve as root, and pytest's folders are closed to others: hence a folder of its own.
+    user = "nobody" if os.geteuid() == 0 else getpass.getuser()
+    folder = Path(tempfile.mkdtemp(prefix="camri-postgres-"))
+    password = secrets.token_hex(8)
+    try:
+        (folder / "password").write_text(password)
+        for path in (folder, folder / "password"):
+            shutil.chown(path, user)
+        make = "--pgdata data --username tester --pwfile password --auth scram-sha-256 --encoding UTF8 --no-locale"
+        initdb = [str(bin_folder / "initdb"), *make.split(), "--no-sync"]
+        subprocess.run(initdb, user=user, cwd=folder, check=True, capture_output=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        process = subprocess.Popen(
+            [str(bin_folder / "postgres"), *f"-D data -p {port} -h 127.0.0.1 -c fsync=off -k".split(), ""],
+            user=user,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            url = f"postgresql+psycopg://tester:{password}@127.0.0.1:{port}/postgres"
+            _wait_for_database(url, process)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)  # ends it without waiting for those who are connected
+            process.wait(timeout=30)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _wait_for_database(url: str, process: "subprocess.Popen[bytes]") -> None:
+    engine = sqlalchemy.create_engine(url)
+    for _ in range(300):
+        assert process.poll() is None, f"the database server ended with exit code {process.returncode}"
+        try:
+            with engine.connect():
+                break
+        except sqlalchemy.exc.OperationalError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the database server did not answer within 30 s")
+    engine.dispose()
 
 
 @pytest.fixture

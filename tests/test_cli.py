@@ -73,7 +73,7 @@ def test_folds_of_a_data_set_with_its_own_validation_part_get_one_line(tmp_path:
         (root / name).mkdir(parents=True)
         for place in range(3):
             Image.new("RGB", (8, 8), (index, place, 0)).save(root / name / f"{place}.png")
-    done = camri_tune("run", "--out", tmp_path / "runs", "--dataset", root, "--folds", "2")
+    done = camri_tune("run", "--out", tmp_path / "runs", "--dataset", root, "--folds", "2", "--quiet")
     assert_one_line_error(done, "--folds 2", "'photos'", "validation")
 
 

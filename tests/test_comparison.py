@@ -28,6 +28,7 @@ from camri_tune.images import Images
 from camri_tune.posthoc import tune_bias
 from camri_tune.records import Figure, SeedDifference, TrialRecord
 from camri_tune.report import cell_text
+from camri_tune.stages import only_run
 from camri_tune.storage import StudyStore, open_storage
 from camri_tune.table1 import Cell, Outcome, Scores
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
@@ -472,6 +473,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 def test_an_interrupted_comparison_resumes_and_is_alone_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "compare"
+    folder.mkdir()
     options: Sequence[object] = ["--out", tmp_path, *SMALL, "--seeds", "1", "--important", "3", "--methods", "wce,l2"]
 
     def states(suffix: str) -> list[str]:
@@ -479,14 +481,15 @@ def test_an_interrupted_comparison_resumes_and_is_alone_in_its_folder(tmp_path: 
             state for name, found in _trials(folder).items() if name.endswith(suffix) for _, state in found
         ]  # fmt: skip
 
+    with only_run(folder):
+        assert_one_line_error(camri_tune("compare", *options), "another run", str(folder), "--name")
+
     # As from a terminal: where the tests run as a background job, interrupts are ignored, and that is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [str(COMMAND), "compare", *map(str, options)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
-        _wait_for(lambda: bool(_trials(folder)))
-        assert_one_line_error(camri_tune("compare", *options), "another run", str(folder), "--name")
         _wait_for(lambda: "RUNNING" in states(".wce") + states(".l2"))
     finally:
         process.send_signal(signal.SIGINT)

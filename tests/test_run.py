@@ -245,7 +245,14 @@ def test_nothing_is_called_best_where_nothing_is_feasible(
             "update trial_system_attributes set value_json = '0.1' where key = 'constraints:accuracy' and trial_id in "
             "(select trial_id from trials join studies using (study_id) where study_name = 'd.finalists')"
         ).rowcount
+        # No other trial shall get its chance as a finalist in their place.
+        others = database.execute(
+            "update trial_system_attributes set value_json = '0.5' where key = 'constraints:accuracy' and trial_id in "
+            "(select trial_id from trials join studies using (study_id) where study_name = 'd' and number not in "
+            "(select cast(value_json as integer) from trial_user_attributes where key = 'source_trial'))"
+        ).rowcount
     assert changed > 0
+    assert others > 0
     done = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--json")
     assert done.returncode == 3, done.stderr
     result = result_of(done)
@@ -381,6 +388,8 @@ def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
         *SMALL,
         "--epochs",
         "12",
+        "--folds",
+        "1",
     ]
     assert_one_line_error(camri_tune(*options, "--quiet"), "torn.png", "--skip-corrupt")
     done = camri_tune(*options, "--skip-corrupt", "--json")

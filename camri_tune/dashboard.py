@@ -1,0 +1,352 @@
+"""The Optuna dashboard on a study: seen through a view that knows the constraint, served, and told what it shows.
+
+optuna-dashboard 0.21 reads constraints in Optuna's old format alone and takes the highest value for the best trial:
+every trial of ours is drawn as feasible, and an infeasible one stands as the best. `DashboardStorage` mends both.
+"""
+
+import copy
+import errno
+import hashlib
+import math
+import re
+import socket
+import socketserver
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from datetime import datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, BinaryIO
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import _CachedStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from camri_tune.config import StudyConfig
+from camri_tune.errors import InputError
+from camri_tune.overview import Overview
+from camri_tune.progress import STAGE_TITLES, done, duration, total
+from camri_tune.pruning import is_feasible
+from camri_tune.storage import StudyStore, masked
+
+OLD_CONSTRAINTS = "constraints"  # a list; the new format is one attribute for each, `constraints:KEY`
+UNKNOWN_CONSTRAINT = 1.0  # shown of a trial that lacks it: all of accuracy below the floor
+PUBLISHED = "camri_tune:published"  # what the note and figures in the storage were made of
+
+
+class DashboardStorage(_CachedStorage):
+    """A storage as the dashboard should see it, on top of Optuna's own cache of finished trials. Writes pass through.
+
+    Trials are handed out with the old list of constraints besides the new format. One that has ended in a study with
+    constraints, but lacks its own, is handed out as infeasible.
+    """
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = super().get_all_trials(study_id, deepcopy=deepcopy)
+        constrained = any(map(_constraints, trials)) or "identity" in self.get_study_user_attrs(study_id)
+        return [_shown(trial, constrained) for trial in trials if states is None or trial.state in states]
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        return _shown(super().get_trial(trial_id), constrained=False)
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """The best feasible trial of a study with constraints; of equal values the more accurate, then the earlier.
+
+        Where nothing is feasible, the best that is not: Optuna leaves it to the caller to look at the constraints.
+        """
+        trials = self.get_all_trials(study_id, deepcopy=False)
+        directions = self.get_study_directions(study_id)
+        complete = [trial for trial in trials if trial.state == OptunaState.COMPLETE]
+        if len(directions) > 1 or not any(trial.constraints for trial in complete):
+            return super().get_best_trial(study_id)
+        sign = 1 if directions[0] == StudyDirection.MAXIMIZE else -1
+        return max(
+            [trial for trial in complete if is_feasible(trial)] or complete,
+            key=lambda t: (sign * (t.value or 0.0), t.user_attrs.get("accuracy", -math.inf), -t.number),
+        )
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        # The dashboard renames a study by copying the trials that it was handed.
+        if template_trial is not None and isinstance(shown := template_trial.system_attrs, _ShownAttributes):
+            template_trial = copy.copy(template_trial)
+            template_trial.system_attrs = shown.stored
+        return super().create_new_trial(study_id, template_trial)
+
+
+class _ShownAttributes(dict[str, Any]):
+    """A trial's system attributes with the old list of constraints added; `stored` is what the database has."""
+
+    stored: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], constraints: Sequence[float]) -> "_ShownAttributes":
+        # Optuna warns where a new constraint is called like an index of the old list.
+        indices = {f"{OLD_CONSTRAINTS}:{index}" for index in range(len(constraints))}
+        shown = cls({key: value for key, value in stored.items() if key not in indices})
+        # JSON, and with it the page, knows no infinity.
+        limit = sys.float_info.max
+        shown[OLD_CONSTRAINTS] = [min(max(float(value), -limit), limit) for value in constraints]
+        shown.stored = stored
+        return shown
+
+
+def _constraints(trial: FrozenTrial) -> list[float]:
+    """A trial's constraints in the new format, in the order of their names."""
+    prefix = f"{OLD_CONSTRAINTS}:"
+    return [value for key, value in sorted(trial.system_attrs.items()) if key.startswith(prefix)]
+
+
+def _shown(trial: FrozenTrial, constrained: bool) -> FrozenTrial:
+    if OLD_CONSTRAINTS in trial.system_attrs:
+        return trial
+    constraints = _constraints(trial)
+    if not constraints:
+        if not constrained or trial.state not in (OptunaState.COMPLETE, OptunaState.PRUNED):
+            return trial
+        constraints = [UNKNOWN_CONSTRAINT]
+    # A copy: the cached trial must stay what the database has.
+    shown = copy.copy(trial)
+    shown.system_attrs = _ShownAttributes.of(trial.system_attrs, constraints)
+    return shown
+
+
+class StudyArtifacts:
+    """Artifacts of a study, and of the others in its storage whose folders are on this machine. To be read only.
+
+    A trial that has ended keeps what it says of its checkpoint: to delete that file would break its export.
+    """
+
+    def __init__(self, store: StudyStore) -> None:
+        self._store = store
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        for folder in self._folders():
+            try:
+                return FileSystemArtifactStore(folder).open_reader(artifact_id)
+            except (ArtifactNotFound, NotADirectoryError):
+                continue
+        raise ArtifactNotFound(f"{artifact_id} is in no folder of artifacts on this machine")
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        self._refuse()
+
+    def remove(self, artifact_id: str) -> None:
+        self._refuse()
+
+    def _folders(self) -> Iterator[Path]:
+        yield self._store.artifact_folder
+        for study in self._store.storage.get_all_studies():
+            try:
+                yield StudyConfig.build(study.user_attrs["config"]).folder / "artifacts"
+            except (KeyError, TypeError, InputError):  # a study of somebody else's
+                continue
+
+    def _refuse(self) -> None:
+        import bottle  # noqa: PLC0415
+
+        raise bottle.HTTPError(403, "artifacts are read only in camri-tune dashboard")
+
+
+def application(store: StudyStore) -> Any:
+    """optuna-dashboard's WSGI application on the storage of `store`, with what it gets wrong mended."""
+    import optuna_dashboard  # noqa: PLC0415
+
+    app = optuna_dashboard.wsgi(DashboardStorage(store.storage), artifact_store=StudyArtifacts(store))
+    app.install(_mend)
+    return app
+
+
+def _mend(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Around each view of the dashboard: an infeasible trial is no best trial, a missing file is not found."""
+    import bottle  # noqa: PLC0415
+
+    def mended(*arguments: Any, **options: Any) -> Any:
+        try:
+            answer = view(*arguments, **options)
+        except ArtifactNotFound as error:
+            return bottle.HTTPError(404, str(error))
+        if isinstance(answer, dict) and "best_trials" in answer:
+            best = [trial for trial in answer["best_trials"] if all(value <= 0 for value in trial["constraints"])]
+            return {**answer, "best_trials": best}
+        return answer
+
+    return mended
+
+
+def serve(store: StudyStore, *, host: str, port: int) -> None:
+    """Serve the dashboard until Ctrl-C, its URL on standard output. Port 0 is any free one.
+
+    Raises InputError where it cannot listen there.
+    """
+    app = application(store)
+    with _listen(host, port) as server:
+        server.set_app(app)
+        address, port = server.socket.getsockname()[:2]
+        if not ip_address(address).is_loopback:
+            _say(
+                f"warning: --host {host} lets other machines in, and there is no login: anyone who can reach port "
+                f"{port} can read and delete the studies in this storage"
+            )
+        if ip_address(address).is_unspecified:
+            address = "::1" if ":" in address else "127.0.0.1"
+        place = f"[{address}]" if ":" in address else address
+        _say(f"dashboard of study {store.name!r} in {masked(store.storage.url)}; Ctrl-C ends it")
+        study_id = store.storage.get_study_id_from_name(store.name)
+        print(f"http://{place}:{port}/dashboard/studies/{study_id}", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            _say("dashboard ended")
+
+
+def _say(text: str) -> None:
+    print(f"camri-tune: {text}", file=sys.stderr, flush=True)
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A page asks for several things at once, and a slow answer must not hold up the others."""
+
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        # The base class asks the name service who we are, which can take seconds, and nobody needs to know.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a browser that left
+            super().handle_error(request, client_address)
+
+
+class _ServerOfIPv6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """No line for each request: what goes wrong is logged by the application."""
+
+
+def _listen(host: str, port: int) -> _Server:
+    try:
+        return (_ServerOfIPv6 if ":" in host else _Server)((host, port), _QuietHandler)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(
+                f"--host {host!r} is not an address of this machine; give 127.0.0.1 for this machine alone"
+            ) from None
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+        raise InputError(f"--port {port} {reason} on {host}; give another --port, or 0 for any free one") from None
+
+
+def publish(overview: Overview, store: StudyStore) -> list[str]:
+    """Keep the study's note and figures in the dashboard up to date; return which of them were written.
+
+    What is made of the same as what is stored is left alone.
+    """
+    from optuna_dashboard import save_note, save_plotly_graph_object  # noqa: PLC0415
+
+    from camri_tune.charts import recall_accuracy, search_history  # noqa: PLC0415
+
+    study = store.optuna_study("search")
+    stored = store.storage.get_study_system_attrs(study._study_id).get(PUBLISHED, {})
+    note, figures = _note(overview), (("recall-accuracy", recall_accuracy), ("search-history", search_history))
+    made = {"note": _digest(note)}
+    if made["note"] != stored.get("note"):
+        # The time alone is no news.
+        now = datetime.now().astimezone()
+        save_note(study, f"{note}\n\n*As of {now:%Y-%m-%d %H:%M} ({now:%Z}).*\n")
+    for name, draw in figures:
+        figure = draw(overview)
+        made[name] = _digest(figure.to_json())
+        if made[name] != stored.get(name):
+            save_plotly_graph_object(study, figure, graph_object_id=name)
+    written = [name for name, digest in made.items() if digest != stored.get(name)]
+    if written:
+        store.storage.set_study_system_attr(study._study_id, PUBLISHED, made)
+    return written
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _note(overview: Overview) -> str:
+    """What the study is about and how it stands, in Markdown."""
+    config = overview.config
+    important = f"**{_plain(overview.important_names)}**"
+    if not overview.important:
+        important += " (as asked for; the baseline's recall will say which class that is)"
+    parts = [
+        f"## {_plain(overview.name)}",
+        f"Tuned on `{overview.dataset}`: recall of {important} with loss `{config.loss}`, "
+        f"over {_names(overview)}, while accuracy is kept.",
+        f"**Floor.** {_floor(overview)}",
+        f"**How far.** {_how_far(overview)}",
+    ]
+    if overview.result is not None:
+        parts.append(f"**Result.** {_plain(str(overview.result.get('sentence', '')))}")
+    parts += [
+        f"**Best trial so far.** {_best(overview)}",
+        f"**Export.** The run itself writes `{overview.name}/best` when it has judged finalists on test. Until then a "
+        "trial's model is its artifact `model.safetensors`.",
+        f"Look at this study with `camri-tune dashboard {overview.name}`: a plain `optuna-dashboard` 0.21 does not "
+        "read the constraint, and draws trials that miss the floor as feasible.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _names(overview: Overview) -> str:
+    names = sorted({name for record in overview.search for name in record.params})
+    return ", ".join(f"`{name}`" for name in names) or "the learning rate and the loss's own parameters"
+
+
+def _floor(overview: Overview) -> str:
+    if overview.floor is None:
+        return "The cross-entropy baseline is still training; its validation accuracy sets the floor."
+    baseline = overview.baseline
+    text = f"A trial is feasible with a validation accuracy of at least {overview.floor:.2%}"
+    if baseline is None:
+        return f"{text}."
+    return (
+        f"{text}: the cross-entropy baseline's less {overview.config.tolerance:g} points. The baseline's recall is "
+        f"{baseline.measured(overview.important).recall.mean:.2%} (validation, mean of {len(baseline.records)} seeds)."
+    )
+
+
+def _how_far(overview: Overview) -> str:
+    if overview.stage == "judged":
+        return "The run is through."
+    if overview.schedule is None:
+        return "Nothing is trained yet."
+    records = overview.records[overview.stage]
+    finished, planned = (count(records, overview.stage, overview.schedule) for count in (done, total))
+    text = f"{STAGE_TITLES[overview.stage]}: {math.floor(finished)} of {planned} trainings done."
+    if not overview.running:
+        return f"{text} No run works on it on this machine."
+    left = overview.seconds_left
+    return f"{text} About {duration(left)} to go in all." if left else f"{text} The time to go is not known yet."
+
+
+def _best(overview: Overview) -> str:
+    best = overview.best
+    if best is None:
+        return "None has met the floor yet."
+    params = ", ".join(f"`{name}` {value:.4g}" for name, value in sorted(best.params.items()))
+    return (
+        f"Trial **{best.number}**: recall {best.recall or 0.0:.2%}, accuracy {best.accuracy or 0.0:.2%}, {params}. "
+        "It is a candidate on validation, not a result: the best of many trials is partly lucky, and finalists are "
+        "trained again on fresh seeds."
+    )
+
+
+def _plain(text: str) -> str:
+    """Names of classes and studies mean themselves, not Markdown."""
+    return re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", text)

@@ -1,0 +1,83 @@
+"""What the final judgement saw, kept for the report: each test image's answers and place before and after.
+
+One safetensors file in the study's folder, so that the report can be written again without models or data.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from camri_tune.metrics import confusion_matrix
+
+BEFORE, AFTER = 0, 1  # the baseline model and the exported one
+SHOWN = 48  # images of each kind that a report shows
+SIDE = 64  # pixels; larger images are shrunk to it
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """N test images under the baseline model (first) and the exported one (second).
+
+    `answers` (2, N) are predicted classes. `to_important` and `to_other` (2, N) are angles in degrees from an image's
+    embedding to the important class's weight (its own, or the nearest, with several) and to the nearest other one.
+    `rows` (K,) are the images that are shown, and `pixels` uint8 (K, C, S, S) what they look like.
+    """
+
+    labels: NDArray[np.int64]
+    answers: NDArray[np.int64]
+    to_important: NDArray[np.float32]
+    to_other: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    pixels: NDArray[np.uint8]
+
+    def confusion(self, side: int, num_classes: int) -> NDArray[np.int64]:
+        """Counts (C, C) of one model: row = true class, column = predicted class."""
+        return confusion_matrix(self.labels, self.answers[side], num_classes)
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        partial = path.with_suffix(".partial")
+        save_file({name: np.ascontiguousarray(value) for name, value in asdict(self).items()}, partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Evidence | None":
+        """Read it; None where it is missing or is no such file."""
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError):
+            return None
+
+
+def kinds_of_images(
+    labels: NDArray[np.int64], answers: NDArray[np.int64], important: list[int]
+) -> dict[str, NDArray[np.int64]]:
+    """Which test images to look at: rows of the important class's that changed or stayed wrong, and false alarms."""
+    own, right = np.isin(labels, important), answers == labels
+    alarm = np.isin(answers, important) & ~own
+    return {
+        "still missed": np.flatnonzero(own & ~right[BEFORE] & ~right[AFTER]),
+        "newly caught": np.flatnonzero(own & ~right[BEFORE] & right[AFTER]),
+        "newly lost": np.flatnonzero(own & right[BEFORE] & ~right[AFTER]),
+        "new false alarms": np.flatnonzero(alarm[AFTER] & ~alarm[BEFORE]),
+        "false alarms no more": np.flatnonzero(alarm[BEFORE] & ~alarm[AFTER]),
+    }
+
+
+def angles(
+    embeddings: NDArray[np.float32], weights: NDArray[np.float32], labels: NDArray[np.int64], important: list[int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Degrees (N,) from embeddings (N, D) to the important class's weight of (C, D), and to the nearest other one."""
+    unit = [a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12) for a in (embeddings, weights)]
+    degrees = np.degrees(np.arccos(np.clip(unit[0] @ unit[1].T, -1, 1))).astype(np.float32)
+    own = degrees[:, important].min(axis=1)
+    mine = np.isin(labels, important)
+    own[mine] = degrees[mine, labels[mine]]
+    others = np.setdiff1d(np.arange(len(weights)), important)
+    other = degrees[:, others].min(axis=1) if len(others) else np.full(len(labels), 180, np.float32)
+    return own, other

@@ -1,0 +1,338 @@
+"""`report.html`: one study on one page that opens without a network, from the verdict down to how it was done."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from camri_tune import charts
+from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
+from camri_tune.overview import Overview
+from camri_tune.pages import page, picture
+from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
+from camri_tune.records import Figure, TrialRecord
+
+VERDICTS = {
+    "certified": ("✓", "Certified", "good"),
+    "feasible": ("!", "Kept on validation, not certified on test", "fair"),
+    "none": ("✗", "No model", "bad"),
+}
+
+
+def study_page(overview: Overview, importance: Mapping[str, Mapping[str, float]], evidence: Evidence | None) -> str:
+    """The whole page. Without a result it says how far the study is, and shows what there is."""
+    result = overview.result
+    parts = [f"<h1>{escape(overview.name)}</h1>", _subtitle(overview)]
+    parts.append(_progress(overview) if result is None or overview.running else "")
+    if result is not None:
+        parts += [_verdict(result), _side_by_side(result), _notices(result)]
+    parts += _search(overview, importance)
+    if result is not None:
+        parts.append(_finalists(result))
+    parts += _learning(overview)
+    if result is not None and result["best"] is not None:
+        parts += _before_and_after(overview, result, evidence)
+    parts += [_how(overview), _trials(overview)]
+    return page(f"{overview.name}: camri-tune", "\n".join(part for part in parts if part))
+
+
+def _subtitle(overview: Overview) -> str:
+    return (
+        f'<p class="lead">Important class <b>{escape(overview.important_names)}</b> of data set '
+        f"<b>{escape(overview.dataset)}</b> ({len(overview.classes)} classes); loss "
+        f"<b>{escape(overview.config.loss)}</b>; network {escape(overview.config.model)}.</p>"
+    )
+
+
+def _progress(overview: Overview) -> str:
+    state = "is running" if overview.running else "is not finished, and nothing works on it here"
+    left = overview.seconds_left if overview.running else None
+    time = f" About {duration(left)} to go." if left is not None else ""
+    lines = [f'<div class="verdict fair"><b>This study {state}.</b>{time}<ul>']
+    for stage, title in STAGE_TITLES.items():
+        records = overview.records.get(stage, ())
+        if overview.schedule is None or not records:
+            continue
+        count = total(records, stage, overview.schedule)
+        share = 100 * done(records, stage, overview.schedule) / count
+        ended = sum(r.state in ENDED for r in records)
+        lines.append(f"<li>{title}: {ended} of {count} ({share:.0f} %)</li>")
+    best = overview.best
+    if best is not None:
+        lines.append(
+            f"<li>Best trial above the floor so far: #{best.number}, recall {_percent(best.recall)}, accuracy "
+            f"{_percent(best.accuracy)} on validation: a candidate, not a result.</li>"
+        )
+    if not overview.running:
+        lines.append(f"<li>Go on with: <code>{escape(overview.config.command())}</code></li>")
+    return "".join(lines) + "</ul></div>"
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    sign, title, kind = VERDICTS[result["verdict"]]
+    return f'<div class="verdict {kind}"><span class="badge">{sign} {title}</span><p>{escape(result["sentence"])}</p></div>'
+
+
+def _side_by_side(result: Mapping[str, Any]) -> str:
+    best = result["best"]
+    if best is None:
+        return ""
+    cards, rows = [], []
+    for name, of_what in (("recall", "Recall of the important class"), ("accuracy", "Accuracy")):
+        old, new = (_figure(result[side]["test"][name]) for side in ("baseline", "best"))
+        gain = best["over_seeds"][f"{name}_difference"]
+        span = _points_interval(gain["interval"])
+        cards.append(
+            f'<div class="card"><h3>{of_what} on test</h3><div class="pair"><div><small>cross-entropy baseline</small>'
+            f"{_percent(old.mean)}</div><div><small>best: {escape(result['loss'])}</small>{_percent(new.mean)}</div>"
+            f"</div><p>{100 * gain['mean']:+.2f} points over {result['seeds']} seed(s){span}</p></div>"
+        )
+        for part in ("test", "validation"):
+            key = f"{part}_important" if name == "recall" else part
+            cells = "".join(f"<td>{_with_interval(_figure(result[s][part][name]))}</td>" for s in ("baseline", "best"))
+            rows.append(f"<tr><td>{name} on {part}, n = {result['images'][key]:,}</td>{cells}</tr>")
+    exported = best["exported"]["test"]
+    for c, share in exported["recall"].items():
+        name = f"recall of {_named(int(c), result['classes'])} on test"
+        rows.append(f"<tr><td>exported model alone: {name}</td><td></td><td>{_share(share)}</td></tr>")
+    rows.append(
+        f"<tr><td>exported model alone: accuracy on test</td><td></td><td>{_share(exported['accuracy'])}</td></tr>"
+    )
+    params = (
+        f"<td>learning_rate {result['baseline']['params']['learning_rate']:.3g}</td><td>{_params(best['params'])}</td>"
+    )
+    rows.append(f"<tr><td>parameters</td>{params}</tr>")
+    seeds = f"mean ± sd of {result['seeds']} seed(s)"
+    table = (
+        f'<div class="scroll"><table><tr><th></th><th>baseline, {seeds}</th><th>best, {seeds}</th></tr>{"".join(rows)}'
+        '</table></div><p class="note">In brackets 95 % intervals: over seeds for means, exact binomial for the '
+        "exported model alone; those of the gains are over seeds and images.</p>"
+    )
+    return f'<div class="cards">{"".join(cards)}</div>{table}'
+
+
+def _notices(result: Mapping[str, Any]) -> str:
+    return "".join(f'<p class="warning">{escape(notice)}</p>' for notice in result["notices"])
+
+
+def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not any(t.recall is not None for t in overview.search):
+        return []
+    floor = f"{100 * overview.floor:.2f} %" if overview.floor is not None else "unknown yet"
+    parts = [
+        "<h2>The search</h2>",
+        f'<p class="note">Each mark is a training, measured on validation. The floor, {floor}, is the baseline\'s mean '
+        f"accuracy{_tolerance(overview)}: what lies left of it gives up accuracy for recall. Bars are 95 % intervals over "
+        "seeds.</p>",
+        picture(charts.recall_accuracy(overview), "recall-accuracy"),
+        "<h3>How it went</h3>",
+        picture(charts.search_history(overview), "search-history"),
+    ]
+    by_parameter = charts.slices(overview)
+    if by_parameter is not None:
+        parts += ["<h3>By parameter</h3>", picture(by_parameter, "slices", wide=True)]
+    if importance:
+        parts += [
+            "<h3>Which parameter matters</h3>",
+            '<p class="note">fANOVA over the complete trials: with few trials a rough guide.</p>',
+            picture(charts.importance(importance), "importance"),
+        ]
+    return parts
+
+
+def _tolerance(overview: Overview) -> str:
+    tolerance = overview.config.tolerance
+    return f" less {tolerance:g} points" if tolerance else ""
+
+
+def _finalists(result: Mapping[str, Any]) -> str:
+    rows = []
+    for finalist in result["finalists"]:
+        validation, judged = finalist["validation"], finalist["accuracy_difference"]
+        if validation is None:
+            scores = '<td colspan="3">a training failed</td>'
+        else:
+            recall, accuracy = _figure(validation["recall"]), _figure(validation["accuracy"])
+            scores = (
+                f"<td>{_with_sd(recall)}</td><td>{_percent(finalist['recall_lower_bound'])}</td>"
+                f"<td>{_with_sd(accuracy)}</td>"
+            )
+        if judged is None:
+            said = "not asked" if finalist["kept_accuracy"] else "below the floor: not asked"
+        else:
+            passed = judged["lower_bound"] >= -result["accuracy_difference"]["epsilon"]
+            said = (
+                f"{'certified' if passed else 'not certified'}: accuracy {100 * judged['estimate']:+.2f} points, lower "
+                f"bound {100 * judged['lower_bound']:+.2f}"
+            )
+        exported = result["best"] is not None and result["best"]["trial"] == finalist["trial"]
+        rows.append(
+            f"<tr{' class=best' if exported else ''}><td>#{finalist['trial']}<small>{_params(finalist['params'])}</small>"
+            f"</td>{scores}<td>{said}</td></tr>"
+        )
+    head = "<tr><th>trial</th><th>recall</th><th>its lower bound</th><th>accuracy</th><th>what test said</th></tr>"
+    return (
+        f'<h2>Finalists</h2><p class="note">The best trials, trained again on {result["seeds"]} fresh seed(s): means ± sd '
+        "on validation, in the order in which test judged them; the first that is certified is exported.</p>"
+        f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+    )
+
+
+def _learning(overview: Overview) -> list[str]:
+    best = (overview.result or {}).get("best")
+    figure = charts.learning_curves(overview, best["trial"] if best else None) if overview.important else None
+    if figure is None:
+        return []
+    note = '<p class="note">On validation, after the epochs at which it was measured; one line for each seed.</p>'
+    return ["<h2>Learning curves</h2>", note, picture(figure, "learning-curves", wide=True)]
+
+
+def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: Evidence | None) -> list[str]:
+    classes, important = overview.classes, list(overview.important)
+    before, after = ([_figure(f) for f in result[side]["test"]["recall_per_class"]] for side in ("baseline", "best"))
+    worst = sorted(range(len(classes)), key=lambda c: after[c].mean - before[c].mean)[:3]
+    losers = [f"{_named(c, classes)} ({100 * (after[c].mean - before[c].mean):+.2f} points)" for c in worst]
+    losers = [text for text, c in zip(losers, worst, strict=True) if after[c].mean < before[c].mean]
+    note = f"Most was lost by {', '.join(losers)}." if losers else "No class lost recall."
+    parts = [
+        "<h2>Every class, before and after</h2>",
+        f'<p class="note">Mean recall over {result["seeds"]} seed(s) on test. {escape(note)}</p>',
+        picture(charts.recall_of_classes(before, after, classes, important), "classes"),
+    ]
+    if evidence is None:
+        return [*parts, '<p class="note">The images behind these figures were not kept (evidence.safetensors).</p>']
+    n = len(evidence.labels)
+    return [
+        *parts,
+        "<h2>The important class's errors</h2>",
+        f'<p class="note">The exported model (seed {result["best"]["exported"]["seed"]}) beside the baseline model '
+        f"(seed {result['best']['exported']['compared_with_seed']}) on the same {n:,} test images.</p>",
+        picture(charts.errors_of(evidence, classes, important), "errors", wide=True),
+        *_gallery(evidence, classes, important),
+        "<h2>Confusion</h2>",
+        '<p class="note">Errors alone: what share of each true class was taken for another. The important class is '
+        "framed.</p>",
+        picture(charts.confusions(evidence, classes, important), "confusion", wide=True),
+        "<h2>Around the important class</h2>",
+        f"<p class=\"note\">Each mark is a test image, by its embedding's angle to the important class's weight and to "
+        f"the nearest other weight. Above the line the important class is nearer: there a cosine head answers with it (the baseline's dense head also weighs lengths and a bias). Of other classes "
+        f"the {charts.DRAWN:,} that come nearest are drawn.</p>",
+        picture(charts.embedding(evidence, classes, important), "embedding", wide=True),
+    ]
+
+
+def _gallery(evidence: Evidence, classes: Sequence[str], important: list[int]) -> list[str]:
+    kinds = kinds_of_images(evidence.labels, evidence.answers, important)
+    said = {
+        "still missed": lambda row: f"taken for {name(AFTER, row)}",
+        "newly caught": lambda row: f"was taken for {name(BEFORE, row)}",
+        "newly lost": lambda row: f"now taken for {name(AFTER, row)}",
+        "new false alarms": lambda row: f"a {_named(int(evidence.labels[row]), classes)}",
+        "false alarms no more": lambda row: f"a {_named(int(evidence.labels[row]), classes)}",
+    }
+
+    def name(side: int, row: int) -> str:
+        return _named(int(evidence.answers[side][row]), classes)
+
+    place = {int(row): k for k, row in enumerate(evidence.rows)}
+    parts = []
+    for kind, rows in kinds.items():
+        shown = [int(row) for row in rows[:SHOWN] if int(row) in place]
+        more = f", {len(shown)} of them shown" if len(shown) < len(rows) else ""
+        parts.append(f"<h3>{kind.capitalize()}: {len(rows)}{more}</h3>")
+        tiles = "".join(
+            f'<figure><img src="{_png(evidence.pixels[place[row]])}" alt="test image {row}">'
+            f"<figcaption>{escape(said[kind](row))}</figcaption></figure>"
+            for row in shown
+        )
+        parts.append(f'<div class="gallery">{tiles}</div>' if tiles else "")
+    return parts
+
+
+def _how(overview: Overview) -> str:
+    config, result = overview.config, overview.result
+    lines: list[str] = [escape(line) for line in (result or {}).get("provenance", ())]
+    if result is not None:
+        lines.append(
+            f"Trained on {result['images']['train']:,} images. Groups of images that belong together never stand on both "
+            "sides of a split."
+        )
+        lines.append(escape(", ".join(f"{name} {version}" for name, version in result["versions"].items())))
+    devices = sorted({r.device for records in overview.records.values() for r in records if r.device})
+    seconds = [r.seconds for records in overview.records.values() for r in records if r.seconds]
+    if devices:
+        lines.append(
+            f"{len(seconds)} trainings on {escape(', '.join(devices))}, {duration(float(np.median(seconds)))} in the median"
+            + (f"; {duration(overview.wall_seconds)} in all." if overview.wall_seconds else ".")
+        )
+    lines.append(f"Command: <code>{escape(config.command())}</code>")
+    return f"<h2>How it was done</h2><ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
+
+
+def _trials(overview: Overview) -> str:
+    if not overview.search:
+        return ""
+    rows = "".join(_trial_row(t) for t in overview.search)
+    head = "<tr><th>trial</th><th>state</th><th>recall</th><th>accuracy</th><th>floor</th><th>time</th></tr>"
+    return (
+        f"<details><summary>All {len(overview.search)} trials of the search</summary>"
+        f'<div class="scroll"><table>{head}{rows}</table></div></details>'
+    )
+
+
+def _trial_row(t: TrialRecord) -> str:
+    floor = "" if t.constraint is None else "kept" if t.constraint <= 0 else f"missed by {100 * t.constraint:.2f}"
+    what = escape(t.failure) if t.failure else _params(t.params)
+    time = duration(t.seconds) if t.seconds else ""
+    return (
+        f"<tr><td>#{t.number}<small>{what}</small></td><td>{t.state}</td><td>{_percent(t.recall)}</td>"
+        f"<td>{_percent(t.accuracy)}</td><td>{floor}</td><td>{time}</td></tr>"
+    )
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    """A data URL of (C, S, S)."""
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _figure(value: Mapping[str, Any]) -> Figure:
+    return Figure(tuple(math.nan if v is None else v for v in value["values"]))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _with_sd(figure: Figure) -> str:
+    return _percent(figure.mean) if figure.sd is None else f"{_percent(figure.mean)} ± {100 * figure.sd:.2f}"
+
+
+def _with_interval(figure: Figure) -> str:
+    span = figure.interval
+    return _with_sd(figure) + (f"<small>[{100 * span.low:.2f}, {100 * span.high:.2f}]</small>" if span else "")
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    low, high = share["interval"]
+    return f"{_percent(share['value'])} ({share['right']:,} of {share['n']:,})<small>[{100 * low:.2f}, {100 * high:.2f}]</small>"
+
+
+def _points_interval(interval: Sequence[float] | None) -> str:
+    return f" [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]" if interval else ""
+
+
+def _params(params: Mapping[str, float]) -> str:
+    return escape(", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items())))
+
+
+def _named(c: int, classes: Sequence[str]) -> str:
+    return classes[c] if classes[c] == str(c) else f"{c} {classes[c]}"

@@ -1,0 +1,162 @@
+"""What the terminal shows of a study, a result and a comparison: tables and plain lines."""
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from camri_tune.overview import Overview
+from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
+from camri_tune.records import Figure, Result, Side
+from camri_tune.table1 import TITLES, Outcome, below, best_of
+from camri_tune.table1 import Table as Comparison
+
+
+def status_view(overview: Overview) -> Group:
+    """A study at a glance: what is tuned, how far it is, the best so far, what failed, and the result, if any."""
+    idle = "finished" if overview.result is not None else "not running; the same command goes on"
+    state = "running" if overview.running else idle
+    left = overview.seconds_left if overview.running else None
+    time = f", about {duration(left)} to go" if left is not None else ""
+    lines: list[RenderableType] = [
+        Text.assemble((overview.name, "bold"), f": {state}{time}"),
+        Text(f"{overview.dataset}, important class {overview.important_names}, loss {overview.config.loss}"),
+    ]
+    if overview.floor is not None and (baseline := overview.baseline) is not None:
+        recall = baseline.measured(overview.important).recall.mean
+        lines.append(
+            Text(
+                f"baseline on validation: accuracy {baseline.accuracy:.4f}, recall {recall:.4f}; "
+                f"floor {overview.floor:.4f}"
+            )
+        )
+    table = Table(title=None)
+    for head in ("", "done", "running", "waiting", "failed", ""):
+        table.add_column(head, justify="left" if not head else "right")
+    for stage, title in STAGE_TITLES.items():
+        records = overview.records.get(stage, ())
+        if overview.schedule is not None and records:
+            counts = {state: sum(r.state == state for r in records) for state in ("running", "waiting", "failed")}
+            ended = sum(r.state in ENDED for r in records)
+            count = total(records, stage, overview.schedule)
+            bar = ProgressBar(total=count, completed=done(records, stage, overview.schedule), width=30)
+            table.add_row(title, f"{ended} of {count}", *map(str, counts.values()), bar)
+    lines.append(table)
+    for stage, records in overview.records.items():
+        lines += [
+            Text(f"  {STAGE_TITLES[stage]} #{r.number}, epoch {r.epoch}: {parameters(r.params)}")
+            for r in records
+            if r.state == "running"
+        ]
+    if overview.result is not None:
+        lines.append(Text(f"{overview.result['verdict']}: {overview.result['sentence']}"))
+    elif (best := overview.best) is not None:
+        lines.append(
+            Text(
+                f"best above the floor so far: #{best.number}, recall {best.recall:.4f}, accuracy "
+                f"{best.accuracy:.4f} on validation ({parameters(best.params)}): a candidate, not a result"
+            )
+        )
+    elif overview.search:
+        lines.append(Text("no trial above the floor yet"))
+    reasons = [f"#{t.number}: {t.failure}" for t in overview.search if t.state == "failed"]
+    lines += [Text(f"failed {reason}") for reason in reasons[-3:]]
+    lines.append(Text(f"files: {overview.folder}"))
+    return Group(*lines)
+
+
+def result_table(result: Result) -> Table:
+    """Baseline and best side by side, with what each figure was measured on."""
+    table = Table(title=Text(f"{result.study}: important class {result.important_names}"), title_justify="left")
+    table.add_column("")
+    table.add_column(f"baseline (ce, {result.seeds} seeds)", justify="right")
+    best = result.best
+    table.add_column(f"best ({result.loss}, {result.seeds} seeds)" if best else "best", justify="right")
+    for part in ("test", "validation"):
+        for name in ("recall", "accuracy"):
+            cells = [_cell(_figure(side, part, name)) for side in (result.baseline, best.side if best else None)]
+            # On folds each seed's model has a validation part of its own.
+            count = (
+                f"n = {_images(result, part, name):,}" if part == "test" or result.folds == 1 else "each seed's fold"
+            )
+            table.add_row(f"{name} on {part}, {count}", *cells)
+    if best is not None:
+        over = {"recall": best.recall_over_seeds, "accuracy": best.accuracy_over_seeds}
+        for name, difference in over.items():
+            table.add_row(f"gain in {name} on test, points", "", " ".join(difference.in_points()))
+        for c, share in best.exported_recall.items():
+            table.add_row(f"exported model: recall of {c} on test", "", _share(share.value, share.interval))
+        table.add_row(
+            "exported model: accuracy on test",
+            "",
+            _share(best.exported_accuracy.value, best.exported_accuracy.interval),
+        )
+        table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", parameters(best.params))
+    table.caption = Text(
+        "Mean ± sd over seeds [95 % t interval over seeds]; gains [95 % interval over seeds and images]; "
+        "one model [exact 95 % interval]."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """A table for each data set and class: recall and accuracy on test, as trained and with a bias; the paper's."""
+    tables = []
+    for dataset, token in comparison.columns():
+        cells = comparison.column(dataset, token)
+        best = best_of(cells)
+        title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
+        table = Table(title=Text(title), title_justify="left")
+        for head in ("", "recall", "accuracy", "gain in recall", "recall, bias", "accuracy, bias", "paper"):
+            table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+        for cell in cells:
+            row = [TITLES[cell.method], *_scores(cell.trained), _gain(cell.trained), *_scores(cell.matched)]
+            row.append(f"{cell.paper[0]:.4f} / {cell.paper[1]:.4f}" if cell.paper else "-")
+            table.add_row(*row, style="bold" if cell is best else "")
+        tables.append(table)
+    return tables
+
+
+def _scores(outcome: Outcome | None) -> tuple[str, str]:
+    if outcome is None:
+        return "-", "-"
+    recall, accuracy = (f"{f.mean:.4f}" + (f" ± {f.sd:.4f}" if f.sd is not None else "") for f in outcome.test)
+    return recall, accuracy + (" †" if below(outcome.accuracy_difference) else "")
+
+
+def _gain(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    return " ".join(outcome.recall_difference.in_points()).rstrip()
+
+
+def _figure(side: Side | None, part: str, name: str) -> Figure | None:
+    if side is None:
+        return None
+    measured = side.test if part == "test" else side.validation
+    return measured.recall if name == "recall" else measured.accuracy
+
+
+def _images(result: Result, part: str, name: str) -> int:
+    return result.images[f"{part}_important" if name == "recall" else part]
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    text = f"{figure.mean:.4f}"
+    if figure.sd is not None and figure.interval is not None:
+        text += f" ± {figure.sd:.4f} [{figure.interval.low:.4f}, {figure.interval.high:.4f}]"
+    return text
+
+
+def _share(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+
+
+def parameters(params: Mapping[str, float]) -> str:
+    """A trial's parameters in a line."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))

@@ -1,0 +1,89 @@
+"""What the report is made from: which images changed, where embeddings lie, and the file that keeps both."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from camri_tune.evidence import AFTER, BEFORE, Evidence, angles, kinds_of_images
+
+
+def _evidence() -> Evidence:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 50)
+    places = rng.uniform(0, 90, (2, 2, 50)).astype(np.float32)
+    pixels = rng.integers(0, 256, (3, 3, 8, 8)).astype(np.uint8)
+    return Evidence(labels, rng.integers(0, 4, (2, 50)), places[0], places[1], np.array([1, 5, 7]), pixels)
+
+
+def test_the_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    evidence, path = _evidence(), tmp_path / "evidence.safetensors"
+    evidence.save(path)
+    loaded = Evidence.load(path)
+    assert loaded is not None
+    for field in fields(Evidence):
+        value = getattr(evidence, field.name)
+        assert np.array_equal(getattr(loaded, field.name), value)
+        assert getattr(loaded, field.name).dtype == value.dtype
+    assert [p.name for p in tmp_path.iterdir()] == ["evidence.safetensors"], "nothing half-written stays"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not tensors", b"\x02\0\0\0\0\0\0\0{}"])
+def test_no_file_or_another_is_no_evidence(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "evidence.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    assert Evidence.load(path) is None
+
+
+def test_confusion_counts_each_sides_answers() -> None:
+    evidence = _evidence()
+    for side in (BEFORE, AFTER):
+        matrix = evidence.confusion(side, 4)
+        for true in range(4):
+            for answer in range(4):
+                same = (evidence.labels == true) & (evidence.answers[side] == answer)
+                assert matrix[true, answer] == same.sum()
+
+
+@given(hnp.arrays(np.int64, (3, 12), elements=st.integers(0, 3)), st.sets(st.integers(0, 3), min_size=1, max_size=3))
+def test_every_changed_image_of_the_important_class_is_of_one_kind(rows: np.ndarray, important: set[int]) -> None:
+    labels, answers = rows[0], rows[1:]
+    kinds = kinds_of_images(labels, answers, sorted(important))
+    for n, label in enumerate(labels.tolist()):
+        old, new = answers[:, n].tolist()
+        mine = [kind for kind, found in kinds.items() if n in found]
+        if label in important:
+            expected = {
+                (False, False): ["still missed"],
+                (False, True): ["newly caught"],
+                (True, False): ["newly lost"],
+                (True, True): [],
+            }[old == label, new == label]
+        else:
+            expected = {
+                (False, True): ["new false alarms"],
+                (True, False): ["false alarms no more"],
+            }.get((old in important, new in important), [])
+        assert mine == expected
+
+
+def test_angles_are_those_of_the_directions_whatever_the_lengths() -> None:
+    weights = np.array([[1, 0], [0, 2], [-3, 0]], np.float32)
+    embeddings = np.array([[5, 0], [1, 1], [0, -1], [0, 0]], np.float32)
+    own, other = angles(embeddings, weights, np.array([0, 1, 2, 0]), [0])
+    assert own == pytest.approx([0, 45, 90, 90], abs=0.05)
+    assert other == pytest.approx([90, 45, 90, 90], abs=0.05)
+
+
+def test_with_several_important_classes_an_image_is_measured_to_its_own() -> None:
+    weights = np.array([[1, 0], [math.cos(0.1), math.sin(0.1)], [0, 1]], np.float32)
+    embeddings = np.array([[1, 0], [1, 0], [1, 0]], np.float32)
+    own, other = angles(embeddings, weights, np.array([0, 1, 2]), [0, 1])
+    assert own == pytest.approx([0, math.degrees(0.1), 0], abs=0.05)
+    assert other == pytest.approx([90, 90, 90], abs=0.05)
