@@ -1,31 +1,35 @@
-"""Plotly figures of one study. Every mark differs in shape as well as in colour, and says what it was measured on."""
+"""Plotly figures of a study on validation: its trials, floor, baseline and finalists, and learning curves."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from camri_tune.evidence import AFTER, BEFORE, Evidence
+from camri_tune.chart_style import (
+    BASELINE,
+    BLUE,
+    EXPORTED,
+    FEASIBLE,
+    FINALIST,
+    FLOOR,
+    GREEN,
+    INFEASIBLE,
+    INK,
+    PALE,
+    PRUNED,
+    VERMILION,
+    dressed,
+)
 from camri_tune.overview import Overview
 from camri_tune.records import EpochScores, Figure, TrialRecord
 from camri_tune.search import SPACES, parameter_names
 
-# Okabe and Ito's colours, which the colour-blind tell apart, too.
-BLUE, VERMILION, GREEN, INK, GREY, PALE = "#0072B2", "#D55E00", "#009E73", "#1a1a1a", "#767676", "#f1efe9"
-FEASIBLE = {"color": BLUE, "symbol": "circle", "size": 9}
-INFEASIBLE = {"color": VERMILION, "symbol": "x-thin", "size": 9, "line": {"color": VERMILION, "width": 2}}
-PRUNED = {"color": GREY, "symbol": "triangle-down-open", "size": 8}
-BASELINE = {"color": INK, "symbol": "diamond", "size": 12}
-FINALIST = {"color": BLUE, "symbol": "square-open", "size": 13, "line": {"width": 2}}
-EXPORTED = {"color": GREEN, "symbol": "star", "size": 18, "line": {"color": "white", "width": 1}}
-FLOOR = {"color": INK, "width": 1.5, "dash": "dash"}
-WHITE_TO_BLUE = [(0, "#ffffff"), (0.02, "#d3e5f2"), (0.2, "#6aaed6"), (1, "#08306b")]
-DRAWN = 1_500  # points of a scatter of images
+_ARROW: dict[str, Any] = {"showarrow": True, "arrowhead": 0, "ax": 0, "ay": -28, "font": {"size": 12}}
 
 
 def recall_accuracy(overview: Overview) -> go.Figure:
@@ -58,7 +62,7 @@ def recall_accuracy(overview: Overview) -> go.Figure:
             x=floor, y=1.0, yref="paper", yanchor="bottom", text=f"floor: {floor:.2f} %", showarrow=False
         )
         _focus(figure, overview, floor)
-    return _dressed(figure, "accuracy on validation, %", "recall of the important class on validation, %")
+    return dressed(figure, "accuracy on validation, %", "recall on validation, %", top=95)
 
 
 def search_history(overview: Overview) -> go.Figure:
@@ -86,7 +90,7 @@ def search_history(overview: Overview) -> go.Figure:
             yaxis="y2",
             mode="markers",
             marker={"symbol": "triangle-up", "color": INK, "size": 9},
-            text=[f"#{t.number} failed: {t.failure}" for t in failed],
+            text=[f"#{t.number} failed: {escape(t.failure or '')}" for t in failed],
             hovertemplate="%{text}<extra></extra>",
             name="failed",
         )
@@ -96,7 +100,7 @@ def search_history(overview: Overview) -> go.Figure:
         figure.add_hline(
             y=mean, line=FLOOR, annotation={"text": f"baseline's recall: {mean:.2f} %", "xanchor": "right"}
         )
-    return _dressed(figure, "trial", "recall of the important class on validation, %")
+    return dressed(figure, "trial", "recall on validation, %")
 
 
 def slices(overview: Overview) -> go.Figure | None:
@@ -121,10 +125,10 @@ def slices(overview: Overview) -> go.Figure | None:
                 col=column,
             )
         log = name == "learning_rate" or SPACES[overview.config.loss][kinds[name]].log
-        ticks = {"type": "log", "dtick": "D2"} if log else {"nticks": 6}
+        ticks = _log_ticks([t.params[name] for t in trials]) if log else {"nticks": 6}
         figure.update_xaxes(title=name, tickangle=0, row=1, col=column, **ticks)
     figure.update_yaxes(title="recall on validation, %", col=1)
-    return _dressed(figure, None, None, height=320)
+    return dressed(figure, None, None, height=320)
 
 
 def importance(values: Mapping[str, Mapping[str, float]]) -> go.Figure:
@@ -143,7 +147,7 @@ def importance(values: Mapping[str, Mapping[str, float]]) -> go.Figure:
             hovertemplate=f"%{{y}}: %{{x:.0f}} % of the variance of {what}<extra></extra>",
         )
     parameters = len(next(iter(values.values())))
-    return _dressed(figure, "share of the variance over trials, %", None, height=140 + 50 * parameters)
+    return dressed(figure, "share of the variance over trials, %", None, height=140 + 50 * parameters)
 
 
 def learning_curves(overview: Overview, trial: int | None) -> go.Figure | None:
@@ -182,186 +186,7 @@ def learning_curves(overview: Overview, trial: int | None) -> go.Figure | None:
                 )
     epochs = sorted({p.epoch for _, records, _, _ in sides for record in records for p in record.curve})
     figure.update_xaxes(title="epoch", tickvals=epochs)
-    return _dressed(figure, None, None, height=360)
-
-
-def confusions(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
-    """Where each class's errors go on test, before and after: shares of its images, the right answers left out."""
-    count = len(classes)
-    figure = make_subplots(cols=2, subplot_titles=("baseline model", "exported model"), horizontal_spacing=0.06)
-    names = [_named(c, classes) for c in range(count)]
-    for column, side in enumerate((BEFORE, AFTER), start=1):
-        matrix = evidence.confusion(side, count)
-        totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        shares = 100 * matrix / totals
-        np.fill_diagonal(shares, np.nan)
-        figure.add_heatmap(
-            z=shares.round(3),
-            customdata=matrix,
-            x=list(range(count)),
-            y=list(range(count)),
-            coloraxis="coloraxis",
-            hovertemplate="true %{y}, taken for %{x}:<br>%{customdata} images, %{z:.1f} % of that class<extra></extra>",
-            row=1,
-            col=column,
-        )
-    tick = max(1, math.ceil(count / 15))
-    ticks = {"tickvals": list(range(0, count, tick)), "ticktext": names[::tick] if count <= 15 else None}
-    figure.update_xaxes(title="taken for", tickangle=-45 if count <= 15 else 0, showgrid=False, **ticks)
-    figure.update_yaxes(autorange="reversed", showgrid=False, **ticks)
-    figure.update_yaxes(title="true class", col=1)
-    for c in important:
-        for column in (1, 2):
-            figure.add_shape(
-                type="rect", x0=-0.5, x1=count - 0.5, y0=c - 0.5, y1=c + 0.5, row=1, col=column,
-                line={"color": VERMILION, "width": 1.5},
-            )  # fmt: skip
-    figure.update_layout(coloraxis={"colorscale": WHITE_TO_BLUE, "cmin": 0, "cmax": 25, "colorbar": {"title": "%"}})
-    return _dressed(figure, None, None, height=520)
-
-
-def errors_of(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
-    """What the important class's images were taken for, and what was taken for it: images of test, before and after."""
-    figure = make_subplots(
-        cols=2, subplot_titles=("missed, and taken for …", "false alarms: images of …"), horizontal_spacing=0.25
-    )
-    for column, axis in ((1, 0), (2, 1)):
-        counts = {}
-        for side in (BEFORE, AFTER):
-            matrix = evidence.confusion(side, len(classes))
-            own = matrix[list(important)] if axis == 0 else matrix[:, list(important)].T
-            counts[side] = np.delete(own.sum(axis=0), list(important))
-        others = np.delete(np.arange(len(classes)), list(important))
-        order = np.argsort(counts[BEFORE] + counts[AFTER], kind="stable")[-8:]
-        order = order[(counts[BEFORE] + counts[AFTER])[order] > 0]
-        sides = ((AFTER, "exported model", GREEN, ""), (BEFORE, "baseline model", INK, "/"))
-        for side, name, colour, pattern in sides:
-            figure.add_bar(
-                y=[_named(c, classes) for c in others[order]],
-                x=counts[side][order],
-                orientation="h",
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": "white", "fillmode": "overlay"}},
-                hovertemplate=f"{name}: %{{x}} images, %{{y}}<extra></extra>",
-                row=1,
-                col=column,
-            )
-        most = int(max(counts[BEFORE].max(initial=0), counts[AFTER].max(initial=0)))
-        figure.update_xaxes(dtick=max(1, math.ceil(most / 6)), row=1, col=column)
-    figure.update_xaxes(title="images of test", rangemode="tozero")
-    figure.update_yaxes(type="category")
-    return _dressed(figure, None, None, height=380)
-
-
-def recall_of_classes(
-    before: Sequence[Figure], after: Sequence[Figure], classes: Sequence[str], important: Sequence[int]
-) -> go.Figure:
-    """Mean recall of each class on test, before and after, the worst losers first."""
-    old, new = ([100 * figure.mean for figure in side] for side in (before, after))
-    order = sorted(range(len(classes)), key=lambda c: new[c] - old[c], reverse=True)  # the last is drawn on top
-    labels = [f"<b>{_named(c, classes)}</b>" if c in important else _named(c, classes) for c in order]
-    figure = go.Figure()
-    for lost, colour, name in ((True, VERMILION, "lost recall"), (False, BLUE, "gained recall, or kept it")):
-        some = [place for place, c in enumerate(order) if (new[c] < old[c]) == lost]
-        if not some:
-            continue
-        xs: list[float | None] = [v for p in some for v in (old[order[p]], new[order[p]], None)]
-        ys: list[str | None] = [v for p in some for v in (labels[p], labels[p], None)]
-        figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": colour, "width": 3}, name=name, hoverinfo="skip")
-    for values, name, marker in (
-        (old, "baseline", {"color": INK, "symbol": "line-ns", "size": 10, "line": {"color": INK, "width": 2}}),
-        (new, "exported setting", {"color": GREEN, "symbol": "circle", "size": 9}),
-    ):
-        figure.add_scatter(
-            x=[values[c] for c in order],
-            y=labels,
-            mode="markers",
-            marker=marker,
-            name=f"{name}, {_seeds(before[0])}",
-            hovertemplate="%{y}: %{x:.2f} %<extra>" + name + "</extra>",
-        )
-    figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=labels, automargin=True, range=[-0.8, len(order) - 0.2]
-    )
-    return _dressed(figure, "recall on test, %", None, height=150 + 20 * len(order))
-
-
-def embedding(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
-    """Test images by their angle to the important class's weight and to the nearest other one, before and after."""
-    figure = make_subplots(
-        cols=2,
-        subplot_titles=("baseline model", "exported model"),
-        shared_yaxes=True,
-        shared_xaxes=True,
-        horizontal_spacing=0.03,
-    )
-    own = np.isin(evidence.labels, list(important))
-    rng = np.random.default_rng(0)
-    # Of the others those that come nearest, in either model.
-    near = evidence.to_important.min(axis=0)
-    rest = np.flatnonzero(~own)
-    rest = np.sort(rest[np.argsort(near[rest])][:DRAWN])
-    mine = np.flatnonzero(own)
-    if len(mine) > DRAWN:
-        mine = np.sort(rng.choice(mine, DRAWN, replace=False))
-    most = float(max(evidence.to_important[:, [*mine, *rest]].max(), evidence.to_other[:, [*mine, *rest]].max())) + 2
-    for column, side in enumerate((BEFORE, AFTER), start=1):
-        right = evidence.answers[side] == evidence.labels
-        alarm = np.isin(evidence.answers[side], list(important))
-        kinds: list[tuple[str, NDArray[np.int64], dict[str, Any]]] = [
-            ("other classes", rest[~alarm[rest]], {"color": GREY, "symbol": "circle-open", "size": 4}),
-            ("taken for it by mistake", rest[alarm[rest]], {"color": INK, "symbol": "diamond", "size": 8}),
-            ("important class, right", mine[right[mine]], {"color": BLUE, "symbol": "circle", "size": 5}),
-            ("important class, missed", mine[~right[mine]], {**INFEASIBLE, "size": 10}),
-        ]
-        for name, rows, marker in kinds:
-            answers = evidence.answers[side][rows]
-            figure.add_scatter(
-                x=evidence.to_important[side][rows].round(2),
-                y=evidence.to_other[side][rows].round(2),
-                mode="markers",
-                marker=marker,
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                customdata=np.stack([evidence.labels[rows], answers], axis=1),
-                hovertemplate="a %{customdata[0]}, taken for %{customdata[1]}<br>"
-                "%{x:.1f}° from the important class's weight, %{y:.1f}° from the nearest other<extra></extra>",
-                row=1,
-                col=column,
-            )
-        figure.add_shape(type="line", x0=0, y0=0, x1=180, y1=180, line=FLOOR, row=1, col=column)
-    figure.update_xaxes(title="degrees to the important class's weight", range=[0, most])
-    figure.update_yaxes(range=[0, most])
-    figure.update_yaxes(title="degrees to the nearest other weight", col=1)
-    return _dressed(figure, None, None, height=500)
-
-
-_ARROW: dict[str, Any] = {"showarrow": True, "arrowhead": 0, "ax": 0, "ay": -28, "font": {"size": 12}}
-
-
-def _dressed(figure: go.Figure, x: str | None, y: str | None, height: int = 460) -> go.Figure:
-    figure.update_layout(
-        template=go.layout.Template(),  # the default is larger than the figure
-        height=height,
-        margin={"t": 70, "b": 50, "l": 60, "r": 20},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        plot_bgcolor="white",
-        # Above, in pixels from the top: below, it would hide the axis' title on a narrow screen.
-        legend={"orientation": "h", "yref": "container", "y": 0.995, "yanchor": "top", "x": 0},
-        hoverlabel={"bgcolor": "white"},
-        barmode="group",
-    )
-    common = {"gridcolor": "#e6e6e6", "zeroline": False, "linecolor": "#999999", "showline": True, "ticks": "outside"}
-    figure.update_xaxes(**common, automargin=True)
-    figure.update_yaxes(**common, automargin=True)
-    if x is not None:
-        figure.update_xaxes(title=x)
-    if y is not None:
-        figure.update_layout(yaxis_title=y)
-    return figure
+    return dressed(figure, None, None, height=360)
 
 
 def _kinds(trials: Sequence[TrialRecord]) -> list[tuple[str, dict[str, Any], list[TrialRecord]]]:
@@ -451,17 +276,19 @@ def _focus(figure: go.Figure, overview: Overview, floor: float) -> None:
     figure.update_xaxes(range=[lowest - 0.4 * room, min(highest + 0.25 * room, 100.2)])
 
 
+def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2 and 5 written out: Plotly's own are a lone '2' or '5' between decades."""
+    decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
 def _parameter(name: str, trial: TrialRecord) -> float:
     return trial.params[name]
 
 
 def _columns(records: Sequence[TrialRecord]) -> tuple[list[float | None], list[float | None]]:
     return [r.accuracy for r in records], [r.recall for r in records]
-
-
-def _named(c: int, classes: Sequence[str]) -> str:
-    name = classes[c]
-    return name if name == str(c) else f"{c} {name if len(name) <= 26 else name[:25] + '…'}"
 
 
 def _seeds(figure: Figure) -> str:

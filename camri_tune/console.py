@@ -3,6 +3,7 @@
 Progress goes to standard error; standard output carries the result alone.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -26,8 +27,9 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self._rich = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self._live: Live | None = None
-        self._reported: set[tuple[str, str, int]] = set()
+        self._reported: dict[tuple[str, str], set[int]] = {}  # of each stage and study
         self._schedule: Schedule | None = None
+        self._reading: tuple[float, int] | None = None  # when the first count came, and what it was
         self._records: dict[str, list[TrialRecord]] = {}  # of each stage, all studies together
 
     def __enter__(self) -> Self:
@@ -48,11 +50,17 @@ class Console:
         self._rich.print(Text(text), soft_wrap=not self._rich.is_terminal)
 
     def reading(self, done: int, total: int) -> None:
-        """Progress of decoding images."""
+        """Progress of decoding images, which the next start is spared."""
+        if self._reading is None or done <= self._reading[1]:
+            self._reading = time.monotonic(), done
+        started, first = self._reading
+        text = f"Reading images: {done:,} of {total:,}"
+        if first < done < total:
+            text += f", about {duration((time.monotonic() - started) * (total - done) / (done - first))} to go"
         if self._live is not None:
-            self._live.update(Group(Text(f"Reading images: {done:,} of {total:,}"), _bar(done, total)))
+            self._live.update(Group(Text(text), _bar(done, total)))
         elif done == total or done % 10_000 == 0:
-            self.say(f"Reading images: {done:,} of {total:,}")
+            self.say(text)
 
     def plan(self, schedule: Schedule) -> None:
         """What the whole run will train, for the time to go."""
@@ -62,10 +70,15 @@ class Console:
         """Show where a stage stands, with each study's records by its label."""
         self._records[stage] = [r for found in records.values() for r in found]
         for label, found in records.items():
+            if (stage, label) not in self._reported:
+                kept = {r.number for r in found if r.state in ENDED}
+                self._reported[stage, label] = kept
+                if kept:
+                    self.say(f"{_title(stage, label)}: {len(kept)} of {len(found)} were finished before, and are kept")
+            reported = self._reported[stage, label]
             for record in found:
-                key = (stage, label, record.number)
-                if record.state in ENDED and key not in self._reported:
-                    self._reported.add(key)
+                if record.state in ENDED and record.number not in reported:
+                    reported.add(record.number)
                     if self._live is None or record.state == "failed":
                         self.say(self._line(stage, label, record))
         if self._live is not None and self._schedule is not None:
@@ -84,7 +97,7 @@ class Console:
         return f"about {duration(left)} to go" if left is not None else "time to go: after the first training"
 
     def _line(self, stage: str, label: str, record: TrialRecord) -> str:
-        parts = [f"{STAGE_TITLES[stage]} {label} #{record.number}: {record.state}".replace("  ", " ")]
+        parts = [f"{_title(stage, label)} #{record.number}: {record.state}"]
         if record.accuracy is not None:
             parts.append(f"accuracy {record.accuracy:.4f}")
         if record.recall is not None:
@@ -95,6 +108,10 @@ class Console:
             parts.append(record.failure)
         parts += [parameters(record.params), self._time_to_go()]
         return ", ".join(part for part in parts if part)
+
+
+def _title(stage: str, label: str) -> str:
+    return f"{STAGE_TITLES[stage]} {label}".rstrip()
 
 
 def _view(stage: str, records: Mapping[str, Sequence[TrialRecord]], schedule: Schedule, time_to_go: str) -> Group:

@@ -1,4 +1,4 @@
-"""The Optuna dashboard on a study: seen through a view that knows the constraint, served, and told what it shows.
+"""The Optuna dashboard on a study: served, and seen through a view that knows the constraint.
 
 optuna-dashboard 0.21 reads constraints in Optuna's old format alone and takes the highest value for the best trial:
 every trial of ours is drawn as feasible, and an infeasible one stands as the best. `DashboardStorage` mends both.
@@ -6,17 +6,17 @@ every trial of ours is drawn as feasible, and an infeasible one stands as the be
 
 import copy
 import errno
-import hashlib
 import math
-import re
+import os
 import socket
 import socketserver
 import sys
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from optuna.artifacts import FileSystemArtifactStore
@@ -28,14 +28,11 @@ from optuna.trial import TrialState as OptunaState
 
 from camri_tune.config import StudyConfig
 from camri_tune.errors import InputError
-from camri_tune.overview import Overview
-from camri_tune.progress import STAGE_TITLES, done, duration, total
 from camri_tune.pruning import is_feasible
 from camri_tune.storage import StudyStore, masked
 
 OLD_CONSTRAINTS = "constraints"  # a list; the new format is one attribute for each, `constraints:KEY`
 UNKNOWN_CONSTRAINT = 1.0  # shown of a trial that lacks it: all of accuracy below the floor
-PUBLISHED = "camri_tune:published"  # what the note and figures in the storage were made of
 
 
 class DashboardStorage(_CachedStorage):
@@ -129,7 +126,7 @@ class StudyArtifacts:
         for folder in self._folders():
             try:
                 return FileSystemArtifactStore(folder).open_reader(artifact_id)
-            except (ArtifactNotFound, NotADirectoryError):
+            except (ArtifactNotFound, OSError):  # a folder that is not ours to read is as good as none
                 continue
         raise ArtifactNotFound(f"{artifact_id} is in no folder of artifacts on this machine")
 
@@ -173,7 +170,9 @@ def _mend(view: Callable[..., Any]) -> Callable[..., Any]:
             return bottle.HTTPError(404, str(error))
         if isinstance(answer, dict) and "best_trials" in answer:
             best = [trial for trial in answer["best_trials"] if all(value <= 0 for value in trial["constraints"])]
-            return {**answer, "best_trials": best}
+            # Out of the dashboard they come in another order with each start.
+            figures = sorted(answer["plotly_graph_objects"], key=lambda figure: str(figure["id"]))
+            return {**answer, "best_trials": best, "plotly_graph_objects": figures}
         return answer
 
     return mended
@@ -184,11 +183,14 @@ def serve(store: StudyStore, *, host: str, port: int) -> None:
 
     Raises InputError where it cannot listen there.
     """
+    # The page asks for importances again and again, and few trials are nothing to warn of.
+    warnings.filterwarnings("ignore", message="Some regimes for parameter")
     app = application(store)
     with _listen(host, port) as server:
-        server.set_app(app)
         address, port = server.socket.getsockname()[:2]
-        if not ip_address(address).is_loopback:
+        local = ip_address(address).is_loopback
+        server.set_app(_for_this_machine(app) if local else app)
+        if not local:
             _say(
                 f"warning: --host {host} lets other machines in, and there is no login: anyone who can reach port "
                 f"{port} can read and delete the studies in this storage"
@@ -203,6 +205,18 @@ def serve(store: StudyStore, *, host: str, port: int) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             _say("dashboard ended")
+
+
+def _for_this_machine(app: Any) -> Any:
+    """Refuse requests to any other name: a web page whose name was made to lead here could delete studies."""
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname in ("localhost", "127.0.0.1", "::1"):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [b"camri-tune dashboard answers to localhost and 127.0.0.1 only, unless --host says otherwise\n"]
+
+    return guarded
 
 
 def _say(text: str) -> None:
@@ -237,116 +251,11 @@ class _QuietHandler(WSGIRequestHandler):
 def _listen(host: str, port: int) -> _Server:
     try:
         return (_ServerOfIPv6 if ":" in host else _Server)((host, port), _QuietHandler)
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+    except (OSError, UnicodeError) as error:  # the latter from a name that no machine can have
+        code = error.errno if isinstance(error, OSError) and not isinstance(error, socket.gaierror) else None
+        if code in (None, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
             raise InputError(
                 f"--host {host!r} is not an address of this machine; give 127.0.0.1 for this machine alone"
             ) from None
-        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+        reason = "is in use" if code == errno.EADDRINUSE else f"cannot be listened on ({os.strerror(code)})"
         raise InputError(f"--port {port} {reason} on {host}; give another --port, or 0 for any free one") from None
-
-
-def publish(overview: Overview, store: StudyStore) -> list[str]:
-    """Keep the study's note and figures in the dashboard up to date; return which of them were written.
-
-    What is made of the same as what is stored is left alone.
-    """
-    from optuna_dashboard import save_note, save_plotly_graph_object  # noqa: PLC0415
-
-    from camri_tune.charts import recall_accuracy, search_history  # noqa: PLC0415
-
-    study = store.optuna_study("search")
-    stored = store.storage.get_study_system_attrs(study._study_id).get(PUBLISHED, {})
-    note, figures = _note(overview), (("recall-accuracy", recall_accuracy), ("search-history", search_history))
-    made = {"note": _digest(note)}
-    if made["note"] != stored.get("note"):
-        # The time alone is no news.
-        now = datetime.now().astimezone()
-        save_note(study, f"{note}\n\n*As of {now:%Y-%m-%d %H:%M} ({now:%Z}).*\n")
-    for name, draw in figures:
-        figure = draw(overview)
-        made[name] = _digest(figure.to_json())
-        if made[name] != stored.get(name):
-            save_plotly_graph_object(study, figure, graph_object_id=name)
-    written = [name for name, digest in made.items() if digest != stored.get(name)]
-    if written:
-        store.storage.set_study_system_attr(study._study_id, PUBLISHED, made)
-    return written
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _note(overview: Overview) -> str:
-    """What the study is about and how it stands, in Markdown."""
-    config = overview.config
-    important = f"**{_plain(overview.important_names)}**"
-    if not overview.important:
-        important += " (as asked for; the baseline's recall will say which class that is)"
-    parts = [
-        f"## {_plain(overview.name)}",
-        f"Tuned on `{overview.dataset}`: recall of {important} with loss `{config.loss}`, "
-        f"over {_names(overview)}, while accuracy is kept.",
-        f"**Floor.** {_floor(overview)}",
-        f"**How far.** {_how_far(overview)}",
-    ]
-    if overview.result is not None:
-        parts.append(f"**Result.** {_plain(str(overview.result.get('sentence', '')))}")
-    parts += [
-        f"**Best trial so far.** {_best(overview)}",
-        f"**Export.** The run itself writes `{overview.name}/best` when it has judged finalists on test. Until then a "
-        "trial's model is its artifact `model.safetensors`.",
-        f"Look at this study with `camri-tune dashboard {overview.name}`: a plain `optuna-dashboard` 0.21 does not "
-        "read the constraint, and draws trials that miss the floor as feasible.",
-    ]
-    return "\n\n".join(parts)
-
-
-def _names(overview: Overview) -> str:
-    names = sorted({name for record in overview.search for name in record.params})
-    return ", ".join(f"`{name}`" for name in names) or "the learning rate and the loss's own parameters"
-
-
-def _floor(overview: Overview) -> str:
-    if overview.floor is None:
-        return "The cross-entropy baseline is still training; its validation accuracy sets the floor."
-    baseline = overview.baseline
-    text = f"A trial is feasible with a validation accuracy of at least {overview.floor:.2%}"
-    if baseline is None:
-        return f"{text}."
-    return (
-        f"{text}: the cross-entropy baseline's less {overview.config.tolerance:g} points. The baseline's recall is "
-        f"{baseline.measured(overview.important).recall.mean:.2%} (validation, mean of {len(baseline.records)} seeds)."
-    )
-
-
-def _how_far(overview: Overview) -> str:
-    if overview.stage == "judged":
-        return "The run is through."
-    if overview.schedule is None:
-        return "Nothing is trained yet."
-    records = overview.records[overview.stage]
-    finished, planned = (count(records, overview.stage, overview.schedule) for count in (done, total))
-    text = f"{STAGE_TITLES[overview.stage]}: {math.floor(finished)} of {planned} trainings done."
-    if not overview.running:
-        return f"{text} No run works on it on this machine."
-    left = overview.seconds_left
-    return f"{text} About {duration(left)} to go in all." if left else f"{text} The time to go is not known yet."
-
-
-def _best(overview: Overview) -> str:
-    best = overview.best
-    if best is None:
-        return "None has met the floor yet."
-    params = ", ".join(f"`{name}` {value:.4g}" for name, value in sorted(best.params.items()))
-    return (
-        f"Trial **{best.number}**: recall {best.recall or 0.0:.2%}, accuracy {best.accuracy or 0.0:.2%}, {params}. "
-        "It is a candidate on validation, not a result: the best of many trials is partly lucky, and finalists are "
-        "trained again on fresh seeds."
-    )
-
-
-def _plain(text: str) -> str:
-    """Names of classes and studies mean themselves, not Markdown."""
-    return re.sub(r"([\\`*_\[\]<>#|~])", r"\\\1", text)

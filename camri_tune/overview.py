@@ -162,7 +162,7 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
     if storage is not None:
         if name is None:
             raise InputError(
-                "--storage needs the NAME of a study in it; without --storage the last one in --out is taken"
+                "--storage (or $CAMRI_STORAGE) needs the NAME of a study in it; without, the last one in --out is taken"
             )
         store = StudyStore.existing(open_storage(storage), name)
         here = out / name

@@ -22,7 +22,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 700; background: #eef7f2; }
 small { color: #555; display: block; font-weight: 400; } .note { color: #444; } .paper { background: #f7f5ee; }
 .warning { border-left: .3rem solid #D55E00; padding-left: .8rem; }
@@ -35,18 +35,23 @@ small { color: #555; display: block; font-weight: 400; } .note { color: #444; } 
 .card { border: 1px solid #ddd; border-radius: .6rem; padding: .8rem 1.2rem; } .card h3, .card p { margin: .2rem 0; }
 .pair { display: flex; gap: 2rem; font-size: 1.7rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .pair small { font-size: .85rem; } .scroll { overflow-x: auto; } .wide { min-width: 44rem; }
-td small { white-space: normal; } td:first-child small { max-width: 26rem; }
+td:first-child { min-width: 7rem; } td:first-child small { max-width: 26rem; }
 .gallery { display: flex; flex-wrap: wrap; gap: .7rem; } .gallery figure { margin: 0; width: 6rem; }
 .gallery img { width: 6rem; height: 6rem; image-rendering: pixelated; background: #eee; }
 .gallery figcaption { font-size: .78rem; line-height: 1.25; overflow-wrap: anywhere; }
 details { margin: 2rem 0; } summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .7rem; } .pair { font-size: 1.35rem; gap: 1.2rem; } }
-@media print { h2, h3 { break-after: avoid; } figure, .card, .js-plotly-plot, tr { break-inside: avoid; } }
+@media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .7rem; } .pair { font-size: 1.35rem; gap: 1.2rem; }
+  table { font-size: .82rem; } th, td { padding: .3rem .35rem; } }
+@media print { body { margin: 0; } table { font-size: .8rem; } .wide { min-width: 0; }
+  h2, h3 { break-after: avoid; } figure, .card, .js-plotly-plot, tr { break-inside: avoid; } }
 """
 # A printed page is narrower than most screens, and Plotly's pictures keep the width that they have.
 PRINTING = """
 const refit = (layout) => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, layout));
-addEventListener("beforeprint", () => refit({ width: 690 }));
+addEventListener("beforeprint", () => {
+  refit({ width: 690 });
+  document.querySelectorAll("details").forEach((part) => (part.open = true));
+});
 addEventListener("afterprint", () => refit({ width: null, autosize: true }));
 """
 

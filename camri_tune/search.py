@@ -284,7 +284,9 @@ def _set_scores(trial: Trial, confusion: IntArray, plan: Plan, folds: Sequence[i
     value = _value(confusion, plan)
     if plan.floors:
         trial.set_user_attr("recall", value)
-        floor = sum(plan.floors[fold] for fold in folds) / len(folds)
+        # Pooled: each fold's floor weighs as much as its images do in the accuracy.
+        sizes = {fold: len(plan.data.fold(fold)[1]) for fold in folds} if len(folds) > 1 else {folds[0]: 1}
+        floor = sum(plan.floors[fold] * size for fold, size in sizes.items()) / sum(sizes.values())
         trial.set_constraint("accuracy", floor - accuracy(confusion))
     return value
 
@@ -298,7 +300,8 @@ def _keep_checkpoint(trial: Trial, trained: Trained, plan: Plan, store: StudySto
 
 def _keep_confusion(trial: Trial, confusion: IntArray, plan: Plan, store: StudyStore) -> None:
     """As a table that the dashboard shows: counts of validation images, rows true."""
-    classes = plan.data.classes
+    # The dashboard would put columns that are called like numbers first.
+    classes = [f"class {name}" if name.isdecimal() else name for name in plan.data.classes]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "confusion.csv"
         with path.open("w", newline="", encoding="utf-8") as file:

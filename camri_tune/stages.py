@@ -1,5 +1,6 @@
 """The stages of a run. Each queues what is missing, so that a resumed run does only what is left."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,18 +17,20 @@ from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError
-from camri_tune.overview import LOCK
+from camri_tune.overview import LOCK, read_overview
 from camri_tune.progress import Schedule
-from camri_tune.records import Baseline, TrialRecord
+from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.search import replicate_seed, starting_points, tuning_seed
 from camri_tune.selection import finalists, rank_settings
 from camri_tune.storage import INTERRUPTED, Stage, StudyStore, storage_url
+from camri_tune.study_note import publish
 from camri_tune.training import default_learning_rate
 from camri_tune.worker import LocalWorkers, worker_count
 
 ROUNDS_OF_FINALISTS = 2
-# An important class with fewer in validation is ranked on folds.
-FEW_IMAGES, FEW_GROUPS = 20, 5
+PUBLISH_SECONDS = 20.0
+# An important class with fewer in validation is ranked on folds: those of `benchmarks/folds.py` have 2 groups.
+FEW_IMAGES, FEW_GROUPS = 20, 3
 Planned = TypeVar("Planned")
 
 
@@ -145,25 +148,31 @@ class Stages:
 
     def folds_wanted(self, important: tuple[int, ...]) -> tuple[int, str | None]:
         """How many folds a trial is to train on, and what to tell of it: several where one validates too little."""
-        asked, data = self.config.folds, self.data
+        asked, config = self.config.folds, self.config
         if asked != "auto":
             return asked, None
-        labels, groups = data.validation.labels.numpy(), data.validation.groups.numpy()
-        # Images and groups of each important class.
-        sizes = {c: (int((labels == c).sum()), len(np.unique(groups[labels == c]))) for c in important}
-        few = [c for c, (images, units) in sizes.items() if images < FEW_IMAGES or units < FEW_GROUPS]
-        if not few:
+        text = self.too_few_to_rank(important)
+        if text is None:
             return 1, None
-        c = few[0]
-        images, units = sizes[c]
-        count = f"{images} validation images" + (f" of {units} group(s)" if units < images else "")
-        text = f"Class {c} ({data.classes[c]}) has only {count}, too few to rank trials by: "
-        if not data.has_folds:
-            return 1, text + "add some, or give no folder for validation, and folds of the training images are used."
-        return MOST_FOLDS, text + (
-            f"each trial trains on {MOST_FOLDS} folds instead of one split, at {MOST_FOLDS} times the cost "
-            f"({self.config.trials * MOST_FOLDS} trainings in the search; --folds 1 for one split)."
+        if not self.data.has_folds:
+            return 1, f"{text}: add some, or give no folder for validation, and folds of the training images are used."
+        # Of the baseline's models those on the first fold are there already.
+        more = sum(index % MOST_FOLDS > 0 for index in range(max(config.seeds, MOST_FOLDS)))
+        return MOST_FOLDS, (
+            f"{text}: each trial trains on {MOST_FOLDS} folds instead of one split, at {MOST_FOLDS} times the cost "
+            f"({config.trials * MOST_FOLDS} trainings in the search instead of {config.trials}, and {more} more of the "
+            f"baseline; --folds 1 for one split)."
         )
+
+    def too_few_to_rank(self, important: tuple[int, ...]) -> str | None:
+        """Which important class has too few validation images or groups to rank trials by, in words; None: none has."""
+        labels, groups = self.data.validation.labels.numpy(), self.data.validation.groups.numpy()
+        for c in important:
+            images, units = int((labels == c).sum()), len(np.unique(groups[labels == c]))
+            if images < FEW_IMAGES or units < FEW_GROUPS:
+                count = f"{images} validation images" + (f" of {units} group(s)" if units < images else "")
+                return f"Class {named(c, self.data.classes)} has only {count}, too few to rank trials by"
+        return None
 
     def records(self, stage: Stage) -> list[TrialRecord]:
         """Trials of a stage that count, with the recall of this study's important classes.
@@ -180,6 +189,7 @@ class Crew:
         self._workers = workers
         self._console = console
         self._store = store
+        self._published = -math.inf
         self._plan(schedule)
 
     def on_folds(self, folds: int, more_baselines: int) -> None:
@@ -231,7 +241,12 @@ class Crew:
             records.update({label: study.records(stage) for label, study in studies.items()})
             return all(r.state not in ("waiting", "running") for found in records.values() for r in found)
 
-        self._workers.wait(finished, lambda: self._console.update(stage, records))
+        def on_tick() -> None:
+            self._console.update(stage, records)
+            self._publish(studies, PUBLISH_SECONDS)
+
+        self._workers.wait(finished, on_tick)
+        self._publish(studies)
 
     def carry_out(self, stage: Stage, plan: Callable[[], Planned | None], studies: Mapping[str, Stages]) -> Planned:
         """Finish a stage and ask `plan` for what follows from it, again and again while that queues more."""
@@ -239,6 +254,22 @@ class Crew:
             self.finish(stage, studies)
             if (planned := plan()) is not None:
                 return planned
+
+    def _publish(self, studies: Mapping[str, Stages], seconds: float = 0.0) -> None:
+        """Keep the dashboard's note and figures fresh, where the last ones are older than so many seconds."""
+        if time.monotonic() - self._published < seconds:
+            return
+        self._published = time.monotonic()
+        for study in studies.values():
+            show(study.store, self._console)
+
+
+def show(store: StudyStore, console: Console) -> None:
+    """Write what the dashboard shows of a study beside its trials. Should that fail, it is said, and no more."""
+    try:
+        publish(read_overview(store), store)
+    except Exception as error:  # a picture is no reason to lose a training
+        console.say(f"What the dashboard shows of {store.name!r} could not be written: {type(error).__name__}: {error}")
 
 
 @contextmanager

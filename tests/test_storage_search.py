@@ -662,7 +662,7 @@ def test_a_checkpoint_that_cannot_be_kept_fails_the_trial_with_its_reason(
 ) -> None:
     """A full disk or a folder that went away: the worker lives on, and the trial does not stay RUNNING."""
     artifacts = config.folder / "artifacts"
-    artifacts.rmdir()
+    artifacts.parent.mkdir(parents=True, exist_ok=True)
     artifacts.touch()
     run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits), store)
     record = _only(store, "search")

@@ -1,0 +1,171 @@
+"""Plotly figures of what test says of two models: the baseline's and the exported one, errors and embeddings."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+
+from camri_tune.chart_style import BLUE, FLOOR, GREEN, GREY, INFEASIBLE, INK, VERMILION, dressed, tick
+from camri_tune.evidence import AFTER, BEFORE, Evidence
+from camri_tune.records import Figure
+
+WHITE_TO_BLUE = [(0, "#ffffff"), (0.02, "#d3e5f2"), (0.2, "#6aaed6"), (1, "#08306b")]
+DRAWN = 1_500  # points of a scatter of images
+
+
+def confusions(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
+    """Where each class's errors go on test, before and after: shares of its images, the right answers left out."""
+    count = len(classes)
+    figure = make_subplots(cols=2, subplot_titles=("baseline model", "exported model"), horizontal_spacing=0.06)
+    names = [tick(c, classes) for c in range(count)]
+    for column, side in enumerate((BEFORE, AFTER), start=1):
+        matrix = evidence.confusion(side, count)
+        totals = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        shares = 100 * matrix / totals
+        np.fill_diagonal(shares, np.nan)
+        figure.add_heatmap(
+            z=shares.round(3),
+            customdata=matrix,
+            x=list(range(count)),
+            y=list(range(count)),
+            coloraxis="coloraxis",
+            hovertemplate="true %{y}, taken for %{x}:<br>%{customdata} images, %{z:.1f} % of that class<extra></extra>",
+            row=1,
+            col=column,
+        )
+    step = max(1, math.ceil(count / 15))
+    ticks = {"tickvals": list(range(0, count, step)), "ticktext": names[::step] if count <= 15 else None}
+    figure.update_xaxes(title="taken for", tickangle=-45 if count <= 15 else 0, showgrid=False, **ticks)
+    figure.update_yaxes(autorange="reversed", showgrid=False, **ticks)
+    figure.update_yaxes(title="true class", col=1)
+    for c in important:
+        for column in (1, 2):
+            figure.add_shape(
+                type="rect", x0=-0.5, x1=count - 0.5, y0=c - 0.5, y1=c + 0.5, row=1, col=column,
+                line={"color": VERMILION, "width": 1.5},
+            )  # fmt: skip
+    figure.update_layout(coloraxis={"colorscale": WHITE_TO_BLUE, "cmin": 0, "cmax": 25, "colorbar": {"title": "%"}})
+    return dressed(figure, None, None, height=520)
+
+
+def errors_of(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
+    """What the important class's images were taken for, and what was taken for it: images of test, before and after."""
+    figure = make_subplots(
+        cols=2, subplot_titles=("missed, and taken for …", "false alarms: images of …"), horizontal_spacing=0.25
+    )
+    for column, axis in ((1, 0), (2, 1)):
+        counts = {}
+        for side in (BEFORE, AFTER):
+            matrix = evidence.confusion(side, len(classes))
+            own = matrix[list(important)] if axis == 0 else matrix[:, list(important)].T
+            counts[side] = np.delete(own.sum(axis=0), list(important))
+        others = np.delete(np.arange(len(classes)), list(important))
+        order = np.argsort(counts[BEFORE] + counts[AFTER], kind="stable")[-8:]
+        order = order[(counts[BEFORE] + counts[AFTER])[order] > 0]
+        sides = ((AFTER, "exported model", GREEN, ""), (BEFORE, "baseline model", INK, "/"))
+        for side, name, colour, pattern in sides:
+            figure.add_bar(
+                y=[tick(c, classes) for c in others[order]],
+                x=counts[side][order],
+                orientation="h",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": "white", "fillmode": "overlay"}},
+                hovertemplate=f"{name}: %{{x}} images, %{{y}}<extra></extra>",
+                row=1,
+                col=column,
+            )
+        most = int(max(counts[BEFORE].max(initial=0), counts[AFTER].max(initial=0)))
+        figure.update_xaxes(dtick=max(1, math.ceil(most / 6)), row=1, col=column)
+    figure.update_xaxes(title="images of test", rangemode="tozero")
+    figure.update_yaxes(type="category")
+    return dressed(figure, None, None, height=380)
+
+
+def recall_of_classes(
+    before: Sequence[Figure], after: Sequence[Figure], classes: Sequence[str], important: Sequence[int]
+) -> go.Figure:
+    """Mean recall of each class on test, before and after, the worst losers first."""
+    old, new = ([100 * figure.mean for figure in side] for side in (before, after))
+    order = sorted(range(len(classes)), key=lambda c: new[c] - old[c], reverse=True)  # the last is drawn on top
+    labels = [f"<b>{tick(c, classes)}</b>" if c in important else tick(c, classes) for c in order]
+    figure = go.Figure()
+    for lost, colour, name in ((True, VERMILION, "lost recall"), (False, BLUE, "gained recall, or kept it")):
+        some = [place for place, c in enumerate(order) if (new[c] < old[c]) == lost]
+        if not some:
+            continue
+        xs: list[float | None] = [v for p in some for v in (old[order[p]], new[order[p]], None)]
+        ys: list[str | None] = [v for p in some for v in (labels[p], labels[p], None)]
+        figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": colour, "width": 3}, name=name, hoverinfo="skip")
+    for values, name, marker in (
+        (old, "baseline", {"color": INK, "symbol": "line-ns", "size": 10, "line": {"color": INK, "width": 2}}),
+        (new, "exported setting", {"color": GREEN, "symbol": "circle", "size": 9}),
+    ):
+        figure.add_scatter(
+            x=[values[c] for c in order],
+            y=labels,
+            mode="markers",
+            marker=marker,
+            name=f"{name}, mean over {len(before[0].values)} seed(s)",
+            hovertemplate="%{y}: %{x:.2f} %<extra>" + name + "</extra>",
+        )
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=labels, automargin=True, range=[-0.8, len(order) - 0.2]
+    )
+    return dressed(figure, "recall on test, %", None, height=150 + 20 * len(order))
+
+
+def embedding(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
+    """Test images by their angle to the important class's weight and to the nearest other one, before and after."""
+    figure = make_subplots(
+        cols=2,
+        subplot_titles=("baseline model", "exported model"),
+        shared_yaxes=True,
+        shared_xaxes=True,
+        horizontal_spacing=0.03,
+    )
+    own = np.isin(evidence.labels, list(important))
+    rng = np.random.default_rng(0)
+    # Of the others those that come nearest, in either model.
+    near = evidence.to_important.min(axis=0)
+    rest = np.flatnonzero(~own)
+    rest = np.sort(rest[np.argsort(near[rest])][:DRAWN])
+    mine = np.flatnonzero(own)
+    if len(mine) > DRAWN:
+        mine = np.sort(rng.choice(mine, DRAWN, replace=False))
+    most = float(max(evidence.to_important[:, [*mine, *rest]].max(), evidence.to_other[:, [*mine, *rest]].max())) + 2
+    for column, side in enumerate((BEFORE, AFTER), start=1):
+        right = evidence.answers[side] == evidence.labels
+        alarm = np.isin(evidence.answers[side], list(important))
+        kinds: list[tuple[str, NDArray[np.int64], dict[str, Any]]] = [
+            ("other classes", rest[~alarm[rest]], {"color": GREY, "symbol": "circle-open", "size": 4}),
+            ("taken for it by mistake", rest[alarm[rest]], {"color": INK, "symbol": "diamond", "size": 8}),
+            ("important class, right", mine[right[mine]], {"color": BLUE, "symbol": "circle", "size": 5}),
+            ("important class, missed", mine[~right[mine]], {**INFEASIBLE, "size": 10}),
+        ]
+        for name, rows, marker in kinds:
+            answers = evidence.answers[side][rows]
+            figure.add_scatter(
+                x=evidence.to_important[side][rows].round(2),
+                y=evidence.to_other[side][rows].round(2),
+                mode="markers",
+                marker=marker,
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                customdata=np.stack([evidence.labels[rows], answers], axis=1),
+                hovertemplate="a %{customdata[0]}, taken for %{customdata[1]}<br>"
+                "%{x:.1f}° from the important class's weight, %{y:.1f}° from the nearest other<extra></extra>",
+                row=1,
+                col=column,
+            )
+        figure.add_shape(type="line", x0=0, y0=0, x1=180, y1=180, line=FLOOR, row=1, col=column)
+    figure.update_xaxes(title="degrees to the important weight", range=[0, most])
+    figure.update_yaxes(range=[0, most])
+    figure.update_yaxes(title="degrees to the nearest other weight", col=1)
+    return dressed(figure, None, None, height=520, top=100)

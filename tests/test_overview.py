@@ -1,0 +1,194 @@
+"""A study at a glance: what is read from its storage, where studies are found, and `camri-tune status`."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+from rich.console import Console
+
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.errors import InputError
+from camri_tune.overview import RESULT, find_study, is_locked, read_overview, studies_in
+from camri_tune.stages import only_run
+from camri_tune.storage import INTERRUPTED, StudyStore
+from camri_tune.tables import status_view
+from tests.command import assert_one_line_error, camri_tune, result_of
+from tests.studies import FLOOR, hand_made, trial
+
+Make = Callable[..., StudyStore]
+
+SEARCH = [
+    trial(0.80, 0.93),
+    trial(0.95, 0.89),  # the best recall, below the floor
+    trial(0.84, 0.91),
+    trial(state=OptunaState.FAIL, failure="ValueError: no (x.py:1)"),
+    trial(state=OptunaState.FAIL, failure=INTERRUPTED),
+    trial(0.99, None),
+    trial(state=OptunaState.RUNNING, epoch=1),
+    trial(state=OptunaState.WAITING),
+]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig(limit=200))
+
+
+@pytest.fixture
+def make(tmp_path: Path, digits: Dataset, empty_database: Path) -> Make:
+    def make(search: list[FrozenTrial] = SEARCH, finalists: tuple[FrozenTrial, ...] = (), **options: Any) -> StudyStore:
+        return hand_made(tmp_path, digits, empty_database, search, finalists, limit=200, **options)
+
+    return make
+
+
+def _shown(store: StudyStore) -> str:
+    text = io.StringIO()
+    Console(width=140, file=text).print(status_view(read_overview(store)), soft_wrap=True)
+    return text.getvalue()
+
+
+def test_the_best_so_far_is_feasible_and_complete(make: Make) -> None:
+    overview = read_overview(make())
+    assert overview.best is not None
+    assert overview.best.number == 2
+    assert overview.floor == FLOOR
+    assert overview.important_names == "3"
+    assert [r.number for r in overview.search] == [0, 1, 2, 3, 5, 6, 7], "an interrupted training lives on in another"
+    assert overview.stage == "search"
+
+
+def test_where_nothing_keeps_the_floor_there_is_no_best(make: Make) -> None:
+    store = make([trial(0.95, 0.89)])
+    assert read_overview(store).best is None
+    assert "no trial above the floor yet" in _shown(store)
+
+
+def test_the_baseline_is_its_models_on_the_seeds_that_count(make: Make) -> None:
+    store = make()
+    store.optuna_study("baseline").add_trial(trial(0.1, 0.2, params={"learning_rate": 0.1}, seed=20_000))
+    overview = read_overview(store)
+    assert overview.baseline is not None
+    assert overview.baseline.accuracy == pytest.approx(FLOOR)
+    assert overview.baseline.measured(overview.important).recall.mean == pytest.approx(0.72)
+
+
+def test_before_the_baseline_is_trained_little_is_known(make: Make) -> None:
+    store = make([], important="worst1")
+    store.set("baseline", None)
+    overview = read_overview(store)
+    assert overview.important_names == "worst1"
+    assert (overview.floor, overview.best, overview.baseline) == (None, None, None)
+    assert overview.as_json()["baseline"] is None
+    assert "worst1" in _shown(store)
+
+
+def test_finalists_are_grouped_by_the_trial_they_come_from(make: Make) -> None:
+    models = tuple(trial(0.8 + n / 100, 0.92, source_trial=source, seed=n) for source in (2, 0) for n in (0, 1))
+    overview = read_overview(make(finalists=models))
+    assert {n: [r.seed for r in found] for n, found in overview.retrained.items()} == {2: [0, 1], 0: [0, 1]}
+    assert overview.stage == "finalists"
+
+
+def test_the_time_to_go_counts_what_is_left(make: Make) -> None:
+    overview = read_overview(make())
+    # Of 7 trials 1 waits and 1 has half of its epochs to go; then 2 finalists; 3 seconds each.
+    assert overview.seconds_left == pytest.approx((1 + 0.5 + 2) * 3.0)
+
+
+def test_curves_and_confusion_are_read_with_a_trial(make: Make) -> None:
+    record = read_overview(make()).search[0]
+    assert [(p.epoch, p.accuracy) for p in record.curve] == [(1, 0.465), (2, 0.93)]
+    assert record.curve[1].recall_per_class[3] == 0.80
+    assert len(record.confusion) == len(record.confusion[0]) == 10
+
+
+def test_it_knows_whether_a_run_is_at_work(make: Make) -> None:
+    store = make()
+    folder = store.config.folder
+    assert not is_locked(folder)
+    assert not read_overview(store).running
+    with only_run(folder):
+        assert is_locked(folder)
+        assert read_overview(store).running
+        assert "running, about" in _shown(store)
+    assert not is_locked(folder)
+    assert "not running; the same command goes on" in _shown(store)
+
+
+def test_to_ask_whether_a_run_is_at_work_does_not_keep_one_from_starting(make: Make) -> None:
+    folder = make().config.folder
+    with only_run(folder):
+        pass
+    for _ in range(20):
+        assert not is_locked(folder)
+        with only_run(folder):
+            assert is_locked(folder)
+
+
+def test_a_result_that_is_no_json_is_none(make: Make) -> None:
+    store = make()
+    (store.config.folder / RESULT).write_text('{"schema": 1,')
+    assert read_overview(store).result is None
+
+
+def test_studies_are_found_by_name_by_folder_and_by_age(make: Make, tmp_path: Path) -> None:
+    make(name="old")
+    make(name="new")
+    for path in (tmp_path / "old").glob("study.db*"):
+        os.utime(path, (1, 1))
+    assert [folder.name for folder in studies_in(tmp_path)] == ["old", "new"]
+    for name, expected in ((None, "new"), ("old", "old"), (str(tmp_path / "old"), "old")):
+        store = find_study(name, out=tmp_path, storage=None)
+        assert store.name == expected
+        assert store.config.folder == (tmp_path / expected).resolve()
+
+
+def test_a_study_that_was_moved_is_read_where_it_lies(make: Make, tmp_path: Path) -> None:
+    make()
+    moved = (tmp_path / "s").rename(tmp_path / "elsewhere-s")
+    (tmp_path / "elsewhere").mkdir()
+    moved = moved.rename(tmp_path / "elsewhere" / "s")
+    (moved / RESULT).write_text('{"verdict": "none", "sentence": "", "best": null}')
+    overview = read_overview(find_study("s", out=tmp_path / "elsewhere", storage=None))
+    assert overview.folder == moved.resolve()
+    assert overview.result is not None
+
+
+def test_a_study_in_a_named_storage_needs_its_name(make: Make, tmp_path: Path) -> None:
+    url = f"sqlite:///{make().config.folder / 'study.db'}"
+    assert find_study("s", out=tmp_path / "nowhere", storage=url).name == "s"
+    assert not (tmp_path / "nowhere").exists(), "to look makes no folders"
+    with pytest.raises(InputError, match="needs the NAME"):
+        find_study(None, out=tmp_path, storage=url)
+
+
+def test_status_from_another_terminal(make: Make, tmp_path: Path) -> None:
+    make()
+    done = camri_tune("status", "s", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "important class 3" in text
+    assert "best above the floor so far: #2, recall 0.8400, accuracy 0.9100 on validation" in text
+    assert "failed #3: ValueError: no" in text
+    assert "5 of 7" in text or "4 of 7" in text
+    status = result_of(camri_tune("status", "--out", tmp_path, "--json"))
+    assert status["best"]["trial"] == 2
+    assert status["failures"] == {"3": "ValueError: no (x.py:1)"}
+    assert status["trials"]["search"]["running"] == 1
+    assert status["verdict"] is None
+    assert json.dumps(status)
+
+
+def test_a_study_that_is_not_there_gets_one_line(make: Make, tmp_path: Path) -> None:
+    assert_one_line_error(camri_tune("status", "--out", tmp_path), str(tmp_path), "no studies", "camri-tune run")
+    make()
+    assert_one_line_error(camri_tune("status", "other", "--out", tmp_path), "'other'", "s", "--storage")
+    assert_one_line_error(camri_tune("report", "other", "--out", tmp_path), "'other'")

@@ -1,0 +1,283 @@
+"""`report.html` as a person sees it: in a browser, without a network, wide and narrow."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from optuna.trial import TrialState as OptunaState
+
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.evidence import Evidence, kinds_of_images
+from camri_tune.overview import EVIDENCE, RESULT
+from camri_tune.report import write_report
+from camri_tune.search import parameter_importance
+from tests.command import camri_tune, result_of
+from tests.studies import FLOOR, hand_made, trial
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+HOSTILE = "ValueError: </script><img src=x onerror='document.title=\"owned\"'> (x.py:1)"
+SEARCH = [
+    trial(0.80, 0.93, params={"learning_rate": 0.004, "scale": 16.0, "margin": 0.2}),
+    trial(0.95, 0.89, params={"learning_rate": 0.004, "scale": 8.0, "margin": 0.4}),
+    trial(0.84, 0.91, params={"learning_rate": 0.008, "scale": 12.0, "margin": 0.3}),
+    trial(0.60, 0.88, params={"learning_rate": 0.002, "scale": 6.0, "margin": 0.1}),
+    trial(0.82, 0.92, params={"learning_rate": 0.003, "scale": 24.0, "margin": 0.25}),
+    trial(0.30, 0.70, OptunaState.PRUNED, params={"learning_rate": 0.03, "scale": 40.0, "margin": 0.5}),
+    trial(state=OptunaState.FAIL, failure=HOSTILE),
+]
+ABOVE, BELOW = {0, 2, 4}, {1, 3}
+MODELS = [trial(0.8 + n / 100, 0.92 - source / 100, source_trial=source, seed=n) for source in (2, 0) for n in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig(limit=200))
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path, digits: Dataset, empty_database: Path) -> Path:
+    """The report of a study whose finalists are trained, but not judged."""
+    return write_report(hand_made(tmp_path, digits, empty_database, SEARCH, MODELS, limit=200, tolerance=1.5))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a real study that was judged, and its result."""
+    out = tmp_path_factory.mktemp("runs")
+    options = [
+        "--epochs",
+        "2",
+        "--trials",
+        "5",
+        "--seeds",
+        "2",
+        "--finalists",
+        "1",
+        "--tolerance",
+        "100",
+        "--name",
+        "d",
+    ]
+    done = camri_tune("run", "--important", "8", *options, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return out / "d", result_of(done)
+
+
+@contextmanager
+def _opened(browser: "Browser", path: Path, width: int = 1200) -> Iterator["Page"]:
+    """The page in a browser that must neither fetch nor complain."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    fetched: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
+    yield page
+    assert [url for url in fetched if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert complaints == []
+    page.close()
+
+
+_POINTS = """
+(plot) => Object.fromEntries(document.getElementById(plot).calcdata.map((trace) => {
+  const points = [...trace[0].node3.node().querySelectorAll("path.point")];
+  return [trace[0].trace.name, points.map((point) => {
+    const box = point.getBoundingClientRect(), style = getComputedStyle(point);
+    return {x: box.x + box.width / 2, y: box.y + box.height / 2, wide: box.width, shape: point.getAttribute("d"),
+            colour: box.width ? (style.fill === "none" ? style.stroke : style.fill) : "none"};
+  })];
+}))
+"""
+
+
+def _points(page: "Page", plot: str) -> dict[str, list[dict[str, Any]]]:
+    """Where the markers of each trace are on the screen, and what they look like."""
+    found: dict[str, list[dict[str, Any]]] = page.evaluate(_POINTS, plot)
+    return found
+
+
+def test_the_floor_parts_the_trials_on_the_screen(unfinished: Path, browser: "Browser") -> None:
+    with _opened(browser, unfinished) as page:
+        plane = page.locator("#recall-accuracy")
+        plane.scroll_into_view_if_needed()
+        floor = plane.locator(".shapelayer path").last.bounding_box()
+        assert floor is not None
+        assert floor["height"] > 200, "the floor is a line from top to bottom"
+        assert plane.get_by_text(f"floor: {100 * FLOOR:.2f} %").is_visible()
+        points = _points(page, "recall-accuracy")
+        line = floor["x"] + floor["width"] / 2
+        above, below = points["trials above the floor"], points["trials below the floor"]
+        assert len(above) == len(ABOVE)
+        assert len(below) == len(BELOW)
+        assert all(p["x"] > line and p["wide"] > 4 for p in above)
+        assert all(p["x"] < line and p["wide"] > 4 for p in below)
+        assert {p["shape"] for p in above}.isdisjoint(p["shape"] for p in below), "not told apart by colour alone"
+        assert {p["colour"] for p in above}.isdisjoint(p["colour"] for p in below)
+        assert len(points["stopped early"]) == 1
+        assert len(points["finalists, mean over fresh seeds"]) == 2
+        assert plane.get_by_text("best so far: #2").is_visible()
+        highest = min(above, key=lambda p: p["y"])
+        assert sum(p["y"] < highest["y"] for p in below) == 1, "the highest recall of all is below the floor"
+
+
+def test_the_history_climbs_over_trials_that_kept_the_floor(unfinished: Path, browser: "Browser") -> None:
+    with _opened(browser, unfinished) as page:
+        points = _points(page, "search-history")
+        assert {name: len(found) for name, found in points.items() if found} == {
+            "trials above the floor": 3,
+            "trials below the floor": 2,
+            "stopped early": 1,
+            "failed": 1,
+        }
+        steps = page.evaluate(
+            "document.getElementById('search-history').data.find((t) => t.name === 'best above the floor so far')"
+        )
+        assert steps["x"] == [0, 2, 4, 6]
+        assert steps["y"] == pytest.approx([80, 84, 84, 84])
+
+
+def test_what_is_said_before_a_result_is_no_result(unfinished: Path, browser: "Browser") -> None:
+    with _opened(browser, unfinished) as page:
+        text = page.locator("body").inner_text()
+        assert "This study is not finished, and nothing works on it here." in text
+        assert "#2, recall 84.00 %, accuracy 91.00 % on validation: a candidate, not a result" in " ".join(text.split())
+        assert "Go on with: camri-tune run --important 3" in " ".join(text.split())
+        assert "Certified" not in text
+        page.locator("summary").click()
+        assert page.get_by_text("missed by 1.00").is_visible()
+
+
+def test_what_stands_in_a_failure_is_text(unfinished: Path, browser: "Browser") -> None:
+    with _opened(browser, unfinished) as page:
+        page.locator("summary").click()
+        assert page.get_by_text("</script><img src=x").first.is_visible()
+        assert page.title() == "s: camri-tune"
+        assert page.locator("img[src=x]").count() == 0
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_on_a_phone_nothing_is_wider_than_the_screen(
+    finished: tuple[Path, dict[str, Any]], browser: "Browser", width: int
+) -> None:
+    with _opened(browser, finished[0] / "report.html", width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box = page.locator("#recall-accuracy .main-svg").first.bounding_box()
+        assert box is not None
+        assert box["width"] <= width
+
+
+def test_the_verdict_stands_at_the_top(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
+    folder, result = finished
+    with _opened(browser, folder / "report.html") as page:
+        assert page.get_by_text(result["sentence"]).is_visible()
+        box = page.locator(".verdict").bounding_box()
+        assert box is not None
+        assert box["y"] < 300
+        mean = result["best"]["test"]["recall"]["mean"]
+        assert page.locator(".card").first.get_by_text(f"{100 * mean:.2f} %").is_visible()
+        assert page.get_by_text("exported setting, mean over fresh seeds").first.is_visible()
+        number = page.locator("#recall-accuracy").get_by_text(f"#{result['best']['trial']}", exact=True)
+        assert number.is_visible(), "the exported trial is named in the plane"
+        for line in result["provenance"]:
+            assert page.get_by_text(line).count() == 1
+
+
+def test_the_images_are_those_that_test_decided(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
+    folder, result = finished
+    evidence = Evidence.load(folder / EVIDENCE)
+    assert evidence is not None
+    matrix = evidence.confusion(1, 10)
+    place = result["best"]["test"]["accuracy"]["values"]
+    assert matrix.trace() / matrix.sum() in place
+    kinds = kinds_of_images(evidence.labels, evidence.answers, result["important"])
+    with _opened(browser, folder / "report.html") as page:
+        for kind, rows in kinds.items():
+            assert page.get_by_role("heading", name=re.compile(f"^{kind}: {len(rows)}$", re.I)).count() == 1
+        images = page.locator(".gallery img")
+        assert images.count() == sum(len(rows) for rows in kinds.values())
+        for index in range(images.count()):
+            assert images.nth(index).evaluate("image => image.naturalWidth") == 8
+        for plot in ("learning-curves", "classes", "errors", "confusion", "embedding", "slices"):
+            assert page.locator(f"#{plot} .main-svg").first.is_visible()
+
+
+def test_in_print_every_part_is_open_and_nothing_is_cut(
+    finished: tuple[Path, dict[str, Any]], browser: "Browser"
+) -> None:
+    with _opened(browser, finished[0] / "report.html") as page:
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.wait_for_function("document.querySelector('#recall-accuracy .main-svg').clientWidth == 690")
+        assert page.locator("details").get_attribute("open") is not None
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        page.wait_for_function("document.querySelector('#recall-accuracy .main-svg').clientWidth > 900")
+
+
+def test_the_report_is_written_again_from_what_is_stored(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    before = (folder / "report.html").read_text()
+    done = camri_tune("report", folder)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == folder / "report.html"
+    assert (folder / "report.html").read_text() == before
+    assert (folder / "report.html").stat().st_size < 10e6
+
+
+def test_without_its_evidence_the_report_says_so(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
+    folder, _ = finished
+    kept = (folder / EVIDENCE).rename(folder / "kept")
+    try:
+        assert camri_tune("report", folder).returncode == 0
+        with _opened(browser, folder / "report.html") as page:
+            assert page.get_by_text("were not kept").is_visible()
+            assert page.locator(".gallery").count() == 0
+    finally:
+        kept.rename(folder / EVIDENCE)
+        assert camri_tune("report", folder).returncode == 0
+
+
+def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
+    """The page of a study that ended without a model: what is withdrawn is not shown."""
+    folder, result = finished
+    path = folder / RESULT
+    whole = path.read_text()
+    none = {
+        **result,
+        "finalists": [{**f, "kept_accuracy": False, "accuracy_difference": None} for f in result["finalists"]],
+        "verdict": "none",
+        "best": None,
+        "accuracy_difference": None,
+        "sentence": "No model at all.",
+    }
+    try:
+        path.write_text(json.dumps(none))
+        assert camri_tune("report", folder).returncode == 0
+        with _opened(browser, folder / "report.html") as page:
+            assert page.get_by_text("No model at all.").is_visible()
+            assert page.locator(".card").count() == 0
+            assert page.get_by_text("exported").count() == 0
+    finally:
+        path.write_text(whole)
+        assert camri_tune("report", folder).returncode == 0
+
+
+def test_importance_needs_trials_that_differ(tmp_path: Path, digits: Dataset, empty_database: Path) -> None:
+    stores = {
+        name: hand_made(tmp_path, digits, empty_database, search, limit=200, name=name)
+        for name, search in {"several": SEARCH, "few": SEARCH[:4], "same": [trial(0.8, 0.93)] * 6}.items()
+    }
+    found = parameter_importance(stores["several"])
+    assert set(found) == {"recall", "accuracy"}
+    for shares in found.values():
+        assert set(shares) == {"learning_rate", "scale", "margin"}
+        assert sum(shares.values()) == pytest.approx(1)
+    assert parameter_importance(stores["few"]) == {}
+    assert parameter_importance(stores["same"]) == {}
