@@ -50,7 +50,7 @@ def recall_accuracy(overview: Overview) -> go.Figure:
     exported = (overview.result or {}).get("best") or {}
     settings: dict[bool, list[_Mean]] = {False: [], True: []}
     for number, records in overview.retrained.items():
-        accuracy, recall = (Figure(tuple(_known(v) for v in values)) for values in _columns(records))
+        accuracy, recall = (Figure(tuple(values)) for values in _columns(records))
         settings[number == exported.get("trial")].append(_Mean(accuracy, recall, f"#{number}"))
     _means(figure, settings[False], "finalists, mean over fresh seeds", FINALIST)
     _means(figure, settings[True], "exported setting, mean over fresh seeds", EXPORTED)
@@ -270,8 +270,11 @@ def _focus(figure: go.Figure, overview: Overview, floor: float) -> None:
     values = sorted(100 * t.accuracy for t in overview.search if t.accuracy is not None and t.state == "complete")
     if not values:
         return
-    lowest = min(values[len(values) // 4], floor)
-    highest = max(values[-1], floor)
+    means = [100 * Figure(tuple(_columns(records)[0])).mean for records in overview.retrained.values()]
+    if overview.baseline is not None:
+        means.append(100 * overview.baseline.accuracy)
+    lowest = min(values[len(values) // 4], floor, *means)
+    highest = max(values[-1], floor, *means)
     room = max(highest - lowest, 0.2)
     figure.update_xaxes(range=[lowest - 0.4 * room, min(highest + 0.25 * room, 100.2)])
 
@@ -287,8 +290,8 @@ def _parameter(name: str, trial: TrialRecord) -> float:
     return trial.params[name]
 
 
-def _columns(records: Sequence[TrialRecord]) -> tuple[list[float | None], list[float | None]]:
-    return [r.accuracy for r in records], [r.recall for r in records]
+def _columns(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
+    return [_known(r.accuracy) for r in records], [_known(r.recall) for r in records]
 
 
 def _seeds(figure: Figure) -> str:

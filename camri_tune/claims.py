@@ -5,60 +5,104 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from camri_tune.records import Best, PairedDifference, Result, Verdict
+from camri_tune.records import Best, Finalist, PairedDifference, Result, Share, Verdict, named
 from camri_tune.stats import binomial_interval
 
 FEW_IMAGES = 100  # below, one image moves a recall by more than a point
+POWER = 0.8  # the chance of a certificate that a test set is planned for
 
 
-def sentence_of(verdict: Verdict, best: Best | None, *, names: str, epsilon: float, tolerance: float) -> str:
+def sentence_of(
+    verdict: Verdict,
+    best: Best | None,
+    *,
+    classes: Sequence[str],
+    epsilon: float,
+    tolerance: float,
+    finalists: Sequence[Finalist] = (),
+    reads: int = 1,
+) -> str:
     """One sentence of verdict: what the exported model gained and kept on test, and what is not shown.
 
-    `epsilon` and `tolerance` are in points.
+    `epsilon` and `tolerance` are in points. Without a model the `finalists` say why. `reads` is how often test was
+    looked at.
     """
     if best is None:
-        return (
-            f"No model: no setting kept its mean validation accuracy over seeds at the baseline's"
-            f"{f' less {tolerance:g} points' if tolerance else ''}; nothing is exported."
-        )
-    accuracy, recall = best.accuracy_difference, best.recall_difference
+        looks = f" (after {reads} looks at this test set)" if reads > 1 else ""
+        return f"No model: {_why_none(finalists, tolerance)}; nothing is exported{looks}."
+    after = f"; this is said after {reads} looks at this test set, and so with less than that confidence"
+    after = after if reads > 1 else ""
+    accuracy = best.accuracy_difference
     bound = f"difference {_points(accuracy.estimate)}, {_bound(accuracy)}, n = {accuracy.n:,}{_grouped(accuracy)}"
-    counts = f"{recall.gained} gained, {recall.lost} lost of {recall.n:,} images"
-    if recall.lower_bound > 0:
-        gain = f"Recall of {names} on test rose by {_points(recall.estimate)} ({counts}; {_bound(recall)})"
-    elif recall.estimate > 0:
-        gain = f"Recall of {names} on test rose by {_points(recall.estimate)} ({counts}: too few to tell from no gain)"
-    elif recall.estimate == 0:
-        gain = f"Recall of {names} on test did not change ({counts})"
-    else:
-        gain = f"Recall of {names} on test FELL by {_points(-recall.estimate, sign=False)} ({counts})"
+    gain = "; ".join(_gain(classes[c], difference) for c, difference in best.recall_difference.items())
+    gain = f"{gain[0].upper()}{gain[1:]}"
     if verdict == "certified":
         kept = f"accuracy is certified to be not more than {epsilon:g} points below the baseline model's"
-        return f"{gain}; {kept} ({bound})."
+        return f"{gain}; {kept} ({bound}){after}."
     needed = images_needed(accuracy, epsilon / 100)
     if needed is not None:
-        way_out = f"about {needed:,} test images would be needed to tell"
+        way_out = f"about {needed:,} test images would be needed to certify such a difference in 4 of 5 cases"
     elif accuracy.estimate < -epsilon / 100:
         way_out = f"accuracy on test itself fell by more than {epsilon:g} points"
     else:
         way_out = "the difference is at the limit itself, which no number of images certifies; raise --epsilon"
+    was = f"was within {tolerance:g} points of the baseline's" if tolerance else "was kept"
     return (
-        f"{gain}; accuracy was kept on validation, but is not certified on test to be within {epsilon:g} points of the "
-        f"baseline model's ({bound}; {way_out})."
+        f"{gain}; accuracy {was} on validation, but is not certified on test to be within {epsilon:g} points of the "
+        f"baseline model's ({bound}; {way_out}){after}."
     )
 
 
+def _gain(name: str, recall: PairedDifference) -> str:
+    """What happened to one class's recall."""
+    counts = f"{recall.gained} gained, {recall.lost} lost of {recall.n:,} images{_grouped(recall, '')}"
+    if recall.lower_bound > 0:
+        return f"recall of {name} on test rose by {_points(recall.estimate)} ({counts}; {_bound(recall)})"
+    if recall.estimate > 0:
+        return f"recall of {name} on test rose by {_points(recall.estimate)} ({counts}: too few to tell from no gain)"
+    if recall.estimate == 0:
+        return f"recall of {name} on test did not change ({counts})"
+    return f"recall of {name} on test FELL by {_points(-recall.estimate, sign=False)} ({counts})"
+
+
+def _why_none(finalists: Sequence[Finalist], tolerance: float) -> str:
+    at = floor_in_words(tolerance)
+    if not finalists:
+        return (
+            f"no trial of the search was eligible, none having validation accuracy {at}, nor nearly, and its checkpoint"
+        )
+    kept, failed = sum(f.kept_accuracy for f in finalists), sum(f.validation is None for f in finalists)
+    if kept:
+        return (
+            f"of each of the {kept} finalist(s) with mean validation accuracy over seeds {at} a checkpoint is missing "
+            f"or altered"
+        )
+    if failed == len(finalists):
+        return f"of each of the {failed} finalist(s) a training failed"
+    also = f" (and of {failed} of {len(finalists)} a training failed)" if failed else ""
+    return f"no finalist had its mean validation accuracy over seeds {at}{also}"
+
+
+def floor_in_words(tolerance: float) -> str:
+    """Where a setting's mean validation accuracy must be; `tolerance` is in points."""
+    return f"within {tolerance:g} points of the baseline's" if tolerance else "at the baseline's"
+
+
 def images_needed(difference: PairedDifference, epsilon: float) -> int | None:
-    """About how many test images would certify this difference; None where it is itself at or below `-epsilon`."""
+    """About how many test images would certify such a difference in 80 % of draws; None where it is at `-epsilon`.
+
+    Or below: no number does then. Images like those at hand, in groups where these are.
+    """
     room = difference.estimate + epsilon
     if room <= 0:
         return None
-    # Tango's statistic at -epsilon grows with the square root of n where the shares stay as they are: solved for n.
+    # The variance of an image under the limit (Tango's restricted estimate, whose statistic must pass z) and as it is.
     gained, lost, delta = difference.gained / difference.n, difference.lost / difference.n, -epsilon
     b = -gained - lost + (2 - gained + lost) * delta
     q = (math.sqrt(max(b * b + 8 * lost * delta * (1 - delta), 0.0)) - b) / 4
-    z = float(stats.norm.ppf(difference.confidence))
-    effective = z**2 * (2 * q + delta * (1 - delta)) / room**2
+    at_limit, as_it_is = 2 * q + delta * (1 - delta), gained + lost - (gained - lost) ** 2
+    z, more = float(stats.norm.ppf(difference.confidence)), float(stats.norm.ppf(POWER))
+    effective = (z * math.sqrt(at_limit) + more * math.sqrt(as_it_is)) ** 2 / room**2
     return math.ceil(effective * difference.n / difference.effective_n)
 
 
@@ -68,8 +112,8 @@ def nothing_to_gain(recalls: Sequence[float], important: Sequence[int], classes:
     if lowest < 0.99:
         return None
     ranked = [c for c in sorted(range(len(classes)), key=lambda c: recalls[c]) if recalls[c] < 0.99][:3]
-    names = ", ".join(f"{c} ({classes[c]}, {recalls[c]:.3f})" for c in ranked)
-    mine = ", ".join(f"{c} ({classes[c]})" for c in important)
+    names = ", ".join(f"{named(c, classes)} at {recalls[c]:.3f}" for c in ranked)
+    mine = ", ".join(named(c, classes) for c in important)
     return f"Class {mine} has almost nothing to gain: the baseline's validation recall is {lowest:.3f} already. " + (
         f"The classes with most to gain are {names}." if names else "No other class has more to gain."
     )
@@ -83,59 +127,108 @@ def few_test_images(best: Best, classes: Sequence[str]) -> list[str]:
             most = binomial_interval(share.effective_n, share.effective_n).low
             few = f"{share.n} test images"
             if share.effective_n < share.n:
-                few += f", which count as {share.effective_n:.0f} independent ones"
+                few += f"{_tracks(share)}, which count as {share.effective_n:.0f} independent ones"
             lines.append(
-                f"Class {c} ({classes[c]}) has only {few}: one image is {100 / share.n:.1f} points of recall, and even "
-                f"with all of them right no more is shown (95 %) than a recall of {most:.3f}."
+                f"Class {named(c, classes)} has only {few}: one image is {100 / share.n:.1f} points of recall, and "
+                f"even with all of them right no more is shown (95 %) than a recall of {most:.3f}."
             )
     return lines
 
 
 def provenance(result: Result) -> list[str]:
     """Which data chose, which judged, over how many seeds, what is claimed at what confidence, and what is not."""
-    images, seeds = result.images, result.seeds
-    on = f"in {result.folds} folds, each scored by models not trained on it" if result.folds > 1 else "held out"
-    lines = [
-        f"Chose: validation, {images['validation']:,} images {on}. They ranked the baseline's learning rates, "
-        f"{sum(result.trials.values())} trial(s), {len(result.finalists)} finalist(s) over {seeds} fresh seed(s) each, "
-        f"and the seed that is exported.",
-        f"Judged: test, {images['test']:,} images ({images['test_important']:,} of the important class), which chose "
-        f"nothing but to stop at the first finalist that is certified.",
-    ]
-    best = result.best
-    if best is not None:
-        difference = best.accuracy_difference
-        count = result.candidates
-        shared = (
-            f"each bound holds at {100 * difference.confidence:.4g} %, those of all {count} finalists that kept "
-            f"accuracy on validation together at 95 %"
-            if count > 1
-            else "each bound holds at 95 %"
-        )
+    images, best, reads = result.images, result.best, result.test_reads
+    lines = [f"Chose: {_who_chose(result)}"]
+    of_class = f"{images['test_important']:,} of the important class{'es' if len(result.important) > 1 else ''}"
+    if best is None:
         lines.append(
-            f"Claimed: what the exported model (seed {best.exported_seed}) does beside the baseline model of seed "
-            f"{best.baseline_seed}, which the same rule chose, on images like the test set's; {shared}, one-sided."
+            f"Judged: nothing. No finalist was measured on test ({images['test']:,} images, {of_class}), the baseline "
+            f"alone."
         )
+    else:
+        tracks = _tracks(best.accuracy_difference)
+        lines += [
+            f"Judged: test, {images['test']:,} images{tracks} ({of_class}), which chose nothing but to stop at the "
+            f"first finalist that is certified.",
+            f"Claimed: what the exported model (seed {best.exported_seed}) does beside the baseline model of seed "
+            f"{best.baseline_seed}, which the same rule chose, on images like the test set's; "
+            f"{_confidence(result, best)}",
+        ]
+        if best.accuracy_difference.hidden is not None:
+            effect = best.accuracy_difference.hidden.effect
+            lines.append(
+                f"Estimated: nobody says which test images show one object. On validation, where that is known, the "
+                f"exported model's difference in accuracy to the baseline's varies {effect:.1f} times as much as with "
+                f"independent images (the design effect); test is taken to be alike, and likewise for each recall. "
+                f"It is an estimate, a rough one where few images changed sides."
+            )
     lines.append(
         "Not claimed: anything about images unlike the test set's, about another seed (the intervals over seeds and "
         "images speak of that), or about training on more data."
     )
-    if result.test_reads > 1:
+    if reads > 1:
         lines.append(
-            f"Test has been read for {result.test_reads} different selections of this study: whoever saw an earlier "
-            f"result and tried again has less than the stated confidence. Only a new test set restores it."
+            f"Test has been read for {reads} different selections of this study: whoever saw an earlier result and "
+            f"tried again has less than the stated confidence. Only a new test set restores it."
         )
+    lines.append(
+        "Not counted: looks at this test set by studies of another --name, --seed or --loss, which cost as much."
+    )
     return lines
+
+
+def _who_chose(result: Result) -> str:
+    count, trials = result.images["validation"], sum(result.trials.values())
+    retrained = f"{len(result.finalists)} finalist(s) over {result.seeds} fresh seed(s) each"
+    if result.folds == 1:
+        ranked = ["the baseline's learning rates", f"{trials} trial(s)"]
+        ranked += [retrained] if result.finalists else []
+        ranked += ["the seed that is exported"] if result.best else []
+        return (
+            f"validation, {count:,} images held out. They ranked {', '.join(ranked[:-1])}"
+            f"{',' if len(ranked) > 2 else ''} and {ranked[-1]}."
+        )
+    text = (
+        f"validation, {count:,} images in {result.folds} folds, each scored by models not trained on it. The first "
+        f"fold ranked the baseline's learning rates, all folds together {trials} trial(s)"
+    )
+    if result.finalists:
+        text += f", and {retrained}, whose seeds take the folds in turn, were ranked by their means"
+    if result.best:
+        text += ". The first seed that keeps accuracy on its own fold is exported: no recall chose it"
+    return f"{text}."
+
+
+def _confidence(result: Result, best: Best) -> str:
+    """At which confidence the bounds hold, each and together."""
+    count, classes = result.candidates, len(best.recall_difference)
+    recall = next(iter(best.recall_difference.values()))
+    if count == classes == 1:
+        return "accuracy's bound holds at about 95 %, one-sided, recall's likewise."
+    why = f"all {count} finalists that could have been judged" if count > 1 else "one finalist"
+    return (
+        f"accuracy's bounds hold together at about 95 %, one-sided, recall's likewise, for {why}"
+        f"{f' and {classes} classes' if classes > 1 else ''}: each of accuracy's at "
+        f"{100 * best.accuracy_difference.confidence:.4g} %, of recall's at {100 * recall.confidence:.4g} %."
+    )
 
 
 def _bound(difference: PairedDifference) -> str:
     return f"{100 * difference.confidence:.4g} % lower bound {_points(difference.lower_bound)}"
 
 
-def _grouped(difference: PairedDifference) -> str:
+def _tracks(measured: Share | PairedDifference) -> str:
+    if measured.hidden is None:
+        return ""
+    return f" of about {measured.n / measured.hidden.size:,.0f} unnamed tracks"
+
+
+def _grouped(difference: PairedDifference, images: str = " images") -> str:
+    """What the images count as, where it is less than their number."""
     if difference.effective_n >= difference.n:
         return ""
-    return f" images in groups, which count as {difference.effective_n:,.0f}"
+    where = _tracks(difference) or " in groups"
+    return f"{images}{where}, which count as {difference.effective_n:,.0f}"
 
 
 def _points(fraction: float, sign: bool = True) -> str:

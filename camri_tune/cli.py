@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -234,18 +235,29 @@ def evaluate(
 ) -> None:
     """Measure an exported model; on its own test part this reproduces the stored figures."""
     from camri_tune.evaluation import evaluate_bundle  # noqa: PLC0415
+    from camri_tune.records import named  # noqa: PLC0415
 
     figures = evaluate_bundle(bundle, data, data_dir=data_dir or _default_data_dir(), skip_corrupt=skip_corrupt)
     if as_json:
         print(json.dumps(figures, indent=2))
         return
-    low, high = figures["accuracy_interval"]
     print(f"{figures['images']:,} images: {figures['data']}")
-    print(f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}] (exact 95 % interval)")
+    print(f"accuracy {_share(figures['shares']['accuracy'])}")
     for c in figures["important"]:
-        recall = figures["recall_per_class"][c]
-        print(f"recall of {c} ({figures['classes'][c]}): {'no such images' if recall is None else f'{recall:.4f}'}")
+        share = figures["shares"]["recall"][str(c)]
+        print(f"recall of {named(c, figures['classes'])}: {'no such images' if share is None else _share(share)}")
     print(f"the stored test figures are {'reproduced exactly' if figures['matches_stored'] else 'other than these'}")
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    """A share with its interval, and what its images count as where that is less than their number."""
+    low, high = share["interval"]
+    text = f"{share['value']:.4f} [{low:.4f}, {high:.4f}] ({'exact ' if share['exact'] else ''}95 % interval"
+    if share["exact"]:
+        return f"{text})"
+    hidden = share["hidden_groups"]
+    groups = f" of about {share['n'] / hidden['size']:,.0f} unnamed tracks" if hidden else " in groups"
+    return f"{text}; {share['n']:,} images{groups}, which count as {share['effective_n']:,.0f})"
 
 
 @app.command()
@@ -357,6 +369,7 @@ def _show(result: "Result", as_json: bool) -> None:
         console.print(line, soft_wrap=True)
     where = f"{result.folder}/best" if result.best else f"nothing; {result.folder}/result.json has the figures"
     console.print(f"Exported: {where}", soft_wrap=True)
+    console.print(f"Report: {result.folder}/report.html", soft_wrap=True)
 
 
 def _show_comparison(table: "Table", as_json: bool) -> None:

@@ -23,7 +23,7 @@ from camri_tune.evaluation import Judge, versions
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.posthoc import biased, tune_bias
-from camri_tune.records import Baseline, Figure, SeedDifference, TrialRecord
+from camri_tune.records import Baseline, Figure, Known, SeedDifference, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
@@ -103,6 +103,7 @@ def _one_dataset(
     with Crew.at_work(head, planned, device, console) as crew:
         baseline = crew.carry_out("baseline", head.plan_baseline, {"": head})
         columns = {token: resolve_important([token], data.classes, baseline)[0] for token in tokens}
+        notices = _notices(head, list(columns.values()), console)
         head.adopt(baseline, tuple(dict.fromkeys(columns.values())))
         studies: dict[tuple[int, Loss], Stages] = {}
         shown: dict[str, Stages] = {}
@@ -151,7 +152,16 @@ def _one_dataset(
                     paper=paper.get((config.source_name, token, method)),
                 )
             )
-    return cells, _facts(head, baseline, bench.judge.test)
+    return cells, {**_facts(head, baseline, bench.judge.test), "notices": notices}
+
+
+def _notices(head: Stages, important: Sequence[int], console: Console) -> list[str]:
+    """Say which classes have so few validation images that a study of its own would rank their trials on folds."""
+    found = [head.too_few_to_rank((c,)) for c in dict.fromkeys(important)]
+    notices = [f"{text}, but here every method has the same one split." for text in found if text]
+    for notice in notices:
+        console.say(notice)
+    return notices
 
 
 def _planned(study: Stages, baseline: Baseline, protocol: Protocol) -> dict[int, list[TrialRecord]] | None:
@@ -170,6 +180,7 @@ def _facts(head: Stages, baseline: Baseline, test: Images) -> dict[str, object]:
         "per_group": config.per_group,
         "epochs": config.epochs or data.epochs,
         "fingerprint": data.fingerprint,
+        "hidden_group_size": data.hidden_group_size,
         "learning_rate": baseline.learning_rate,
         "wall_seconds": head.store.attributes["wall_seconds"],
     }
@@ -230,19 +241,31 @@ class _Bench:
 
     def _outcome(self, models: Models, loss: Loss, important: int, *, bias: bool) -> Outcome:
         biases = self._biases(models, loss, important) if bias else []
-        test = self.judge.test
-        ours = (test.labels == important).numpy()
-        right = self._right(models, loss, important, "test", biases)
-        base = self._right(self._baseline.records, "ce", important, "test", [])
-        groups = test.groups.numpy()
+        parts: dict[Part, Images] = {"validation": self._images("validation"), "test": self._images("test")}
+        right = {part: self._right(models, loss, important, part, biases) for part in parts}
+        base = {part: self._right(self._baseline.records, "ce", important, part, []) for part in parts}
+        ours = {part: (images.labels == important).numpy() for part, images in parts.items()}
+        groups = {part: images.groups.numpy() for part, images in parts.items()}
+        size, known = self._data.hidden_group_size, ours["validation"]
+
+        def difference(chosen: Mapping[Part, NDArray[np.bool_]]) -> SeedDifference:
+            (new, old, together), shown = (
+                (right[part][:, chosen[part]], base[part][:, chosen[part]], groups[part][chosen[part]])
+                for part in ("test", "validation")
+            )
+            return SeedDifference.of(new, old, together, Known.over_seeds(size, *shown).hidden if size > 1 else None)
+
         return Outcome(
             validation=self._scores(models, loss, important, "validation", biases),
             test=self._scores(models, loss, important, "test", biases),
-            recall_difference=SeedDifference.of(right[:, ours], base[:, ours], groups[ours]),
-            accuracy_difference=SeedDifference.of(right, base, groups),
-            hits=right[:, ours],
-            groups=groups[ours],
+            recall_difference=difference(ours),
+            accuracy_difference=difference({part: np.ones_like(mask) for part, mask in ours.items()}),
+            hits=right["test"][:, ours["test"]],
+            groups=groups["test"][ours["test"]],
             biases=tuple(biases),
+            hidden_group_size=size,
+            known_hits=right["validation"][:, known] if size > 1 else None,
+            known_groups=groups["validation"][known] if size > 1 else None,
         )
 
     def _scores(self, models: Models, loss: Loss, important: int, part: Part, biases: Sequence[float]) -> Scores:

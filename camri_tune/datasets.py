@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ HELD_OUT_FRACTION = 0.2
 
 
 class Dataset:
-    """A data set opened for a study: `train` and `validation` in memory; `test()` reads the test part when asked."""
+    """A data set opened for a study: `train` and `validation` in memory; `test()` reads the test part when asked.
+
+    `hidden_group_size` is the source's: test images come in groups of about so many that nobody names.
+    """
 
     def __init__(self, source: Source, config: StudyConfig, on_progress: Progress | None = None) -> None:
         self.name = source.name
@@ -39,6 +43,8 @@ class Dataset:
         self.augmentation = source.augmentation
         self.fingerprint = source.fingerprint()
         self.ignored_files = source.ignored
+        # A test part that is drawn from the training part has its groups, which are known.
+        self.hidden_group_size = source.hidden_group_size if source.has("test") else 1
         self._cache = _Cache(source, config.skip_corrupt, on_progress)
         self._seed = config.seed
         self._has_test = source.has("test")
@@ -163,10 +169,21 @@ def open_dataset(config: StudyConfig, on_progress: Progress | None = None) -> Da
     return Dataset(find_source(config), config, on_progress)
 
 
-def open_test_images(
-    where: str | None, *, trained_on: StudyConfig, fingerprint: str, classes: Sequence[str]
-) -> tuple[Images, str]:
-    """Images to judge a finished model on, and a sentence saying which they are.
+class Unseen(NamedTuple):
+    """Images to judge a finished model on, and what is to be known of them.
+
+    `text` says which they are; they come in groups of about `hidden_group_size` that nobody names. `own`: they are of
+    the very data set of training.
+    """
+
+    images: Images
+    text: str
+    hidden_group_size: int
+    own: bool
+
+
+def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint: str, classes: Sequence[str]) -> Unseen:
+    """Images to judge a finished model on.
 
     `where` is None (the data set the model was trained on), the folder that holds it, or any folder of class folders.
     The very data set of training gives its test part, never images that the model has learned from; another folder
@@ -183,7 +200,8 @@ def open_test_images(
     source = find_source(config)
     if source.fingerprint() == fingerprint:
         text = f"the test part of {source.name}, which neither trained nor chose the model"
-        return Dataset(source, config).test(), text
+        data = Dataset(source, config)
+        return Unseen(data.test(), text, data.hidden_group_size, own=True)
     foreign = sorted(set(source.classes) - set(classes))
     if foreign:
         known = ", ".join(map(repr, classes[:5])) + (", …" if len(classes) > 5 else "")
@@ -203,7 +221,8 @@ def open_test_images(
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"
     text = f"{which} of {source.root or source.name}, which is not the data set of training"
-    return replace(images, labels=labels), text
+    size = source.hidden_group_size if parts == ["test"] else 1
+    return Unseen(replace(images, labels=labels), text, size, own=False)
 
 
 class _Cache:

@@ -3,7 +3,7 @@
 import math
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from camri_tune.bundle import load_classifier, read_bundle
 from camri_tune.config import Loss, Model, StudyConfig
-from camri_tune.datasets import Dataset, open_test_images
+from camri_tune.datasets import Dataset, Unseen, open_test_images
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
 from camri_tune.images import Images, resized
@@ -26,6 +26,7 @@ from camri_tune.posthoc import tune_bias
 from camri_tune.records import (
     BIAS,
     Best,
+    Known,
     Measured,
     PairedDifference,
     SeedDifference,
@@ -37,6 +38,7 @@ from camri_tune.records import (
 )
 from camri_tune.search import model_spec
 from camri_tune.selection import rank_models
+from camri_tune.stats import Hidden
 from camri_tune.storage import StudyStore
 from camri_tune.training import cpu_count, predict_embeddings, predict_logits
 
@@ -155,25 +157,99 @@ class Judge:
         recalls = [recall_per_class(confusion_matrix(labels, a, len(self._data.classes))).tolist() for a in answers]
         return Measured.over_seeds([float((a == labels).mean()) for a in answers], recalls, self._important)
 
-    def best(self, trial: int, new: Entrant, old: Entrant, confidence: float) -> Best:
-        """What test says of a setting beside the baseline, with bounds that hold at `confidence`, one-sided."""
+    def best(self, trial: int, new: Entrant, loss: Loss, old: Entrant, confidence: float) -> Best | None:
+        """What test says of a setting beside the baseline, with bounds that hold at `confidence`, one-sided.
+
+        The important classes share the doubt of what is said of recall. None where a checkpoint went missing just now.
+        """
         labels, groups, important = self.test.labels.numpy(), self.test.groups.numpy(), self._important
-        ours = np.isin(labels, important)
         right, old_right = (np.stack(entrant.answers) == labels for entrant in (new, old))
         chosen, rival = right[new.place], old_right[old.place]
+        tracks = None
+        if self._data.hidden_group_size > 1:
+            tracks = self._tracks(new, loss, old)
+            if tracks is None:
+                return None
+        of_class = {c: labels == c for c in important}
+        shared = 1 - (1 - confidence) / len(important)
+        one = {c: None if tracks is None else tracks.of_one(c) for c in (None, *important)}
+        all_seeds = {c: None if tracks is None else tracks.of_all(c).hidden for c in (None, *important)}
+        shares = {c: None if tracks is None else tracks.of_exported(c).hidden for c in (None, *important)}
         return Best(
             trial=trial,
             params={k: float(v) for k, v in new.chosen.params.items()},
             side=Side(measured_on_validation(new.records, important), self.measured(new.answers)),
             exported_seed=new.chosen.seed or 0,
-            exported_accuracy=Share.of(chosen, groups),
-            exported_recall={c: Share.of(chosen[labels == c], groups[labels == c]) for c in important},
+            exported_accuracy=Share.of(chosen, groups, shares[None]),
+            exported_recall={c: Share.of(chosen[own], groups[own], shares[c]) for c, own in of_class.items()},
             baseline_seed=old.chosen.seed or 0,
-            accuracy_difference=PairedDifference.of(chosen, rival, groups, confidence),
-            recall_difference=PairedDifference.of(chosen[ours], rival[ours], groups[ours], confidence),
-            recall_over_seeds=SeedDifference.of(right[:, ours], old_right[:, ours], groups[ours]),
-            accuracy_over_seeds=SeedDifference.of(right, old_right, groups),
+            accuracy_difference=PairedDifference.of(chosen, rival, groups, confidence, one[None]),
+            recall_difference={
+                c: PairedDifference.of(chosen[own], rival[own], groups[own], shared, one[c])
+                for c, own in of_class.items()
+            },
+            recall_over_seeds={
+                c: SeedDifference.of(right[:, own], old_right[:, own], groups[own], all_seeds[c])
+                for c, own in of_class.items()
+            },
+            accuracy_over_seeds=SeedDifference.of(right, old_right, groups, all_seeds[None]),
         )
+
+    def _tracks(self, new: Entrant, loss: Loss, old: Entrant) -> "_Tracks | None":
+        """What validation, where groups are known, shows of the same models; None where a checkpoint is gone.
+
+        Each pair of one seed is asked about the fold on which both were scored, and neither was trained.
+        """
+        found: list[tuple[Images, NDArray[np.bool_], NDArray[np.bool_]]] = []
+        for ours, theirs in zip(new.records, old.records, strict=True):
+            images = self._data.fold(ours.fold)[1]
+            logits = [self.logits(record, head, images) for record, head in ((ours, loss), (theirs, "ce"))]
+            if logits[0] is None or logits[1] is None:
+                return None
+            right, old_right = ((part.argmax(dim=1) == images.labels).numpy() for part in logits if part is not None)
+            found.append((images, right, old_right))
+        return _Tracks(self._data.hidden_group_size, found, [r.fold for r in new.records], new.place)
+
+
+@dataclass(frozen=True)
+class _Tracks:
+    """What each seed's pair of models gets right on its fold's validation images, whose groups are known.
+
+    `pairs` holds the images, and (N,) of the new model and of the baseline's, for each seed. `place` is the exported
+    one's; its baseline model is the one of the same seed.
+    """
+
+    size: int
+    pairs: Sequence[tuple[Images, NDArray[np.bool_], NDArray[np.bool_]]]
+    folds: Sequence[int]
+    place: int
+
+    def of_exported(self, c: int | None) -> Known:
+        """The exported model's right answers, of class `c` or of all."""
+        images, right, _ = self.pairs[self.place]
+        return self._known([(images, right.astype(np.float64))], c)
+
+    def of_one(self, c: int | None) -> Known:
+        """The exported model less the baseline's of its seed."""
+        images, right, old_right = self.pairs[self.place]
+        return self._known([(images, right.astype(np.float64) - old_right)], c)
+
+    def of_all(self, c: int | None) -> Known:
+        """Each fold's mean over seeds, new less old: what the mean over all seeds is made of."""
+        parts = []
+        for fold in sorted(set(self.folds)):
+            here = [pair for pair, of_pair in zip(self.pairs, self.folds, strict=True) if of_pair == fold]
+            differences = [right.astype(np.float64) - old_right for _, right, old_right in here]
+            parts.append((here[0][0], np.mean(differences, axis=0)))
+        return self._known(parts, c)
+
+    def _known(self, parts: Sequence[tuple[Images, NDArray[np.float64]]], c: int | None) -> Known:
+        values, groups = [], []
+        for images, found in parts:
+            chosen = slice(None) if c is None else images.labels.numpy() == c
+            values.append(found[chosen])
+            groups.append(images.groups.numpy()[chosen])
+        return Known(self.size, np.concatenate(values), np.concatenate(groups))
 
 
 def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> dict[str, Any]:
@@ -187,15 +263,16 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
         skip_corrupt=config.skip_corrupt or skip_corrupt,
         image_size=config.spec.image_size,
     )
-    images, text = open_test_images(
+    unseen = open_test_images(
         where, trained_on=trained_on, fingerprint=config.dataset_fingerprint, classes=bundle.classes
     )
+    images = unseen.images
     if images.pixels.shape[1] != config.spec.channels:
         raise InputError(
             f"{where!r} has images of {images.pixels.shape[1]} channel(s), but the model takes {config.spec.channels}"
         )
     answers = predict_logits(bundle.classifier, images.pixels, torch.device("cpu")).argmax(dim=1).numpy()
-    labels = images.labels.numpy()
+    labels, groups = images.labels.numpy(), images.groups.numpy()
     recalls = recall_per_class(confusion_matrix(labels, answers, len(bundle.classes)))
     present = [c for c in config.important if not math.isnan(recalls[c])]
     figures = {
@@ -206,14 +283,37 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
     }
     stored = bundle.metrics.get("test", {})
     clean = without_nan(figures)
+    right = answers == labels
+    overall = Share.of(right, groups, _hidden(unseen, bundle.metrics, None))
+    shares = {c: Share.of(right[labels == c], groups[labels == c], _hidden(unseen, bundle.metrics, c)) for c in present}
     return {
-        "data": text,
+        "data": unseen.text,
         **clean,
-        "accuracy_interval": list(Share.of(answers == labels, images.groups.numpy()).interval),
+        "accuracy_interval": list(overall.interval),
+        "shares": {
+            "accuracy": overall.as_json(),
+            "recall": {str(c): shares[c].as_json() if c in shares else None for c in config.important},
+        },
         "important": list(config.important),
         "classes": list(bundle.classes),
         "matches_stored": all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class")),
     }
+
+
+def _hidden(unseen: Unseen, metrics: Mapping[str, Any], c: int | None) -> Hidden | None:
+    """What unnamed groups cost: as measured when the model was judged on these images, else as much as they can."""
+    size = unseen.hidden_group_size
+    if size == 1:
+        return None
+    effect = float(size)
+    if unseen.own:
+        try:
+            shares = metrics["study"]["best"]["exported"]["test"]
+            share = shares["accuracy"] if c is None else shares["recall"][str(c)]
+            effect = float(share["hidden_groups"]["design_effect"])
+        except (KeyError, TypeError, ValueError):  # a model of before this was measured
+            pass
+    return Hidden(size, min(max(effect, 1.0), size))
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,8 @@ class Packed(NamedTuple):
 class Source:
     """Where a data set's images come from, by part: a file each in `parts`, or `packed`.
 
-    Where a part is missing, it is split from the training part.
+    Where a part is missing, it is split from the training part. The images of the test part come in groups of about
+    `hidden_group_size` that nobody names: frames of one object without the object's number. 1: each stands alone.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Source:
     parts: dict[Part, list[Item]] = field(default_factory=dict)
     packed: dict[Part, Packed] = field(default_factory=dict)
     ignored: int = 0
+    hidden_group_size: int = 1
 
     def has(self, part: Part) -> bool:
         return part in self.parts or part in self.packed

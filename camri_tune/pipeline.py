@@ -30,12 +30,13 @@ from camri_tune.records import (
     Verdict,
     biases_of,
     measured_on_validation,
+    named,
     without_nan,
 )
 from camri_tune.report import model_card, write_report, write_text
 from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
-from camri_tune.stages import Crew, Stages, only_run
+from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
 from camri_tune.training import pick_device
 
@@ -73,7 +74,9 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
             evidence.save(config.folder / EVIDENCE)
         write_text(config.folder / RESULT, json.dumps(without_nan(result.as_json()), indent=2) + "\n")
         _export(stages, result, chosen)
-    write_report(store)  # by now nothing works on the study any more
+    # By now nothing works on the study any more, and both say so.
+    write_report(store)
+    show(store, console)
     return result
 
 
@@ -101,7 +104,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
 def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]:
     """Say how good the baseline is. Returns what to notice."""
     classes, recall = stages.data.classes, baseline.recall_per_class
-    recalls = ", ".join(f"{c} ({classes[c]}) {recall[c]:.4f}" for c in stages.important)
+    recalls = ", ".join(f"{named(c, classes)} {recall[c]:.4f}" for c in stages.important)
     console.say(
         f"Baseline over {stages.config.seeds} seed(s), learning rate {baseline.learning_rate:.3g}: validation accuracy "
         f"{baseline.accuracy:.4f}, recall of the important class {recalls}"
@@ -128,7 +131,6 @@ def _judge(
         retrained = _calibrated(judge, retrained, config.loss, floors)
     order = rank_settings(retrained)
     console.judging(0, len(order))
-    reads = _note_reading(stages, [retrained[number] for number in order])
     # One rule chooses a finalist's model and the baseline's: the best seed of one side alone would flatter it.
     measured = [replace(r, constraint=floors[r.fold] - (r.accuracy or 0.0)) for r in baseline.records]
     old = judge.entrant(measured, "ce")
@@ -142,14 +144,16 @@ def _judge(
     def judged(number: int, confidence: float) -> Best | None:
         console.judging(len(entrants), len(order))
         entrant = judge.entrant(retrained[number], config.loss)
-        if entrant is None:
+        found = None if entrant is None else judge.best(number, entrant, config.loss, old, confidence)
+        if entrant is None or found is None:
             notices.append(f"Trial {number} was passed over: a checkpoint of it is missing or altered.")
             console.say(notices[-1])
             return None
         entrants[number] = entrant
-        return judge.best(number, entrant, old, confidence)
+        return found
 
     verdict, best, found = certify(order, judged, config.epsilon / 100)
+    reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
     finals = _finalists(retrained, order, found, stages.important)
@@ -181,15 +185,20 @@ def _finalists(
     ]
 
 
-def _note_reading(stages: Stages, settings: Sequence[Sequence[TrialRecord]]) -> int:
-    """Store which models test is about to judge. Returns how many different selections it has been read for."""
-    # A bias added after training makes another model of the same weights.
-    selection = [[r.sha256, *biases_of(r.params).values()] for records in settings for r in records]
+def _note_reading(stages: Stages, judged: Sequence[Sequence[TrialRecord]], baseline: Sequence[TrialRecord]) -> int:
+    """Store which models test has judged. Returns how often it showed models that no earlier look had shown.
+
+    Where it judged nothing, its first look showed the baseline's models all the same.
+    """
     earlier = stages.store.attributes.get("test_reads", [])
-    if selection and selection not in earlier:
-        stages.store.set("test_reads", [*earlier, selection])
-        return len(earlier) + 1
-    return len(earlier)
+    # A bias added after training makes another model of the same weights.
+    shown = [[r.sha256, *biases_of(r.params).values()] for records in judged for r in records]
+    if not shown and not earlier:
+        shown = [[r.sha256] for r in baseline]
+    if all(any(model in look for look in earlier) for model in shown):
+        return len(earlier)
+    stages.store.set("test_reads", [*earlier, shown])
+    return len(earlier) + 1
 
 
 def _calibrated(
@@ -255,7 +264,6 @@ def _result(
     config, data, important = stages.config, stages.data, stages.important
     validation = data.validation_of(stages.folds)
     records = stages.records("search")
-    names = ", ".join(data.classes[c] for c in important)
     result = Result(
         study=config.study_name,
         dataset=data.name,
@@ -266,7 +274,15 @@ def _result(
         epsilon=config.epsilon,
         seeds=config.seeds,
         verdict=verdict,
-        sentence=sentence_of(verdict, best, names=names, epsilon=config.epsilon, tolerance=config.tolerance),
+        sentence=sentence_of(
+            verdict,
+            best,
+            classes=data.classes,
+            epsilon=config.epsilon,
+            tolerance=config.tolerance,
+            finalists=finals,
+            reads=test_reads,
+        ),
         notices=tuple(notices),
         images={
             "train": len(data.train),

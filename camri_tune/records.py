@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from camri_tune.stats import (
+    Hidden,
     Interval,
     binomial_interval,
     crossed_interval,
+    design_effect,
     effective_size,
+    hidden_size,
     seed_interval,
     tango_interval,
 )
@@ -75,7 +78,10 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured share over seeds: mean, standard deviation, n, the values, and a 95 % t interval over seeds."""
+    """A measured share over seeds: mean, standard deviation, n, the values, and a 95 % t interval over seeds.
+
+    No interval with one seed, nor where all seeds agree.
+    """
 
     values: tuple[float, ...]
 
@@ -183,20 +189,46 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Right answers of one model on n images, with the exact 95 % binomial interval.
+class Known:
+    """What the groups of another part show, for images whose own groups of about `size` nobody names.
 
-    `effective_n` is how many independent images they count as (see `stats.effective_size`).
+    `values` (N,) are of the same models on images whose `groups` (N,) are known: validation's, say.
+    """
+
+    size: int
+    values: NDArray[np.float64]
+    groups: NDArray[np.int64]
+
+    @classmethod
+    def over_seeds(
+        cls, size: int, new: NDArray[np.bool_], old: NDArray[np.bool_], groups: NDArray[np.int64]
+    ) -> "Known":
+        """Of the mean over seeds, from whether each one's models (R, N) were right on images of known groups (N,)."""
+        return cls(size, _less(new, old).mean(axis=0), groups)
+
+    @cached_property
+    def hidden(self) -> Hidden:
+        return Hidden(self.size, design_effect(self.values, self.groups, self.size))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Right answers of one model on n images, with a 95 % binomial interval, exact where every image counts alone.
+
+    `effective_n` is how many independent images they count as (see `stats.effective_size`, and `stats.hidden_size`
+    where they come in `hidden` groups).
     """
 
     right: int
     n: int
     effective_n: float
+    hidden: Hidden | None = None
 
     @classmethod
-    def of(cls, right: NDArray[np.bool_], groups: NDArray[np.int64]) -> "Share":
+    def of(cls, right: NDArray[np.bool_], groups: NDArray[np.int64], hidden: Hidden | None = None) -> "Share":
         """From whether each image (N,) was right, and which images (N,) belong together."""
-        return cls(int(right.sum()), len(right), effective_size(right.astype(np.float64), groups, 0.975))
+        size = _effective(right.astype(np.float64), groups, 0.975, hidden)
+        return cls(int(right.sum()), len(right), size, hidden)
 
     @property
     def value(self) -> float:
@@ -206,15 +238,39 @@ class Share:
     def interval(self) -> Interval:
         return binomial_interval(self.value * self.effective_n, self.effective_n)
 
+    @property
+    def exact(self) -> bool:
+        """Whether every image counts alone, as an exact interval takes for granted."""
+        return self.effective_n >= self.n
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "value": self.value, "interval": list(self.interval)}
+        return {
+            "right": self.right,
+            "n": self.n,
+            "effective_n": self.effective_n,
+            "hidden_groups": _hidden_json(self.hidden),
+            "value": self.value,
+            "interval": list(self.interval),
+            "exact": self.exact,
+        }
+
+
+class GroupCounts(NamedTuple):
+    """Discordant and all images of a group, and how many groups show the same."""
+
+    gained: int
+    lost: int
+    n: int
+    groups: int
 
 
 @dataclass(frozen=True)
 class PairedDifference:
     """New model minus old on the same images: `gained` are right in the new alone, `lost` in the old alone, of `n`.
 
-    `lower_bound` is Tango's, at `confidence` one-sided, where the images count as `effective_n` independent ones.
+    `lower_bound` is Tango's, at `confidence` one-sided, where the images count as `effective_n` independent ones. That
+    follows from `by_group`, the counts of each group, empty where every image counts alone; where the groups are
+    `hidden` it follows from their effect, and `by_group` has the counts of validation that this was measured on.
     """
 
     gained: int
@@ -222,6 +278,8 @@ class PairedDifference:
     n: int
     effective_n: float
     confidence: float
+    by_group: tuple[GroupCounts, ...] = ()
+    hidden: Hidden | None = None
 
     @classmethod
     def of(
@@ -230,21 +288,35 @@ class PairedDifference:
         old: NDArray[np.bool_],
         groups: NDArray[np.int64] | None = None,
         confidence: float = CONFIDENCE,
+        known: Known | None = None,
     ) -> "PairedDifference":
-        """From whether each image (N,) was right under the new and the old model, and which (N,) belong together."""
+        """From whether each image (N,) was right under the new and the old model, and which (N,) belong together.
+
+        `known` is of their differences on validation, where nobody names the groups of these images.
+        """
         difference = _less(new, old)
-        size = float(len(new)) if groups is None else effective_size(difference, groups, confidence)
-        return cls(int((difference > 0).sum()), int((difference < 0).sum()), len(new), size, confidence)
+        alone = np.arange(len(new))
+        hidden = None if known is None else known.hidden
+        size = _effective(difference, alone if groups is None else groups, confidence, hidden)
+        if known is not None:
+            counts = _by_group(known.values, known.groups)
+        else:
+            counts = () if groups is None else _by_group(difference, groups)
+        return cls(int((difference > 0).sum()), int((difference < 0).sum()), len(new), size, confidence, counts, hidden)
 
     @property
     def estimate(self) -> float:
         return (self.gained - self.lost) / self.n
 
+    @property
+    def interval_confidence(self) -> float:
+        return 2 * self.confidence - 1
+
     @cached_property
     def interval(self) -> Interval:
         """Two-sided at 1 - 2 (1 - confidence), so that its lower end is the one-sided bound."""
         share = self.effective_n / self.n
-        return tango_interval(self.gained * share, self.lost * share, self.effective_n, 2 * self.confidence - 1)
+        return tango_interval(self.gained * share, self.lost * share, self.effective_n, self.interval_confidence)
 
     @property
     def lower_bound(self) -> float:
@@ -252,8 +324,16 @@ class PairedDifference:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            **asdict(self),
+            "gained": self.gained,
+            "lost": self.lost,
+            "n": self.n,
+            "effective_n": self.effective_n,
+            "by_group": [counts._asdict() for counts in self.by_group],
+            "by_group_of": ("validation" if self.hidden else "test") if self.by_group else None,
+            "hidden_groups": _hidden_json(self.hidden),
+            "confidence": self.confidence,
             "interval": list(self.interval),
+            "interval_confidence": self.interval_confidence,
             "estimate": self.estimate,
             "lower_bound": self.lower_bound,
         }
@@ -272,11 +352,16 @@ class SeedDifference:
 
     @classmethod
     def of(
-        cls, new: NDArray[np.bool_], old: NDArray[np.bool_], groups: NDArray[np.int64] | None = None
+        cls,
+        new: NDArray[np.bool_],
+        old: NDArray[np.bool_],
+        groups: NDArray[np.int64] | None = None,
+        hidden: Hidden | None = None,
     ) -> "SeedDifference":
         """From whether each seed's models (R, N) were right on each image, and which images (N,) belong together."""
         differences = _less(new, old)
-        return cls(tuple(differences.mean(axis=1).tolist()), crossed_interval(differences, groups))
+        interval = crossed_interval(differences, groups, hidden=hidden)
+        return cls(tuple(differences.mean(axis=1).tolist()), interval)
 
     @property
     def mean(self) -> float:
@@ -311,10 +396,10 @@ class Side:
 class Best:
     """The chosen setting (its trial, its parameters, its R models) and the one model of them that is exported.
 
-    `exported_recall` is per important class, of that one model on test. `accuracy_difference` and `recall_difference`
-    compare it with the baseline model of `baseline_seed`, which the same rule chose on validation, on the same test
-    images; those `_over_seeds` compare all R models of both, seed by seed. What is said of recall is measured on the
-    images of the important classes alone.
+    `exported_recall` is of that one model on test. `accuracy_difference` and `recall_difference` compare it with the
+    baseline model of `baseline_seed`, which the same rule chose on validation, on the same test images; those
+    `_over_seeds` compare all R models of both, seed by seed. What is said of recall is said of each important class by
+    itself: pooled, one could hide what another loses.
     """
 
     trial: int
@@ -325,8 +410,8 @@ class Best:
     exported_recall: dict[int, Share]
     baseline_seed: int
     accuracy_difference: PairedDifference
-    recall_difference: PairedDifference
-    recall_over_seeds: SeedDifference
+    recall_difference: dict[int, PairedDifference]
+    recall_over_seeds: dict[int, SeedDifference]
     accuracy_over_seeds: SeedDifference
 
     def as_json(self) -> dict[str, Any]:
@@ -342,9 +427,9 @@ class Best:
                     "recall": {str(c): share.as_json() for c, share in self.exported_recall.items()},
                 },
             },
-            "recall_difference": self.recall_difference.as_json(),
+            "recall_difference": {str(c): found.as_json() for c, found in self.recall_difference.items()},
             "over_seeds": {
-                "recall_difference": self.recall_over_seeds.as_json(),
+                "recall_difference": {str(c): found.as_json() for c, found in self.recall_over_seeds.items()},
                 "accuracy_difference": self.accuracy_over_seeds.as_json(),
             },
         }
@@ -413,7 +498,7 @@ class Result:
 
     @property
     def important_names(self) -> str:
-        return ", ".join(f"{c} ({self.classes[c]})" if self.classes[c] != str(c) else str(c) for c in self.important)
+        return ", ".join(named(c, self.classes) for c in self.important)
 
     def as_json(self) -> dict[str, Any]:
         best = self.best
@@ -445,6 +530,11 @@ class Result:
         }  # fmt: skip
 
 
+def named(c: int, classes: Sequence[str] | Mapping[int, str]) -> str:
+    """'14 (Stop)'; '8' where that is its name."""
+    return str(c) if classes[c] == str(c) else f"{c} ({classes[c]})"
+
+
 def biases_of(params: Mapping[str, float]) -> dict[int, float]:
     """What calibration adds to the logit of each class, if anything."""
     return {int(name.removeprefix(BIAS)): value for name, value in params.items() if name.startswith(BIAS)}
@@ -459,6 +549,31 @@ def _less(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> NDArray[np.float64]
     if new.shape != old.shape:
         raise ValueError(f"answers of shapes {new.shape} and {old.shape} are not to the same images")
     return new.astype(np.float64) - old
+
+
+def _effective(
+    values: NDArray[np.float64], groups: NDArray[np.int64], confidence: float, hidden: Hidden | None
+) -> float:
+    if hidden is not None:
+        return hidden_size(len(values), hidden, confidence)
+    return effective_size(values, groups, confidence)
+
+
+def _by_group(differences: NDArray[np.float64], groups: NDArray[np.int64]) -> tuple[GroupCounts, ...]:
+    """The counts of each group; none where every image is a group of its own."""
+    members = np.unique(groups, return_inverse=True)[1]
+    columns = [np.bincount(members, weights=part).astype(int) for part in (differences > 0, differences < 0)]
+    rows = np.stack([*columns, np.bincount(members)], axis=1)
+    if len(rows) == len(differences):
+        return ()
+    different, counts = np.unique(rows, axis=0, return_counts=True)
+    return tuple(
+        GroupCounts._make([*row, count]) for row, count in zip(different.tolist(), counts.tolist(), strict=True)
+    )
+
+
+def _hidden_json(hidden: Hidden | None) -> dict[str, Any] | None:
+    return None if hidden is None else {"size": hidden.size, "design_effect": hidden.effect}
 
 
 def _known(value: float | None) -> float:

@@ -7,11 +7,20 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from camri_tune.claims import few_test_images, provenance
+from camri_tune.claims import few_test_images, floor_in_words, provenance
 from camri_tune.evidence import Evidence
 from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
-from camri_tune.records import Figure, PairedDifference, Result, SeedDifference, biases_of, without_nan
+from camri_tune.records import (
+    Figure,
+    PairedDifference,
+    Result,
+    SeedDifference,
+    Share,
+    biases_of,
+    named,
+    without_nan,
+)
 from camri_tune.search import parameter_importance
 from camri_tune.storage import StudyStore
 from camri_tune.study_page import study_page
@@ -31,30 +40,39 @@ def model_card(result: Result) -> str:
     """Markdown for the bundle's README: what the model is for, what was measured on which data, what is not claimed."""
     best = result.best
     assert best is not None, "only an exported model has a card"
-    accuracy, recall = best.accuracy_difference, best.recall_difference
-    shares = "\n".join(
-        f"| recall of {c} ({result.classes[c]}), test | {share.value:.4f} | {share.right} of {share.n} | "
+    accuracy, classes = best.accuracy_difference, result.classes
+    shares = {f"recall of {named(c, classes)}": share for c, share in best.exported_recall.items()}
+    shares["accuracy"] = best.exported_accuracy
+    rows = "\n".join(
+        f"| {name}, test | {share.value:.4f} | {share.right} of {share.n}{_count_as(share)} | "
         f"[{share.interval.low:.4f}, {share.interval.high:.4f}] |"
-        for c, share in best.exported_recall.items()
+        for name, share in shares.items()
+    )
+    exact = "exact " if all(share.exact for share in shares.values()) else ""
+    of_recall = "; ".join(
+        f"recall of {named(c, classes)} {_paired(found)}" for c, found in best.recall_difference.items()
+    )
+    over_seeds = ", ".join(
+        f"recall of {named(c, classes)} on test {_gain(found)} points" for c, found in best.recall_over_seeds.items()
     )
     params = ", ".join(f"{name} = {value:.4g}" for name, value in sorted(best.params.items()))
-    claims = "\n".join(f"- {line}" for line in [*provenance(result), *few_test_images(best, result.classes)])
+    claims = "\n".join(f"- {line}" for line in [*provenance(result), *few_test_images(best, classes)])
+    stays = f"within {result.tolerance:g} points of" if result.tolerance else "at"
+    of_fold = " of the first fold (the other folds' are about as many)" if result.folds > 1 else ""
     return f"""# {result.study}
 
-Image classifier of {len(result.classes)} classes ({result.dataset}), trained so that class {result.important_names} is
-missed less often, while accuracy stays at the cross-entropy baseline's. Written by camri-tune {result.versions["camri-tune"]}.
+Image classifier of {len(classes)} classes ({result.dataset}), trained so that class {result.important_names} is
+missed less often, while accuracy stays {stays} the cross-entropy baseline's. Written by camri-tune {result.versions["camri-tune"]}.
 
 **{result.sentence}**
 
 ## This model (one seed, {best.exported_seed})
-| figure | value | right | exact 95 % interval |
+| figure | value | right | {exact}95 % interval |
 |---|---|---|---|
-{shares}
-| accuracy, test | {best.exported_accuracy.value:.4f} | {best.exported_accuracy.right} of {best.exported_accuracy.n} | [{best.exported_accuracy.interval.low:.4f}, {best.exported_accuracy.interval.high:.4f}] |
+{rows}
 
-Against the baseline model of seed {best.baseline_seed}, on the same test images: accuracy {100 * accuracy.estimate:+.2f} points ({100 * accuracy.confidence:.4g} % lower
-bound {100 * accuracy.lower_bound:+.2f}; {accuracy.gained} images gained, {accuracy.lost} lost, of {accuracy.n}); recall {100 * recall.estimate:+.2f} points (lower bound
-{100 * recall.lower_bound:+.2f}; {recall.gained} gained, {recall.lost} lost, of {recall.n}).
+Against the baseline model of seed {best.baseline_seed}, on the same test images: accuracy {_paired(accuracy)};
+{of_recall}.
 
 ## Over {result.seeds} seeds
 | mean ± sd | baseline (cross-entropy) | this setting ({result.loss}: {params}) |
@@ -64,17 +82,29 @@ bound {100 * accuracy.lower_bound:+.2f}; {accuracy.gained} images gained, {accur
 | recall, validation | {_text(result.baseline.validation.recall)} | {_text(best.side.validation.recall)} |
 | accuracy, validation | {_text(result.baseline.validation.accuracy)} | {_text(best.side.validation.accuracy)} |
 
-All seeds, beside the baseline's, with other images in mind as well (95 % interval over seeds and images): recall on test
-{_gain(best.recall_over_seeds)} points, accuracy {_gain(best.accuracy_over_seeds)} points.
+All seeds, beside the baseline's, with other images in mind as well (95 % interval over seeds and images):
+{over_seeds}, accuracy {_gain(best.accuracy_over_seeds)} points.
 
 ## How it was judged
 {claims}
-- Trained on {result.images["train"]:,} images. {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; tolerance {result.tolerance:g} points of validation accuracy;
+- Trained on {result.images["train"]:,} images{of_fold}. {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; tolerance {result.tolerance:g} points of validation accuracy;
   margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
-{_bias_line(best.params)}- The logits have no margin; their softmax is not a calibrated probability.
+{_bias_line(best.params, result.tolerance)}- The logits have no margin; their softmax is not a calibrated probability.
 
 Use: `camri-tune evaluate FOLDER`. Weights: safetensors, no code.
 """
+
+
+def _paired(difference: PairedDifference) -> str:
+    return (
+        f"{100 * difference.estimate:+.2f} points ({100 * difference.confidence:.4g} % lower bound "
+        f"{100 * difference.lower_bound:+.2f}; {difference.gained} images gained, {difference.lost} lost, of "
+        f"{difference.n}{_count_as(difference)})"
+    )
+
+
+def _count_as(measured: Share | PairedDifference) -> str:
+    return "" if measured.effective_n >= measured.n else f", which count as {measured.effective_n:,.0f}"
 
 
 def _gain(difference: SeedDifference) -> str:
@@ -84,14 +114,17 @@ def _gain(difference: SeedDifference) -> str:
 def _counts(difference: PairedDifference) -> str:
     if difference.effective_n >= difference.n:
         return "every image counts alone"
+    if difference.hidden is not None:
+        tracks = difference.n / difference.hidden.size
+        return f"{difference.n:,} images of about {tracks:,.0f} unnamed tracks, which count as {difference.effective_n:,.0f}"
     return f"images in groups, resampled whole, count as {difference.effective_n:,.0f}"
 
 
-def _bias_line(params: Mapping[str, float]) -> str:
+def _bias_line(params: Mapping[str, float], tolerance: float) -> str:
     """What calibration did to the model, if anything."""
     lines = [
         f"- Calibrated: {value:+.4g} is added to the logit of class {c}, tuned on validation so that "
-        f"accuracy there keeps the baseline's.\n"
+        f"accuracy there stays {floor_in_words(tolerance)}.\n"
         for c, value in biases_of(params).items()
     ]
     return "".join(lines)
@@ -151,7 +184,10 @@ def comparison_markdown(table: Table) -> str:
     for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
         tokens = [token for name, token in table.columns() if name == dataset]
         columns = {token: table.column(dataset, token) for token in tokens}
-        heads = [f"{token}: {cells[0].important} ({cells[0].class_name})" for token, cells in columns.items()]
+        heads = [
+            f"{token}: {named(first.important, {first.important: first.class_name})}"
+            for token, (first, *_) in columns.items()
+        ]
         heads = [head.replace("|", "\\|") for head in heads]  # it would end the table's cell
         views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
         views.append(("with a bias tuned to the baseline's validation accuracy", lambda c: cell_text(c, c.matched)))

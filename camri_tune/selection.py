@@ -93,7 +93,9 @@ def certify(
     `judge(number, confidence)` measures one setting's model on test, its bounds holding at that confidence; None where
     its files are damaged, and it is passed over. Returns the verdict, what is exported (where nothing was certified,
     the first in the order) and everything that was judged. All settings share the 5 % of doubt evenly (Bonferroni), so
-    that a certificate is wrong in at most 5 % of studies, however many settings were judged.
+    that a certificate is wrong in about 5 % of studies at most, however many settings were judged. About: Tango's bound
+    is approximate (6.7 % with one setting, 540 images and none gained), and a rare loss of whole groups that the test
+    set happens not to hold cannot be seen in it (`benchmarks/certificate.py`).
     """
     confidence = shared_confidence(len(order))
     judged: dict[int, Judged] = {}

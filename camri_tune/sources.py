@@ -31,6 +31,9 @@ GTSRB_CLASSES = tuple(
     Ahead only|Go straight or right|Go straight or left|Keep right|Keep left|Roundabout|End of no passing|
     End of no passing for trucks""".replace("\n    ", "").split("|")
 )
+# Frames of a track. Test images come in tracks, too (Stallkamp et al. 2012): each class has a multiple of so many, but
+# they are shuffled, and no file says which belong together.
+GTSRB_TRACK = 30
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # What a data set's files lie in, under --data-dir.
 _FOLDERS = {
@@ -125,6 +128,7 @@ def _gtsrb(data_dir: Path) -> Source:
         epochs=12,
         augmentation=Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6),
         parts={"train": items, "test": [Item(Path(p), label, i) for i, (p, label) in enumerate(test)]},
+        hidden_group_size=GTSRB_TRACK,
     )
 
 

@@ -16,6 +16,16 @@ class Interval(NamedTuple):
     high: float
 
 
+class Hidden(NamedTuple):
+    """Images that come in groups of about `size` which nobody names, and what that costs.
+
+    `effect` is the design effect that known groups of their kind show: see `design_effect`.
+    """
+
+    size: int
+    effect: float
+
+
 def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
     """`mean_interval` of a share, cut to [0, 1]."""
     interval = mean_interval(values, confidence)
@@ -23,12 +33,13 @@ def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Student's t interval for the mean over seeds; None with fewer than two seeds.
+    """Student's t interval for the mean over seeds; None with fewer than two, and where all are equal.
 
-    It speaks of seeds alone: with the same images, another seed gives a mean like this.
+    It speaks of seeds alone: with the same images, another seed gives a mean like this. Two or three seeds that happen
+    to agree are no certainty that the next one will.
     """
     n = len(values)
-    if n < 2:
+    if n < 2 or min(values) == max(values):
         return None
     mean = sum(values) / n
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
@@ -37,23 +48,29 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def crossed_interval(
-    differences: NDArray[np.float64], groups: NDArray[np.int64] | None = None, confidence: float = 0.95
+    differences: NDArray[np.float64],
+    groups: NDArray[np.int64] | None = None,
+    confidence: float = 0.95,
+    hidden: Hidden | None = None,
 ) -> Interval | None:
     """Interval for a mean difference that speaks of other seeds and other images.
 
     None with fewer than two of either, and where nothing varies: that is no certainty.
     `differences` (R, N) is new less old for each seed and image; `groups` (N,) names the images that belong together.
+    Where they are `hidden`, the variance over images is multiplied by their effect, and there are as many as they say.
     Student's t on the sum of both variances of the mean, that over seeds and that over images, with Satterthwaite's
     degrees of freedom. The noise that is neither's is counted in both: a little too wide rather than too narrow.
     """
     seeds, images = differences.shape
     members = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count = int(members.max()) + 1 if images else 0
+    count: float = int(members.max()) + 1 if images else 0
+    if hidden is not None:
+        count = images / hidden.size
     if min(seeds, count) < 2:
         return None
     mean = float(differences.mean())
     by_seed = float(differences.mean(axis=1).var(ddof=1)) / seeds
-    by_image = _variance_over_groups(differences.mean(axis=0), members)
+    by_image = _variance_over_groups(differences.mean(axis=0), members) * (hidden.effect if hidden else 1.0)
     variance = by_seed + by_image
     if variance < 1e-24:  # none but rounding's
         return None
@@ -79,8 +96,33 @@ def effective_size(values: NDArray[np.float64], groups: NDArray[np.int64], confi
     alone = float(values.var()) / n
     together = _variance_over_groups(values, members)
     size = n * min(1.0, alone / together) if alone > 0 and together > 0 else count
-    few = float(stats.norm.ppf(confidence) / stats.t.ppf(confidence, count - 1))
-    return max(1.0, size * few**2)
+    return max(1.0, size * _few(count, confidence))
+
+
+def design_effect(values: NDArray[np.float64], groups: NDArray[np.int64], most: float) -> float:
+    """How many times the variance of a mean of these (N,) grows where whole `groups` (N,) are resampled, not images.
+
+    At least 1 and at most `most`, which it is where nothing varies, there is one group, or each has one image: then
+    nothing shows less.
+    """
+    members = np.unique(groups, return_inverse=True)[1]
+    alone = float(values.var()) / len(values) if len(values) else 0.0
+    if alone <= 0 or members.max() + 1 in (1, len(values)):
+        return most
+    return min(max(_variance_over_groups(values, members) / alone, 1.0), most)
+
+
+def hidden_size(n: int, hidden: Hidden, confidence: float = 0.95) -> float:
+    """`effective_size` of n images whose groups nobody names: n over their design effect, less what few groups cost."""
+    count = n / hidden.size
+    if count <= 1:
+        return 1.0
+    return max(1.0, n / hidden.effect * (_few(count, confidence) if hidden.size > 1 else 1.0))
+
+
+def _few(count: float, confidence: float) -> float:
+    """By how much fewer images count where a variance is known from so many groups only, in place of for certain."""
+    return float(stats.norm.ppf(confidence) / stats.t.ppf(confidence, count - 1)) ** 2
 
 
 def _variance_over_groups(values: NDArray[np.float64], members: NDArray[np.int64]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from camri_tune import charts
+from camri_tune import charts, error_charts
 from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
@@ -86,12 +86,20 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
     cards, rows = [], []
     for name, of_what in (("recall", "Recall of the important class"), ("accuracy", "Accuracy")):
         old, new = (_figure(result[side]["test"][name]) for side in ("baseline", "best"))
-        gain = best["over_seeds"][f"{name}_difference"]
-        span = _points_interval(gain["interval"])
+        found = best["over_seeds"][f"{name}_difference"]
+        # Recall's gain is of each important class by itself.
+        gains = (
+            {_named(int(c), result["classes"]): of_class for c, of_class in found.items()} if name == "recall" else {}
+        )
+        said = "; ".join(
+            f"{100 * gain['mean']:+.2f} points{f' of {escape(c)}' if len(gains) > 1 else ''} over {result['seeds']} "
+            f"seed(s){_points_interval(gain['interval'])}"
+            for c, gain in (gains or {"": found}).items()
+        )
         cards.append(
             f'<div class="card"><h3>{of_what} on test</h3><div class="pair"><div><small>cross-entropy baseline</small>'
             f"{_percent(old.mean)}</div><div><small>best: {escape(result['loss'])}</small>{_percent(new.mean)}</div>"
-            f"</div><p>{100 * gain['mean']:+.2f} points over {result['seeds']} seed(s){span}</p></div>"
+            f"</div><p>{said}</p></div>"
         )
         for part in ("test", "validation"):
             key = f"{part}_important" if name == "recall" else part
@@ -111,7 +119,7 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
     seeds = f"mean ± sd of {result['seeds']} seed(s)"
     table = (
         f'<div class="scroll"><table><tr><th></th><th>baseline, {seeds}</th><th>best, {seeds}</th></tr>{"".join(rows)}'
-        '</table></div><p class="note">In brackets 95 % intervals: over seeds for means, exact binomial for the '
+        '</table></div><p class="note">In brackets 95 % intervals: over seeds for means, binomial for the '
         "exported model alone; those of the gains are over seeds and images.</p>"
     )
     return f'<div class="cards">{"".join(cards)}</div>{table}'
@@ -203,7 +211,7 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
     parts = [
         "<h2>Every class, before and after</h2>",
         f'<p class="note">Mean recall over {result["seeds"]} seed(s) on test. {escape(note)}</p>',
-        picture(charts.recall_of_classes(before, after, classes, important), "classes"),
+        picture(error_charts.recall_of_classes(before, after, classes, important), "classes"),
     ]
     if evidence is None:
         return [*parts, '<p class="note">The images behind these figures were not kept (evidence.safetensors).</p>']
@@ -213,17 +221,17 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         "<h2>The important class's errors</h2>",
         f'<p class="note">The exported model (seed {result["best"]["exported"]["seed"]}) beside the baseline model '
         f"(seed {result['best']['exported']['compared_with_seed']}) on the same {n:,} test images.</p>",
-        picture(charts.errors_of(evidence, classes, important), "errors", wide=True),
+        picture(error_charts.errors_of(evidence, classes, important), "errors", wide=True),
         *_gallery(evidence, classes, important),
         "<h2>Confusion</h2>",
         '<p class="note">Errors alone: what share of each true class was taken for another. The important class is '
         "framed.</p>",
-        picture(charts.confusions(evidence, classes, important), "confusion", wide=True),
+        picture(error_charts.confusions(evidence, classes, important), "confusion", wide=True),
         "<h2>Around the important class</h2>",
         f"<p class=\"note\">Each mark is a test image, by its embedding's angle to the important class's weight and to "
         f"the nearest other weight. Above the line the important class is nearer: there a cosine head answers with it (the baseline's dense head also weighs lengths and a bias). Of other classes "
-        f"the {charts.DRAWN:,} that come nearest are drawn.</p>",
-        picture(charts.embedding(evidence, classes, important), "embedding", wide=True),
+        f"the {error_charts.DRAWN:,} that come nearest are drawn.</p>",
+        picture(error_charts.embedding(evidence, classes, important), "embedding", wide=True),
     ]
 
 

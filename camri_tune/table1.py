@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from camri_tune.config import Loss
 from camri_tune.errors import InputError
-from camri_tune.records import Figure, SeedDifference
+from camri_tune.records import Figure, Known, SeedDifference
 
 Method = Literal[Loss, "threshold"]
 METHODS: tuple[Method, ...] = ("ce", "threshold", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i")
@@ -41,7 +41,9 @@ class Outcome:
     """One setting's R models, on validation and on test, and less cross-entropy's of the same seeds on test.
 
     `hits` (R, N) are the important class's test images that each model got right, and `groups` (N,) says which of them
-    belong together. `biases` are those that were added to the important class's logit, if any.
+    belong together. Where nobody names those, they are of about `hidden_group_size`, and `known_hits` (R, M) and
+    `known_groups` (M,) are the same of validation. `biases` are those that were added to the important class's logit,
+    if any.
     """
 
     validation: Scores
@@ -51,6 +53,18 @@ class Outcome:
     hits: NDArray[np.bool_]
     groups: NDArray[np.int64]
     biases: tuple[float, ...] = ()
+    hidden_group_size: int = 1
+    known_hits: NDArray[np.bool_] | None = None
+    known_groups: NDArray[np.int64] | None = None
+
+    def less(self, other: "Outcome") -> SeedDifference:
+        """Recall on test, less that of another setting with the same seeds."""
+        hidden = None
+        if self.known_hits is not None and other.known_hits is not None and self.known_groups is not None:
+            hidden = Known.over_seeds(
+                self.hidden_group_size, self.known_hits, other.known_hits, self.known_groups
+            ).hidden
+        return SeedDifference.of(self.hits, other.hits, self.groups, hidden)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -141,7 +155,7 @@ def best_of(column: Sequence[Cell]) -> Cell | None:
     if len(ranked) < 2:
         return None
     (first, ours), (_, theirs) = ranked[:2]
-    return first if SeedDifference.of(ours.hits, theirs.hits, ours.groups).holds_up else None
+    return first if ours.less(theirs).holds_up else None
 
 
 def below(difference: SeedDifference) -> bool:
@@ -157,11 +171,20 @@ def legend(table: Table) -> str:
         else "PAPER'S PROTOCOL: every trial was retrained on all seeds and chosen by its means on the test set itself, "
         "which flatters whoever was tried most"
     )
+    more = []
+    for name, about in table.facts["datasets"].items():
+        if about.get("hidden_group_size", 1) > 1:
+            tracks = about["test"] / about["hidden_group_size"]
+            more.append(
+                f" The {about['test']:,} test images of {name} are frames of about {tracks:,.0f} unnamed tracks: "
+                f"intervals count them as fewer, by what validation's tracks show."
+            )
+        more += [f" {name}: {notice}" for notice in about.get("notices", ())]
     return (
         f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
         f"method and class. '-': no setting kept mean accuracy at cross-entropy's. †: mean accuracy on test came out "
         f"below cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % interval "
-        f"over seeds and images above zero)."
+        f"over seeds and images above zero).{''.join(more)}"
     )
 
 

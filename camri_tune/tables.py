@@ -9,7 +9,7 @@ from rich.text import Text
 
 from camri_tune.overview import Overview
 from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, Result, Side
+from camri_tune.records import Figure, Result, Side, named
 from camri_tune.table1 import TITLES, Outcome, below, best_of
 from camri_tune.table1 import Table as Comparison
 
@@ -83,9 +83,9 @@ def result_table(result: Result) -> Table:
             )
             table.add_row(f"{name} on {part}, {count}", *cells)
     if best is not None:
-        over = {"recall": best.recall_over_seeds, "accuracy": best.accuracy_over_seeds}
-        for name, difference in over.items():
-            table.add_row(f"gain in {name} on test, points", "", " ".join(difference.in_points()))
+        gains = {f"recall of {named(c, result.classes)}": found for c, found in best.recall_over_seeds.items()}
+        for name, difference in {**gains, "accuracy": best.accuracy_over_seeds}.items():
+            table.add_row(f"gain in {name} on test, points", "", " ".join(difference.in_points()).rstrip())
         for c, share in best.exported_recall.items():
             table.add_row(f"exported model: recall of {c} on test", "", _share(share.value, share.interval))
         table.add_row(
@@ -96,7 +96,7 @@ def result_table(result: Result) -> Table:
         table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", parameters(best.params))
     table.caption = Text(
         "Mean ± sd over seeds [95 % t interval over seeds]; gains [95 % interval over seeds and images]; "
-        "one model [exact 95 % interval]."
+        f"one model [{'exact ' if best is None or best.exported_accuracy.exact else ''}95 % interval]."
     )
     table.caption_justify = "left"
     return table

@@ -62,7 +62,7 @@ def _assert_split_by_class(data: Dataset, labels: Labels) -> None:
 
 def _judged(where: Path, config: StudyConfig, data: Dataset) -> tuple[Images, str]:
     """What a model that was trained on `data` is judged on, and which images these are."""
-    return open_test_images(str(where), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    return open_test_images(str(where), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)[:2]
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def test_digits_give_their_test_part() -> None:
     config = StudyConfig(seed=5)
     data = open_dataset(config)
     for where in (None, "digits"):
-        images, _ = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        images, *_ = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
         assert same(images, data.test())
 
 
@@ -693,6 +693,8 @@ def test_awa2_is_found_in_another_folder_and_refused_where_it_has_changed(animal
 
 def test_a_model_of_digits_is_judged_on_mnist_by_its_test_part(small_mnist: Path) -> None:
     config = StudyConfig(data_dir=small_mnist, image_size=8)
-    images, text = open_test_images("mnist", trained_on=config, fingerprint="of digits", classes=tuple("0123456789"))
+    images, text, *_ = open_test_images(
+        "mnist", trained_on=config, fingerprint="of digits", classes=tuple("0123456789")
+    )
     assert images.pixels.shape == (100, 1, 8, 8)
     assert "which is not the data set of training" in text

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from camri_tune import comparison
 from camri_tune.bundle import ModelSpec, load_classifier
 from camri_tune.comparison import compare
 from camri_tune.config import StudyConfig
@@ -29,8 +31,9 @@ from camri_tune.posthoc import tune_bias
 from camri_tune.records import Figure, SeedDifference, TrialRecord
 from camri_tune.report import cell_text
 from camri_tune.stages import only_run
+from camri_tune.stats import Hidden, crossed_interval, design_effect
 from camri_tune.storage import StudyStore, open_storage
-from camri_tune.table1 import Cell, Outcome, Scores
+from camri_tune.table1 import Cell, Outcome, Scores, legend
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 from tests.samples import crossed
 
@@ -349,6 +352,75 @@ def test_test_images_of_one_group_count_together(
         grouped, alone = (crossed(new[:, part], base[:, part], g) for g in (groups[part].tolist(), None))
         assert difference.interval == pytest.approx(grouped, abs=1e-9)
         assert difference.interval != pytest.approx(alone, abs=1e-9)
+
+
+def test_test_images_of_unnamed_tracks_count_as_validations_tracks_show(
+    finished: Compared, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digits have none: here validation's images are put in tracks of one class, and test's in unnamed ones."""
+    shutil.copytree(finished.folder, tmp_path / "compare")
+    data = open_dataset(StudyConfig(limit=400))
+    train, images = data.fold(0)
+    order = torch.argsort(images.labels, stable=True)
+    groups = torch.empty_like(order)
+    groups[order] = torch.arange(len(order)) // 9
+    data.validation = Images(images.pixels, images.labels, groups)
+    data._folds[0] = train, data.validation
+    data.hidden_group_size = 9
+    monkeypatch.setattr(comparison, "open_dataset", lambda *_: data)
+    options = {name.removeprefix("--"): value for name, value in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    config = StudyConfig.build({**options, "important": ("worst1",), "out": tmp_path})
+    table = compare(config, datasets=["digits"], methods=["ce", "l2", "wce"], protocol="ours")
+    assert _counts(tmp_path / "compare") == _counts(finished.folder), "nothing is trained for it"
+
+    test, c = digits.test(), table.cells[0].important
+    right = {
+        (method, part): _answers(finished, finished.cells["worst1", method], of_part)["trained"]
+        for method in ("ce", "l2", "wce")
+        for part, of_part in (("test", test), ("validation", images))
+    }
+
+    effects: list[float] = []
+
+    def expected(new: str, old: str, ours: bool) -> tuple[float, float] | None:
+        values = []
+        for part, of_part in (("test", test), ("validation", images)):
+            chosen = (of_part.labels == c).numpy() if ours else np.ones(len(of_part), bool)
+            values.append((right[new, part][:, chosen].astype(float) - right[old, part][:, chosen], chosen))
+        (here, _), (known, mask) = values
+        effect = design_effect(known.mean(axis=0), groups.numpy()[mask], 9)
+        effects.append(effect)
+        return crossed_interval(here, hidden=Hidden(9, effect))
+
+    l2, wce = (cell.trained for cell in table.cells[1:])
+    assert l2 is not None
+    assert wce is not None
+    assert l2.recall_difference.interval == pytest.approx(expected("l2", "ce", True))
+    assert l2.accuracy_difference.interval == pytest.approx(expected("l2", "ce", False))
+    assert l2.less(wce).interval == pytest.approx(expected("l2", "wce", True)), "as who is best is decided"
+    assert max(effects) > 1.05, "else nothing is seen of it"
+    assert table.facts["datasets"]["digits"]["hidden_group_size"] == 9
+    assert "The 359 test images of digits are frames of about 40 unnamed tracks" in legend(table)
+
+
+def test_a_class_with_few_validation_images_is_said_to_have_one_split_all_the_same(tmp_path: Path) -> None:
+    """A study of its own would rank its trials on folds."""
+    for name, count in (("a", 30), ("b", 300)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(count):
+            colour = (index % 250, 0 if name == "a" else 200, index // 250)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "images" / name / f"{index}.png")
+    options = ["--epochs", "1", "--trials", "1", "--seeds", "1", "--tolerance", "100", "--image-size", "8"]
+    done = camri_tune(
+        "compare", "--dataset", tmp_path / "images", "--out", tmp_path / "out", *options,
+        "--important", "a,b", "--methods", "ce", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    notice = "Class 0 (a) has only 5 validation images, too few to rank trials by"
+    notice += ", but here every method has the same one split."
+    assert result_of(done)["datasets"]["images"]["notices"] == [notice]
+    assert notice in done.stderr
+    assert f"images: {notice}" in (tmp_path / "out" / "compare" / "comparison.md").read_text()
 
 
 def test_each_bias_has_the_highest_recall_that_keeps_accuracy_on_validation(

@@ -12,6 +12,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, features
 from safetensors.torch import save_file
 
+from camri_tune import datasets
 from camri_tune.augmentation import Augmentation
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset, open_test_images
 from camri_tune.errors import DataError
 from camri_tune.folders import Packed, Source
 from camri_tune.images import Images, read_image
+from camri_tune.sources import find_source
 from tests.conftest import MakeFolder
 from tests.opening import SIDE, Pixels, build_config, forbid_decoding, message_of, open_data, read_rgb, same
 
@@ -928,8 +931,10 @@ def test_the_data_set_of_training_gives_its_test_part_and_nothing_else(
     (tmp_path / "moved").mkdir()
     moved = Path(shutil.copytree(root, tmp_path / "moved" / root.name))
     for where in (None, str(root), str(moved)):
-        images, text = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        unseen = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        images, text, *_ = unseen
         assert same(images, expected)
+        assert (unseen.hidden_group_size, unseen.own) == (1, True), "a folder's images stand each alone"
         assert "test part" in text
         assert "neither trained nor chose" in text
 
@@ -943,7 +948,7 @@ def test_a_training_folder_that_changed_does_not_give_what_was_learned_from(imag
     Image.new("RGB", (8, 8), "white").save(root / "a" / "more.png")
     refusal = ""
     try:
-        images, text = open_test_images(None, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        images, text, *_ = open_test_images(None, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
     except DataError as error:
         refusal = str(error)
     if refusal:
@@ -961,7 +966,10 @@ def test_a_foreign_folder_has_its_labels_by_class_name(part: str, image_folder: 
     if part:
         counts |= {"train/dog": 4, "train/bee": 4}
     foreign = image_folder(counts)
-    images, text = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    images, text, _, own = open_test_images(
+        str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes
+    )
+    assert not own
     assert sorted(images.labels.tolist()) == [1, 1, 1, 3, 3]
     assert _shown(images) == _colours(foreign / part)
     for label, name in ((1, "bee"), (3, "dog")):
@@ -971,12 +979,29 @@ def test_a_foreign_folder_has_its_labels_by_class_name(part: str, image_folder: 
     assert "not the data set of training" in text
 
 
+@pytest.mark.parametrize(("parts", "size"), [(("train", "test"), 30), (("train",), 1)])
+def test_unnamed_groups_are_those_of_a_sources_test_part(
+    parts: tuple[str, ...], size: int, image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A foreign source's test part keeps that fact; what comes of its other parts has groups of its own."""
+    config = build_config(image_folder({"a": 5, "b": 5}))
+    data = open_dataset(config)
+    foreign = image_folder({f"{part}/{name}": 4 for part in parts for name in "ab"})
+    source = replace(find_source(build_config(foreign)), hidden_group_size=30)
+    monkeypatch.setattr(datasets, "find_source", lambda _: source)
+    unseen = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    assert (unseen.hidden_group_size, unseen.own) == (size, False)
+    assert open_dataset(build_config(foreign)).hidden_group_size == size
+
+
 def test_all_images_of_a_foreign_folder_are_all_of_them(image_folder: MakeFolder) -> None:
     """Without a test part, training and validation folders both count."""
     config = build_config(image_folder({"a": 5, "b": 5}))
     data = open_dataset(config)
     foreign = image_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
-    images, text = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    images, text, *_ = open_test_images(
+        str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes
+    )
     assert "all images" in text
     assert _shown(images) == _colours(foreign)
 

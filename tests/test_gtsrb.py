@@ -35,6 +35,11 @@ def test_gtsrb_has_all_its_images_classes_and_tracks(signs: Dataset, gtsrb_dir: 
     assert signs.classes == GTSRB_CLASSES
     assert len(set(GTSRB_CLASSES)) == 43
     assert (signs.channels, signs.image_size, signs.grouped) == (3, 32, True)
+    assert signs.hidden_group_size == 30
+    assert not (torch.bincount(signs.test().labels) % 30).any(), (
+        "each class a number of whole tracks, which nobody names"
+    )
+    assert len(torch.unique(signs.test().groups)) == 12_630
 
     groups = torch.cat([signs.train.groups, signs.validation.groups])
     labels = torch.cat([signs.train.labels, signs.validation.labels])
@@ -261,6 +266,9 @@ def test_gtsrb_is_found_in_another_folder(small_gtsrb: Path, tmp_path: Path) -> 
     config = build_config("gtsrb", data_dir=small_gtsrb)
     data = open_dataset(config)
     moved = _copy(small_gtsrb, tmp_path)
-    images, text = open_test_images(str(moved), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    images, text, hidden_group_size, own = open_test_images(
+        str(moved), trained_on=config, fingerprint=data.fingerprint, classes=data.classes
+    )
     assert same(images, data.test())
+    assert (hidden_group_size, own) == (30, True)
     assert "test part" in text

@@ -16,6 +16,8 @@ from camri_tune.records import (
     Best,
     Figure,
     Finalist,
+    GroupCounts,
+    Known,
     Measured,
     PairedDifference,
     Result,
@@ -25,8 +27,18 @@ from camri_tune.records import (
     TrialRecord,
     TrialState,
     measured_on_validation,
+    named,
 )
-from camri_tune.stats import Interval, crossed_interval, seed_interval, tango_interval
+from camri_tune.stats import (
+    Hidden,
+    Interval,
+    crossed_interval,
+    design_effect,
+    effective_size,
+    hidden_size,
+    seed_interval,
+    tango_interval,
+)
 
 GOOD = TrialRecord(0, "complete", {"learning_rate": 1e-3}, constraint=-0.01)
 
@@ -95,6 +107,9 @@ def test_a_figure_is_mean_and_sample_standard_deviation(values: list[float]) -> 
     figure = Figure(tuple(values))
     assert figure.mean == pytest.approx(sum(values) / len(values))
     assert figure.sd == pytest.approx(statistics.stdev(values), abs=1e-9)
+    if min(values) == max(values):
+        assert figure.interval is None, "seeds that agree are no certainty"
+        return
     assert figure.interval is not None
     assert figure.interval.low <= figure.mean + 1e-12
     assert figure.interval.high >= figure.mean - 1e-12
@@ -144,7 +159,9 @@ def test_a_share_has_its_exact_interval() -> None:
         "right": 57,
         "n": 60,
         "effective_n": 60,
+        "hidden_groups": None,
         "interval": list(share.interval),
+        "exact": True,
     }
 
 
@@ -156,6 +173,17 @@ def test_a_share_of_frames_counts_their_tracks() -> None:
     assert share.effective_n < 6.1
     assert share.interval.low < 0.4
     assert alone.interval.low > 0.7
+    assert (share.exact, alone.exact) == (False, True)
+
+
+def test_a_share_of_frames_whose_tracks_nobody_names_counts_what_validations_show() -> None:
+    hidden = Hidden(30, 4.0)
+    share = Share.of(np.arange(900) < 890, np.arange(900), hidden)
+    assert share.effective_n == hidden_size(900, hidden, 0.975)
+    assert share.effective_n < 900 / 4
+    assert not share.exact
+    assert share.as_json()["hidden_groups"] == {"size": 30, "design_effect": 4.0}
+    assert share.interval.low < Share.of(np.arange(900) < 890, np.arange(900)).interval.low
 
 
 @given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
@@ -205,12 +233,73 @@ def test_a_paired_difference_says_how_its_bound_can_be_had_again() -> None:
         "lost": 20,
         "n": 160,
         "effective_n": 160,
+        "by_group": [],
+        "by_group_of": None,
+        "hidden_groups": None,
         "confidence": 0.95,
         "interval": [low, high],
+        "interval_confidence": pytest.approx(0.90),
         "estimate": 0.125,
         "lower_bound": low,
     }
-    assert tango_interval(40, 20, 160, confidence=0.90) == (low, high)
+    assert tango_interval(40, 20, 160, confidence=difference.interval_confidence) == (low, high)
+
+
+def _unfolded(counts: list[dict[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The values and the groups that counts by group stand for."""
+    sizes = [row["n"] for row in counts for _ in range(row["groups"])]
+    values = [
+        np.repeat([1.0, -1.0, 0.0], [row["gained"], row["lost"], row["n"] - row["gained"] - row["lost"]])
+        for row in counts
+        for _ in range(row["groups"])
+    ]
+    return np.concatenate(values), np.repeat(np.arange(len(sizes)), sizes)
+
+
+def test_what_images_in_groups_count_as_can_be_had_again_from_what_is_stored() -> None:
+    rng = np.random.default_rng(4)
+    groups = rng.permutation(np.repeat(np.arange(50), rng.integers(1, 30, size=50))) * 11
+    new, old = (rng.random(len(groups)) < 0.8 + 0.2 * (groups % 3 == 0) for _ in range(2))
+    difference = PairedDifference.of(new, old, groups, 0.99)
+    written = json.loads(json.dumps(difference.as_json()))
+    values, members = _unfolded(written["by_group"])
+    assert written["by_group_of"] == "test"
+    assert sum(row["groups"] for row in written["by_group"]) == 50
+    assert len(values) == written["n"] == len(groups)
+    assert ((values > 0).sum(), (values < 0).sum()) == (written["gained"], written["lost"])
+    assert effective_size(values, members, written["confidence"]) == pytest.approx(written["effective_n"])
+
+
+def test_what_unnamed_groups_count_as_can_be_had_again_from_what_is_stored() -> None:
+    rng = np.random.default_rng(5)
+    tracks = np.arange(1_500) // 30
+    values = np.repeat(rng.choice([-1.0, 0.0, 1.0], size=50, p=[0.05, 0.9, 0.05]), 30) * (rng.random(1_500) < 0.7)
+    new, old = rng.random(900) < 0.95, rng.random(900) < 0.9
+    known = Known(30, values, tracks)
+    difference = PairedDifference.of(new, old, np.arange(900), 0.975, known)
+    written = json.loads(json.dumps(difference.as_json()))
+    assert written["by_group_of"] == "validation"
+    again = design_effect(*_unfolded(written["by_group"]), written["hidden_groups"]["size"])
+    assert again == pytest.approx(written["hidden_groups"]["design_effect"])
+    assert again > 5
+    assert written["effective_n"] == pytest.approx(hidden_size(900, Hidden(30, again), 0.975))
+    assert difference.lower_bound < PairedDifference.of(new, old, None, 0.975).lower_bound
+    assert sum(counts.groups for counts in difference.by_group) == 50
+    assert all(isinstance(counts, GroupCounts) and counts.n == 30 for counts in difference.by_group)
+
+
+def test_a_difference_over_seeds_takes_unnamed_groups_into_account() -> None:
+    rng = np.random.default_rng(6)
+    new, old = rng.random((3, 900)) < 0.95, rng.random((3, 900)) < 0.9
+    known_new, known_old = (np.repeat(rng.random((3, 40)) < share, 30, axis=1) for share in (0.9, 0.8))
+    hidden = Known.over_seeds(30, known_new, known_old, np.arange(1_200) // 30).hidden
+    assert hidden.size == 30
+    assert hidden.effect == pytest.approx(30), "whole tracks changed sides"
+    difference = SeedDifference.of(new, old, None, hidden)
+    assert difference.interval == crossed_interval(new.astype(float) - old, hidden=hidden)
+    low, high = difference.interval or (0, 0)
+    narrow = SeedDifference.of(new, old).interval or (0, 0)
+    assert high - low > 1.5 * (narrow[1] - narrow[0])
 
 
 def test_a_difference_over_seeds_is_that_of_each_pair() -> None:
@@ -288,8 +377,11 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
         exported_recall={0: Share(19, 20, 20)},
         baseline_seed=0,
         accuracy_difference=_difference(3, 2, 100),
-        recall_difference=_difference(2, 0, 20),
-        recall_over_seeds=SeedDifference((0.1, 0.05), Interval(0.01, 0.14)),
+        recall_difference={0: _difference(2, 0, 20), 1: _difference(0, 3, 30)},
+        recall_over_seeds={
+            0: SeedDifference((0.1, 0.05), Interval(0.01, 0.14)),
+            1: SeedDifference((-0.1, -0.1), None),
+        },
         accuracy_over_seeds=SeedDifference((0.01, 0.01), Interval(0.0, 0.02)),
     )
     value = json.loads(json.dumps(_result(best).as_json()))
@@ -299,10 +391,13 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
     assert value["best"]["exported"]["seed"] == 1
     assert value["best"]["exported"]["test"]["accuracy"]["right"] == 93
     assert value["best"]["exported"]["test"]["recall"]["0"]["n"] == 20
-    assert value["best"]["recall_difference"]["gained"] == 2
-    assert value["best"]["recall_difference"]["confidence"] == 0.95
+    assert set(value["best"]["recall_difference"]) == {"0", "1"}
+    assert value["best"]["recall_difference"]["0"]["gained"] == 2
+    assert value["best"]["recall_difference"]["1"]["lost"] == 3
+    assert value["best"]["recall_difference"]["0"]["confidence"] == 0.95
     assert value["best"]["exported"]["compared_with_seed"] == 0
-    assert value["best"]["over_seeds"]["recall_difference"]["interval"] == [0.01, 0.14]
+    assert value["best"]["over_seeds"]["recall_difference"]["0"]["interval"] == [0.01, 0.14]
+    assert value["best"]["over_seeds"]["recall_difference"]["1"]["mean"] == -0.1
     kept, failed = value["finalists"]
     assert (kept["trial"], kept["kept_accuracy"], kept["recall_lower_bound"]) == (7, True, 0.8)
     assert kept["accuracy_difference"]["gained"] == 3
@@ -311,6 +406,14 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
     assert (difference["gained"], difference["lost"], difference["n"]) == (3, 2, 100)
     assert difference["epsilon"] == pytest.approx(0.005), "points in the study, a fraction beside fractions"
     assert difference["lower_bound"] == difference["interval"][0] < difference["estimate"] == 0.01
+    assert difference["interval_confidence"] == pytest.approx(0.90), "two-sided, so that its lower end holds at 95 %"
+
+
+def test_a_class_is_named_once() -> None:
+    assert named(14, [*"abcdefghijklmn", "Stop"]) == "14 (Stop)"
+    assert named(8, [str(c) for c in range(10)]) == "8"
+    assert named(3, {3: "three"}) == "3 (three)"
+    assert named(1, ["1", "0"]) == "1 (0)", "a digit that is another's index"
 
 
 def test_important_classes_are_named_where_the_name_is_not_the_number() -> None:

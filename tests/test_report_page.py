@@ -124,6 +124,11 @@ def test_the_floor_parts_the_trials_on_the_screen(unfinished: Path, browser: "Br
         assert {p["colour"] for p in above}.isdisjoint(p["colour"] for p in below)
         assert len(points["stopped early"]) == 1
         assert len(points["finalists, mean over fresh seeds"]) == 2
+        assert len(points["baseline, mean of 2 seeds"]) == 1
+        frame = plane.locator(".bglayer .bg").first.bounding_box() or plane.locator(".plot").first.bounding_box()
+        assert frame is not None
+        for name in ("baseline, mean of 2 seeds", "finalists, mean over fresh seeds"):
+            assert all(frame["x"] < p["x"] < frame["x"] + frame["width"] for p in points[name]), "in sight"
         assert plane.get_by_text("best so far: #2").is_visible()
         highest = min(above, key=lambda p: p["y"])
         assert sum(p["y"] < highest["y"] for p in below) == 1, "the highest recall of all is below the floor"

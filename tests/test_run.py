@@ -15,13 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from camri_tune import pipeline
 from camri_tune.bundle import read_bundle
-from camri_tune.config import StudyConfig
-from camri_tune.datasets import open_dataset
+from camri_tune.config import Loss, StudyConfig
+from camri_tune.datasets import Dataset, Unseen, open_dataset
+from camri_tune.evaluation import Judge, _hidden
+from camri_tune.images import Images
 from camri_tune.posthoc import tune_bias
-from camri_tune.stats import tango_interval
+from camri_tune.sources import find_source
+from camri_tune.stats import Hidden, crossed_interval, design_effect, hidden_size, tango_interval
+from camri_tune.storage import Stage, StudyStore, open_storage
 from camri_tune.training import predict_logits
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 
@@ -79,7 +85,10 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, dict[str, Any]]
                 figure = side[part][name]
                 assert figure["n"] == len(figure["values"]) == result["seeds"] == 2
                 assert math.isclose(figure["mean"], sum(figure["values"]) / 2)
-                assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
+                if figure["values"][0] == figure["values"][1]:
+                    assert figure["interval"] is None, "two seeds that agree are no certainty"
+                else:
+                    assert figure["interval"][0] <= figure["mean"] <= figure["interval"][1]
     (finalist,) = result["finalists"]
     assert finalist["trial"] == result["best"]["trial"]
     assert finalist["kept_accuracy"]
@@ -118,6 +127,108 @@ def test_evaluating_the_bundle_reproduces_the_stored_figures(
     assert {key: figures[key] for key in stored} == stored
     assert figures["matches_stored"]
     assert "reproduced exactly" in camri_tune("evaluate", moved).stdout
+
+
+def test_evaluating_gives_the_important_class_an_interval_too(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    figures = json.loads(camri_tune("evaluate", folder / "best", "--json").stdout)
+    (c,) = result["important"]
+    stored = result["best"]["exported"]["test"]
+    assert figures["shares"] == stored == {"accuracy": stored["accuracy"], "recall": {str(c): stored["recall"][str(c)]}}
+    assert figures["accuracy_interval"] == stored["accuracy"]["interval"]
+    text = camri_tune("evaluate", folder / "best").stdout
+    low, high = stored["recall"][str(c)]["interval"]
+    assert (
+        f"recall of {c}: {stored['recall'][str(c)]['value']:.4f} [{low:.4f}, {high:.4f}] (exact 95 % interval)" in text
+    )
+    assert f"{c} ({c})" not in text
+
+
+class _Grouped(Dataset):
+    """Digits in tracks of nine, which validation names and test does not."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(find_source(config), config)
+        self.hidden_group_size = 9
+        for index in range(2):
+            training, images = self.fold(index)
+            # By class, as tracks are; no two folds share one.
+            order = torch.argsort(images.labels, stable=True)
+            groups = torch.empty_like(order)
+            groups[order] = torch.arange(len(order)) // 9 + 1_000 * index
+            self._folds[index] = training, Images(images.pixels, images.labels, groups)
+        self.train, self.validation = self.fold(0)
+
+
+def _right(folder: Path, data: Dataset, stage: Stage, images: Images) -> NDArray[np.bool_]:
+    """Whether each seed's model of a stage, of the first finalist, gets each image right (R, N)."""
+    store = StudyStore.existing(open_storage(f"sqlite:///{folder / 'study.db'}"), "d").at(folder)
+    judge = Judge(data, store, (0,), "compact", torch.device("cpu"))
+    records = [r for r in store.records(stage) if r.seed in (0, 1)]
+    loss: Loss = "camri" if stage == "finalists" else "ce"
+    rows = []
+    for record in sorted(records, key=lambda r: r.seed or 0):
+        logits = judge.logits(record, loss, images)
+        assert logits is not None
+        rows.append((logits.argmax(dim=1) == images.labels).numpy())
+    return np.stack(rows)
+
+
+def test_test_images_of_unnamed_tracks_count_as_fewer_in_every_claim(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the design effect that the same models show on validation. Nothing is trained for it."""
+    folder, plain = finished
+    mine = shutil.copytree(folder, tmp_path / "d")
+    monkeypatch.setattr(pipeline, "open_dataset", lambda config, _: _Grouped(config))
+    options = dict(zip([o.removeprefix("--") for o in SMALL[::2]], SMALL[1::2], strict=True))
+    config = StudyConfig.build({**options, "out": tmp_path, "name": "d"})
+    result = pipeline.run(config)
+    assert result.best is not None
+    data, (c,) = _Grouped(config), result.important
+    validation, test = data.validation, data.test()
+    tracks, place = validation.groups.numpy(), result.best.exported_seed
+    known, known_old = (_right(mine, data, stage, validation) for stage in ("finalists", "baseline"))
+    new, old = (_right(mine, data, stage, test) for stage in ("finalists", "baseline"))
+    rival = result.best.baseline_seed
+    for own, here, paired, over_seeds, share in (
+        (np.ones(len(test), bool), np.ones(len(validation), bool), result.best.accuracy_difference,
+         result.best.accuracy_over_seeds, result.best.exported_accuracy),
+        ((test.labels == c).numpy(), (validation.labels == c).numpy(), result.best.recall_difference[c],
+         result.best.recall_over_seeds[c], result.best.exported_recall[c]),
+    ):  # fmt: skip
+        one = known[place, here].astype(float) - known_old[place, here]
+        effect = design_effect(one, tracks[here], 9)
+        assert paired.hidden is not None
+        assert paired.hidden.size == 9
+        assert paired.hidden.effect == pytest.approx(effect)
+        assert paired.effective_n == pytest.approx(hidden_size(own.sum(), Hidden(9, effect), paired.confidence))
+        assert (paired.gained, paired.lost) == (
+            (new[place, own] & ~old[rival, own]).sum(), (~new[place, own] & old[rival, own]).sum()
+        )  # fmt: skip
+        of_share = design_effect(known[place, here].astype(float), tracks[here], 9)
+        assert share.effective_n == pytest.approx(hidden_size(own.sum(), Hidden(9, of_share), 0.975))
+        of_mean = design_effect((known[:, here].astype(float) - known_old[:, here]).mean(axis=0), tracks[here], 9)
+        expected = crossed_interval(new[:, own].astype(float) - old[:, own], hidden=Hidden(9, of_mean))
+        assert over_seeds.interval == (None if expected is None else pytest.approx(expected))
+    assert result.best.accuracy_difference.effective_n < 359
+    assert plain["accuracy_difference"]["lower_bound"] > result.best.accuracy_difference.lower_bound
+    assert "359 images of about 40 unnamed tracks, which count as " in result.sentence
+    assert "unnamed tracks, which count as" in (mine / "best" / "README.md").read_text()
+    assert result.test_reads == plain["test_reads"] == 1, "the same models"
+
+
+def test_a_model_is_evaluated_as_it_was_judged_where_tracks_are_unnamed() -> None:
+    """By what is stored with it on its own test part; elsewhere a track counts as one image."""
+    image = Images(torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    share = {"hidden_groups": {"size": 30, "design_effect": 4.5}}
+    test = {"accuracy": share, "recall": {"14": {"hidden_groups": {"size": 30, "design_effect": 2.0}}}}
+    metrics = {"study": {"best": {"exported": {"test": test}}}}
+    own, other, named = (Unseen(image, "", size, own=mine) for size, mine in ((30, True), (30, False), (1, True)))
+    assert _hidden(own, metrics, None) == (30, 4.5)
+    assert _hidden(own, metrics, 14) == (30, 2.0)
+    assert _hidden(own, metrics, 15) == _hidden(own, {}, None) == _hidden(other, metrics, None) == (30, 30.0)
+    assert _hidden(named, metrics, None) is None
 
 
 def test_several_finalists_share_the_doubt_and_are_judged_in_validations_order(tmp_path: Path) -> None:
@@ -259,7 +370,40 @@ def test_nothing_is_called_best_where_nothing_is_feasible(
     assert result["verdict"] == "none"
     assert result["best"] is None
     assert not (folder / "best").exists()
-    assert "No model" in done.stderr
+    assert "No model: no finalist had its mean validation accuracy over seeds within 100 points" in done.stderr
+    assert result["test_reads"] == 1, "what test shows now it has shown before"
+    assert "Judged: nothing." in " ".join(result["provenance"])
+
+
+def test_a_study_that_judged_nothing_has_shown_the_baselines_figures_all_the_same(tmp_path: Path) -> None:
+    """Counted once. What is judged later on the same test set is a second look, and the sentence says so."""
+    folder = tmp_path / "d"
+    command = ["run", "--epochs", "1", "--seeds", "1", "--trials", "1", "--limit", "200", "--tolerance", "100"]
+    command += ["--out", str(tmp_path), "--name", "d", "--json", "--quiet"]
+    first = camri_tune(*command)
+    assert first.returncode == 0, first.stderr
+    with sqlite3.connect(folder / "study.db") as database:  # as if no trial had been eligible, nor test read
+        database.execute("delete from study_user_attributes where key = 'test_reads'")
+        kept = database.execute("select trial_system_attribute_id, value_json from trial_system_attributes "
+                                "where key = 'constraints:accuracy'").fetchall()  # fmt: skip
+        database.execute("update trial_system_attributes set value_json = '5' where key = 'constraints:accuracy'")
+    for _ in range(2):
+        done = camri_tune(*command)
+        assert done.returncode == 3, done.stderr
+        result = result_of(done)
+        assert result["test_reads"] == 1
+        assert result["sentence"].startswith("No model: no trial of the search was eligible")
+        assert "after" not in result["sentence"]
+        assert not result["finalists"]
+    with sqlite3.connect(folder / "study.db") as database:
+        database.executemany(
+            "update trial_system_attributes set value_json = ? where trial_system_attribute_id = ?",
+            [(value, identity) for identity, value in kept],
+        )
+    for _ in range(2):
+        result = result_of(camri_tune(*command))
+        assert result["test_reads"] == 2
+        assert "after 2 looks at this test set" in result["sentence"]
 
 
 def test_an_altered_checkpoint_is_never_exported(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -278,6 +422,7 @@ def test_an_altered_checkpoint_is_never_exported(finished: tuple[Path, dict[str,
     done = camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL, "--json")
     assert done.returncode == 3, done.stderr
     assert "missing or altered" in done.stderr
+    assert "of each of the 1 finalist(s) with mean validation accuracy over seeds" in result_of(done)["sentence"]
     assert not (folder / "best").exists()
 
 
@@ -420,6 +565,28 @@ def test_several_important_classes_have_margins_of_their_own(tmp_path: Path) -> 
     result = result_of(done)
     assert result["important"] == [3, 8]
     assert {"margin_3", "margin_8"} <= set(result["best"]["params"])
+    best = result["best"]
+    for found in (
+        best["recall_difference"],
+        best["over_seeds"]["recall_difference"],
+        best["exported"]["test"]["recall"],
+    ):
+        assert set(found) == {"3", "8"}
+    test = open_dataset(StudyConfig()).test().labels
+    for c in ("3", "8"):
+        difference = best["recall_difference"][c]
+        assert difference["n"] == int((test == int(c)).sum())
+        assert difference["confidence"] == pytest.approx(1 - 0.05 / 2), "one finalist, two classes"
+        assert difference["estimate"] * difference["n"] == difference["gained"] - difference["lost"]
+        gains = best["over_seeds"]["recall_difference"][c]
+        of_sides = (side["test"]["recall_per_class"][int(c)]["mean"] for side in (best, result["baseline"]))
+        assert gains["mean"] == pytest.approx(next(of_sides) - next(of_sides))
+    assert result["accuracy_difference"]["confidence"] == 0.95
+    assert result["sentence"].count("ecall of 3 on test") == result["sentence"].count("recall of 8 on test") == 1
+    assert (
+        "gain in recall of 8 on test, points"
+        in camri_tune("run", "--important", "3,8", "--out", tmp_path, *SMALL, "--epochs", "1", "--quiet").stdout
+    )
     for part in ("validation", "test"):
         per_class = result["best"][part]["recall_per_class"]
         lowest = [min(a, b) for a, b in zip(per_class[3]["values"], per_class[8]["values"], strict=True)]

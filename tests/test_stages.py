@@ -331,11 +331,11 @@ def _validated(*sizes: Sequence[int], own: bool = False, **values: Any) -> Stage
 
 
 ENOUGH = [1] * 20
-AS_FEW: list[list[int]] = [[1] * 20, [4] * 5, [16, 1, 1, 1, 1]]
+AS_FEW: list[list[int]] = [[1] * 20, [4] * 5, [7] * 3, [18, 1, 1]]
 TOO_FEW: list[tuple[list[int], str]] = [
     ([1] * 19, "19 validation images"),
     ([1], "1 validation images"),
-    ([25] * 4, "100 validation images of 4 group(s)"),
+    ([30] * 2, "60 validation images of 2 group(s)"),
     ([3, 3, 3, 3, 3], "15 validation images of 5 group(s)"),
     ([30], "30 validation images of 1 group(s)"),
 ]
@@ -364,10 +364,30 @@ def test_few_images_or_few_groups_ask_for_folds_and_say_what_they_cost(
         f"Class 1 (one) has only {count}, too few",
         "5 folds",
         "5 times the cost",
-        "35 trainings",
+        "35 trainings in the search instead of 7, and 4 more of the baseline",
         "--folds 1",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(("seeds", "more"), [(1, 4), (5, 4), (6, 4), (10, 8), (12, 9)])
+def test_the_baselines_that_folds_cost_are_counted(seeds: int, more: int, make: Callable[..., Stages]) -> None:
+    """As many as are queued when the baseline goes from one split to five folds."""
+    _, text = _validated(ENOUGH, [1], trials=7, seeds=seeds).folds_wanted((1,))
+    assert f"and {more} more of the baseline" in (text or "")
+    stages = make(seeds=seeds)
+    _baseline(stages)
+    assert stages.plan_baseline(MOST_FOLDS) is None
+    assert len(_waiting(stages, "baseline")) == more
+
+
+def test_a_class_called_by_its_number_is_named_once() -> None:
+    stages = _validated(ENOUGH, [1])
+    text = stages.too_few_to_rank((1,))
+    assert text == "Class 1 (one) has only 1 validation images, too few to rank trials by"
+    stages.data.classes = ("0", "1")
+    assert (stages.too_few_to_rank((1,)) or "").startswith("Class 1 has only")
+    assert stages.too_few_to_rank((0,)) is None
 
 
 def test_the_important_class_that_has_few_decides() -> None:

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import numpy as np
 import optuna
@@ -35,6 +36,7 @@ from camri_tune.records import ACCURACY_CURVE, TrialRecord
 from camri_tune.search import (
     SPACES,
     Plan,
+    _set_scores,
     head_spec,
     make_sampler,
     model_spec,
@@ -1054,6 +1056,23 @@ def test_a_trial_on_folds_is_stopped_at_the_end_of_the_first_at_the_latest(
         assert (record.state, record.epoch) == ("complete", folds)
         assert record.constraint == pytest.approx(sum(floors) / folds - record.accuracy, abs=1e-12)
         assert confusion.sum() == sum(len(digits.fold(fold)[1]) for fold in range(folds))
+
+
+def test_the_floors_of_folds_weigh_as_much_as_their_images(
+    config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    """The accuracy over folds is that of all their images together: so is the floor that it must keep."""
+    store = create(config, digits)
+    folds = {0: (None, [0] * 100), 1: (None, [0] * 300)}
+    data = SimpleNamespace(fold=folds.__getitem__)
+    plan = Plan(config, cast(Dataset, data), CPU, (3,), (0.9, 0.5))
+    confusion = np.diag([40] * 10)
+    confusion[0, 0], confusion[0, 1] = 0, 40  # accuracy 0.9
+    for asked, floor in (([0, 1], 0.6), ([0], 0.9), ([1], 0.5)):
+        trial = _claimed(store, "search", PARAMS)
+        assert _set_scores(trial, confusion, plan, asked) == 1.0
+        store.optuna_study("search").tell(trial, 1.0)
+        assert store.records("search")[-1].constraint == pytest.approx(floor - 0.9)
 
 
 @pytest.mark.usefixtures("no_threads_more")
