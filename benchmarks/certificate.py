@@ -31,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from camri_tune.records import CONFIDENCE, Figure, PairedDifference, TrialRecord
+from camri_tune.differences import CONFIDENCE, PairedDifference
+from camri_tune.records import Figure, TrialRecord
 from camri_tune.selection import certify, finalists, rank_models, rank_settings
 
 FIGURES = Path(__file__).parent / "certificate.json"

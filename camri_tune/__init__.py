@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from camri_tune.config import StudyConfig
     from camri_tune.pipeline import run
-    from camri_tune.records import Result
+    from camri_tune.result import Result
 
 __all__ = ["Result", "StudyConfig", "run"]
 
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> object:
 
         return StudyConfig
     if name == "Result":
-        from camri_tune.records import Result  # noqa: PLC0415
+        from camri_tune.result import Result  # noqa: PLC0415
 
         return Result
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from camri_tune.records import Best, Finalist, PairedDifference, Result, Share, Verdict, named
+from camri_tune.differences import PairedDifference, Share
+from camri_tune.records import named
+from camri_tune.result import Best, Finalist, Result, Verdict
 from camri_tune.stats import binomial_interval
 
 FEW_IMAGES = 100  # below, one image moves a recall by more than a point

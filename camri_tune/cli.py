@@ -20,7 +20,7 @@ from camri_tune.errors import CamriTuneError
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from camri_tune.records import Result
+    from camri_tune.result import Result
     from camri_tune.table1 import Table
 
 INTERRUPTED_EXIT_CODE = 130

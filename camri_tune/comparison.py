@@ -18,12 +18,13 @@ from camri_tune.baseline import START_FACTORS, check_important, resolve_importan
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.differences import Known, SeedDifference
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Judge, versions
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.posthoc import biased, tune_bias
-from camri_tune.records import Baseline, Figure, Known, SeedDifference, TrialRecord
+from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run

@@ -17,25 +17,15 @@ from numpy.typing import NDArray
 from camri_tune.bundle import load_classifier, read_bundle
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, Unseen, open_test_images
+from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
 from camri_tune.images import Images, resized
 from camri_tune.metrics import accuracy, confusion_matrix, recall_per_class
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
-from camri_tune.records import (
-    BIAS,
-    Best,
-    Known,
-    Measured,
-    PairedDifference,
-    SeedDifference,
-    Share,
-    Side,
-    TrialRecord,
-    measured_on_validation,
-    without_nan,
-)
+from camri_tune.records import BIAS, Measured, TrialRecord, measured_on_validation, without_nan
+from camri_tune.result import Best, Side
 from camri_tune.search import model_spec
 from camri_tune.selection import rank_models
 from camri_tune.stats import Hidden

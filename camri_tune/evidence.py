@@ -43,6 +43,7 @@ class Evidence:
         """Write the file whole or not at all."""
         partial = path.with_suffix(".partial")
         save_file({name: np.ascontiguousarray(value) for name, value in asdict(self).items()}, partial)
+        partial.chmod(0o644)  # the library makes it private; it is as readable as what stands around it
         os.replace(partial, path)
 
     @classmethod

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from camri_tune.config import StudyConfig
 from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
-from camri_tune.records import Baseline, TrialRecord
+from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.search import replicate_seed
 from camri_tune.selection import finalists
 from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, open_storage, storage_url
@@ -25,7 +25,7 @@ class Overview:
     """One study as it stands. Who is important and the floor are known once the baseline is trained.
 
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
-    accuracy that a trial must keep, the mean over folds with several. `running` says whether a run works on it now, on
+    accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on
     this machine. `result` is `result.json`, once there is one.
     """
 
@@ -78,7 +78,7 @@ class Overview:
         """'14 (Stop)'; the words of the study's configuration until the baseline has said who that is."""
         if not self.important:
             return ", ".join(self.config.important)
-        return ", ".join(f"{c} ({self.classes[c]})" if self.classes[c] != str(c) else str(c) for c in self.important)
+        return ", ".join(named(c, self.classes) for c in self.important)
 
     @property
     def stage(self) -> str:
@@ -133,8 +133,8 @@ class Overview:
 def read_overview(store: StudyStore) -> Overview:
     """The study as it stands, its files looked for in the folder that its configuration names."""
     attributes, folder = store.attributes, store.config.folder
-    baseline = attributes.get("baseline") or {"important": [], "floors": []}
-    important, floors = tuple(baseline["important"]), baseline["floors"]
+    baseline = attributes.get("baseline") or {}
+    important = tuple(baseline.get("important", ()))
     schedule = attributes.get("schedule")
     return Overview(
         config=store.config,
@@ -142,7 +142,7 @@ def read_overview(store: StudyStore) -> Overview:
         dataset=attributes["identity"]["dataset"].split(" (")[0],
         classes=tuple(attributes["classes"]),
         important=important,
-        floor=sum(floors) / len(floors) if floors else None,
+        floor=baseline.get("search_floor"),
         records={
             stage: [r.for_classes(important) for r in store.records(stage) if r.failure != INTERRUPTED]
             for stage in STAGES

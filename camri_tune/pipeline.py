@@ -20,20 +20,9 @@ from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.evidence import Evidence
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
-from camri_tune.records import (
-    Baseline,
-    Best,
-    Finalist,
-    Result,
-    Side,
-    TrialRecord,
-    Verdict,
-    biases_of,
-    measured_on_validation,
-    named,
-    without_nan,
-)
+from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import model_card, write_report, write_text
+from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run, show
@@ -72,6 +61,8 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
         console.say("Writing the result and its report")
         if evidence is not None:
             evidence.save(config.folder / EVIDENCE)
+        else:
+            (config.folder / EVIDENCE).unlink(missing_ok=True)
         write_text(config.folder / RESULT, json.dumps(without_nan(result.as_json()), indent=2) + "\n")
         _export(stages, result, chosen)
     # By now nothing works on the study any more, and both say so.
@@ -94,8 +85,9 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
         console.say(notice)
         notices.append(notice)
     if folds != first:
-        # The models on fold 0 ranked the classes; one of them stays.
-        crew.on_folds(folds, more_baselines=max(config.seeds, folds) - 1)
+        # The models on fold 0 ranked the classes; those whose seeds belong there stay.
+        on_others = sum(index % folds > 0 for index in range(max(config.seeds, folds)))
+        crew.on_folds(folds, more_baselines=on_others)
         baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, important)
     return baseline, notices + _describe(stages, baseline, console)

@@ -8,19 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from camri_tune.claims import few_test_images, floor_in_words, provenance
+from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.evidence import Evidence
 from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
-from camri_tune.records import (
-    Figure,
-    PairedDifference,
-    Result,
-    SeedDifference,
-    Share,
-    biases_of,
-    named,
-    without_nan,
-)
+from camri_tune.records import Figure, biases_of, named, without_nan
+from camri_tune.result import Result
 from camri_tune.search import parameter_importance
 from camri_tune.storage import StudyStore
 from camri_tune.study_page import study_page

@@ -284,11 +284,16 @@ def _set_scores(trial: Trial, confusion: IntArray, plan: Plan, folds: Sequence[i
     value = _value(confusion, plan)
     if plan.floors:
         trial.set_user_attr("recall", value)
-        # Pooled: each fold's floor weighs as much as its images do in the accuracy.
-        sizes = {fold: len(plan.data.fold(fold)[1]) for fold in folds} if len(folds) > 1 else {folds[0]: 1}
-        floor = sum(plan.floors[fold] * size for fold, size in sizes.items()) / sum(sizes.values())
-        trial.set_constraint("accuracy", floor - accuracy(confusion))
+        trial.set_constraint("accuracy", pooled_floor(plan.floors, plan.data, folds) - accuracy(confusion))
     return value
+
+
+def pooled_floor(floors: Sequence[float], data: Dataset, folds: Sequence[int]) -> float:
+    """The accuracy to be kept on several folds together: each one's floor weighs as much as its validation images."""
+    if len(folds) == 1:
+        return floors[folds[0]]
+    sizes = {fold: len(data.fold(fold)[1]) for fold in folds}
+    return sum(floors[fold] * size for fold, size in sizes.items()) / sum(sizes.values())
 
 
 def _keep_checkpoint(trial: Trial, trained: Trained, plan: Plan, store: StudyStore) -> None:

@@ -6,7 +6,9 @@ from typing import Protocol, TypeVar
 
 from scipy import stats
 
-from camri_tune.records import CONFIDENCE, Figure, PairedDifference, TrialRecord, Verdict
+from camri_tune.differences import CONFIDENCE, PairedDifference
+from camri_tune.records import Figure, TrialRecord
+from camri_tune.result import Verdict
 
 # Three seeds say little of how much one setting scatters: what all finalists show counts as so many degrees of freedom.
 SHARED_FREEDOM = 4

@@ -20,7 +20,7 @@ from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.overview import LOCK, read_overview
 from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord, named
-from camri_tune.search import replicate_seed, starting_points, tuning_seed
+from camri_tune.search import pooled_floor, replicate_seed, starting_points, tuning_seed
 from camri_tune.selection import finalists, rank_settings
 from camri_tune.storage import INTERRUPTED, Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
@@ -81,11 +81,13 @@ class Stages:
         """Settle who is important and which accuracy must be kept on each fold, for this study's trials."""
         self.important = important
         self.folds = len(baseline.accuracy_by_fold)
+        floors = self.floors(baseline)
         self.store.set(
             "baseline",
             {
                 "important": list(important),
-                "floors": self.floors(baseline),
+                "floors": floors,
+                "search_floor": pooled_floor(floors, self.data, range(self.folds)),
                 "learning_rate": baseline.learning_rate,
                 "recall_per_class": list(baseline.recall_per_class),
             },

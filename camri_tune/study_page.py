@@ -268,7 +268,7 @@ def _how(overview: Overview) -> str:
     lines: list[str] = [escape(line) for line in (result or {}).get("provenance", ())]
     if result is not None:
         lines.append(
-            f"Trained on {result['images']['train']:,} images. Groups of images that belong together never stand on both "
+            f"Trained on {result['images']['train']:,} images{' (of the first fold)' if result['folds'] > 1 else ''}. Groups of images that belong together never stand on both "
             "sides of a split."
         )
         lines.append(escape(", ".join(f"{name} {version}" for name, version in result["versions"].items())))

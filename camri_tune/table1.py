@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camri_tune.config import Loss
+from camri_tune.differences import Known, SeedDifference
 from camri_tune.errors import InputError
-from camri_tune.records import Figure, Known, SeedDifference
+from camri_tune.records import Figure
 
 Method = Literal[Loss, "threshold"]
 METHODS: tuple[Method, ...] = ("ce", "threshold", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i")

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from camri_tune.overview import Overview
 from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, Result, Side, named
+from camri_tune.records import Figure, named
+from camri_tune.result import Result, Side
 from camri_tune.table1 import TITLES, Outcome, below, best_of
 from camri_tune.table1 import Table as Comparison
 
@@ -148,8 +149,10 @@ def _cell(figure: Figure | None) -> str:
     if figure is None:
         return "-"
     text = f"{figure.mean:.4f}"
-    if figure.sd is not None and figure.interval is not None:
-        text += f" ± {figure.sd:.4f} [{figure.interval.low:.4f}, {figure.interval.high:.4f}]"
+    if figure.sd is not None:
+        text += f" ± {figure.sd:.4f}"
+    if figure.interval is not None:
+        text += f" [{figure.interval.low:.4f}, {figure.interval.high:.4f}]"
     return text
 
 

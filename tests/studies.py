@@ -82,7 +82,13 @@ def hand_made(
     for index, (recall, accuracy) in enumerate([(0.7, FLOOR + 0.01), (0.74, FLOOR - 0.01)]):
         seeded = trial(recall, accuracy, params=rate, seed=replicate_seed(config, index))
         store.optuna_study("baseline").add_trial(seeded)
-    learned = {"important": [IMPORTANT], "floors": [FLOOR], "learning_rate": 0.004, "recall_per_class": [0.72] * 10}
+    learned = {
+        "important": [IMPORTANT],
+        "floors": [FLOOR],
+        "search_floor": FLOOR,
+        "learning_rate": 0.004,
+        "recall_per_class": [0.72] * 10,
+    }
     store.set("baseline", learned)
     schedule = Schedule({"baseline": 2, "search": len(search), "finalists": 2}, epochs=2, workers=1)
     store.set("schedule", vars(schedule))

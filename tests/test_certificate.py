@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.certificate import FIGURES, WORLDS, World, by_own_bound, exact_error, simulate
-from camri_tune.records import CONFIDENCE
+from camri_tune.differences import CONFIDENCE
 from camri_tune.selection import rank_settings
 from tests.command import assert_one_line_error, camri_tune, result_of
 

@@ -9,8 +9,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from camri_tune.claims import few_test_images, images_needed, nothing_to_gain, provenance, sentence_of
-from camri_tune.records import Best, Finalist, Measured, PairedDifference, Result, SeedDifference, Share, Side, Verdict
+from camri_tune.differences import PairedDifference, SeedDifference, Share
+from camri_tune.records import Measured
 from camri_tune.report import model_card
+from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.stats import Hidden, tango_interval
 
 

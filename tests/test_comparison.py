@@ -25,10 +25,11 @@ from camri_tune.bundle import ModelSpec, load_classifier
 from camri_tune.comparison import compare
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.differences import SeedDifference
 from camri_tune.evaluation import Judge
 from camri_tune.images import Images
 from camri_tune.posthoc import tune_bias
-from camri_tune.records import Figure, SeedDifference, TrialRecord
+from camri_tune.records import Figure, TrialRecord
 from camri_tune.report import cell_text
 from camri_tune.stages import only_run
 from camri_tune.stats import Hidden, crossed_interval, design_effect

@@ -78,7 +78,13 @@ def _trial(
 
 
 def _adopt_baseline(store: StudyStore) -> None:
-    learned = {"important": [3], "floors": [FLOOR], "learning_rate": 0.01, "recall_per_class": [0.5] * 10}
+    learned = {
+        "important": [3],
+        "floors": [FLOOR],
+        "search_floor": FLOOR,
+        "learning_rate": 0.01,
+        "recall_per_class": [0.5] * 10,
+    }
     store.set("baseline", learned)
     schedule = {"planned": {"baseline": 4, "search": 8, "finalists": 2}, "epochs": 1, "workers": 1, "folds": 1}
     store.set("schedule", schedule)

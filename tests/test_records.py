@@ -11,24 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from camri_tune.records import (
-    Baseline,
-    Best,
-    Figure,
-    Finalist,
-    GroupCounts,
-    Known,
-    Measured,
-    PairedDifference,
-    Result,
-    SeedDifference,
-    Share,
-    Side,
-    TrialRecord,
-    TrialState,
-    measured_on_validation,
-    named,
-)
+from camri_tune.differences import GroupCounts, Known, PairedDifference, SeedDifference, Share
+from camri_tune.records import Baseline, Figure, Measured, TrialRecord, TrialState, measured_on_validation, named
+from camri_tune.result import Best, Finalist, Result, Side
 from camri_tune.stats import (
     Hidden,
     Interval,

@@ -14,8 +14,9 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
+from camri_tune.differences import SeedDifference
 from camri_tune.pages import COLOURS, comparison_page, recall_over_accuracy
-from camri_tune.records import Figure, SeedDifference
+from camri_tune.records import Figure
 from camri_tune.report import cell_text, comparison_csv, comparison_markdown, write_comparison
 from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Protocol, Scores, Table, best_of
 from camri_tune.tables import comparison_tables

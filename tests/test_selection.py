@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from camri_tune.records import Figure, PairedDifference, TrialRecord, TrialState
+from camri_tune.differences import PairedDifference
+from camri_tune.records import Figure, TrialRecord, TrialState
 from camri_tune.selection import certify, finalists, rank_models, rank_settings, recall_bounds, shared_confidence
 from camri_tune.stats import tango_interval
 

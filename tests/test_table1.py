@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from camri_tune.config import Loss
+from camri_tune.differences import SeedDifference
 from camri_tune.errors import InputError
-from camri_tune.records import Figure, SeedDifference, without_nan
+from camri_tune.records import Figure, without_nan
 from camri_tune.stats import mean_interval
 from camri_tune.table1 import (
     METHODS,
