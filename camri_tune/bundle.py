@@ -1,6 +1,5 @@
 """An exported model on disk: weights as safetensors, the rest as JSON. Reading one never executes code from it."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from camri_tune.config import Model
 from camri_tune.errors import BundleError
+from camri_tune.files import sha256
 from camri_tune.losses import CrossEntropyLoss, Head, NormFaceLoss
 from camri_tune.models import Classifier, build_body
 
@@ -152,9 +152,3 @@ def read_bundle(folder: Path) -> Bundle:
     if sha256(folder / WEIGHTS) != config.weights_sha256:
         raise BundleError(f"{folder / WEIGHTS} was altered after it was written; export the model again")
     return Bundle(classifier, config, metrics)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

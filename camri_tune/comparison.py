@@ -21,6 +21,7 @@ from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.differences import Known, SeedDifference
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Judge, versions
+from camri_tune.files import is_writable_folder
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.posthoc import biased, tune_bias
@@ -28,7 +29,7 @@ from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
-from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
+from camri_tune.storage import StudyStore, open_storage, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
 from camri_tune.training import pick_device
 

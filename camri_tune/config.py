@@ -19,6 +19,8 @@ MOST_FOLDS = 5
 STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
 
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
+# Seeds that no two studies and no two uses share: what chose a setting is never what it is judged with.
+SEEDS_APART, TUNING_SEED_OFFSET = 100_000, 20_000
 EXECUTION_FIELDS = frozenset({"trials", "calibrate", "workers", "device", "storage", "name", "out", "data_dir"})
 
 
@@ -137,6 +139,15 @@ class StudyConfig(BaseModel):
     def folder(self) -> Path:
         """Where this study's files go."""
         return self.out / self.study_name
+
+    def replicate_seed(self, index: int) -> int:
+        """The seed of the index-th repetition; baseline and finalists share it, which pairs them."""
+        return self.seed * SEEDS_APART + index
+
+    @property
+    def tuning_seed(self) -> int:
+        """The seed with which the baseline's learning rate is tuned, and nothing is judged."""
+        return self.seed * SEEDS_APART + TUNING_SEED_OFFSET
 
     @property
     def tolerance_fraction(self) -> float:

@@ -12,7 +12,6 @@ from camri_tune.config import StudyConfig
 from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
 from camri_tune.records import Baseline, TrialRecord, named
-from camri_tune.search import replicate_seed
 from camri_tune.selection import finalists
 from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, open_storage, storage_url
 
@@ -58,7 +57,7 @@ class Overview:
     def baseline(self) -> Baseline | None:
         """The baseline's R models; None while some are missing."""
         by_seed = {r.seed: r for r in self.records["baseline"] if r.state == "complete"}
-        seeds = [replicate_seed(self.config, index) for index in range(self.config.seeds)]
+        seeds = [self.config.replicate_seed(index) for index in range(self.config.seeds)]
         if self.floor is None or not all(seed in by_seed for seed in seeds):
             return None
         models = tuple(by_seed[seed] for seed in seeds)

@@ -18,15 +18,16 @@ from camri_tune.datasets import open_dataset
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.evidence import Evidence
+from camri_tune.files import is_writable_folder, write_text
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
-from camri_tune.report import model_card, write_report, write_text
+from camri_tune.report import model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run, show
-from camri_tune.storage import StudyStore, is_writable_folder, open_storage, storage_url
+from camri_tune.storage import StudyStore, open_storage, storage_url
 from camri_tune.training import pick_device
 
 

@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from camri_tune.claims import few_test_images, floor_in_words, provenance
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.evidence import Evidence
+from camri_tune.files import write_text
 from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
 from camri_tune.records import Figure, biases_of, named, without_nan
@@ -137,13 +137,6 @@ def write_comparison(table: Table) -> None:
     }
     for suffix, text in texts.items():
         write_text(table.folder / f"{table.stem}.{suffix}", text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def comparison_csv(table: Table) -> str:

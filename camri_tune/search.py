@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import ModelSpec, save_weights
-from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.config import SEEDS_APART, Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset
 from camri_tune.errors import TrainingDivergedError
 from camri_tune.losses import adacos_scale
@@ -55,7 +55,6 @@ SPACES: dict[Loss, dict[str, Range]] = {
 }
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
-TUNING_SEED_OFFSET = 20_000
 MIN_TRIALS_FOR_IMPORTANCE = 5
 
 
@@ -76,16 +75,6 @@ class Plan:
     @property
     def epochs(self) -> int:
         return self.config.epochs or self.data.epochs
-
-
-def replicate_seed(config: StudyConfig, index: int) -> int:
-    """The seed of the index-th repetition; baseline and finalists share it, which pairs them."""
-    return config.seed * 100_000 + index
-
-
-def tuning_seed(config: StudyConfig) -> int:
-    """The seed with which the baseline's learning rate is tuned, and nothing is judged."""
-    return config.seed * 100_000 + TUNING_SEED_OFFSET
 
 
 def looks_at_class(loss: Loss) -> bool:
@@ -220,7 +209,7 @@ def _train(trial: Trial, stage: Stage, plan: Plan, folds: Sequence[int], store: 
     head, learning_rate = suggest(trial, stage, plan)
     seed = trial.user_attrs.get("seed")
     if seed is None:
-        seed = plan.config.seed * 100_000 + _SEED_OFFSETS[stage] + trial.number
+        seed = plan.config.seed * SEEDS_APART + _SEED_OFFSETS[stage] + trial.number
         trial.set_user_attr("seed", seed)
     pruner = AccuracyFloorPruner(epochs=plan.epochs) if stage == "search" else optuna.pruners.NopPruner()
     accuracies: dict[str, float] = {}

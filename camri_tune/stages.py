@@ -20,7 +20,7 @@ from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.overview import LOCK, read_overview
 from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord, named
-from camri_tune.search import pooled_floor, replicate_seed, starting_points, tuning_seed
+from camri_tune.search import pooled_floor, starting_points
 from camri_tune.selection import finalists, rank_settings
 from camri_tune.storage import INTERRUPTED, Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
@@ -53,7 +53,7 @@ class Stages:
         First its learning rate is tuned, then it is trained on R fresh seeds, which take the folds in turn, and on
         folds that are left. Raises CamriTuneError where it fails.
         """
-        default, tuning = default_learning_rate(self.config.model), tuning_seed(self.config)
+        default, tuning = default_learning_rate(self.config.model), self.config.tuning_seed
         found = {(r.seed, r.fold): r for r in self.records("baseline")}
         tried = [r for r in self.records("baseline") if r.seed == tuning]
         rates = next_learning_rates(tried, default)
@@ -65,7 +65,7 @@ class Stages:
         if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
         count = max(self.config.seeds, folds)
-        wanted = [(replicate_seed(self.config, index), index % folds) for index in range(count)]
+        wanted = [(self.config.replicate_seed(index), index % folds) for index in range(count)]
         missing = [key for key in wanted if key not in found]
         for seed, fold in missing:
             self.store.enqueue("baseline", {"learning_rate": best}, seed=seed, fold=fold)
@@ -141,7 +141,7 @@ class Stages:
 
     def seeds(self) -> list[int]:
         """The R seeds that baseline and finalists share."""
-        return [replicate_seed(self.config, index) for index in range(self.config.seeds)]
+        return [self.config.replicate_seed(index) for index in range(self.config.seeds)]
 
     def floors(self, baseline: Baseline) -> list[float]:
         """The validation accuracy that a setting must keep on each fold."""

@@ -5,12 +5,11 @@ queue: whoever plans the work enqueues WAITING trials, workers claim them, and s
 many workers there are.
 """
 
-import os
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 import sqlalchemy
@@ -21,11 +20,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune.bundle import sha256
 from camri_tune.config import STAGE_SUFFIXES, StudyConfig
-from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.files import sha256
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, EpochScores, TrialRecord, TrialState
+
+if TYPE_CHECKING:  # to look at a study must not cost the seconds that torch takes
+    from camri_tune.datasets import Dataset
 
 Stage = Literal["baseline", "search", "finalists"]
 STAGES: tuple[Stage, ...] = ("baseline", "search", "finalists")
@@ -108,7 +109,7 @@ class StudyStore:
 
     @classmethod
     def create(
-        cls, storage: RDBStorage, config: StudyConfig, data: Dataset, *, within: "StudyStore | None" = None
+        cls, storage: RDBStorage, config: StudyConfig, data: "Dataset", *, within: "StudyStore | None" = None
     ) -> "StudyStore":
         """Open the study that `config` names, or make it. Raises StudyMismatchError, naming a field that differs."""
         store = cls(storage, config.study_name, config, within=within)
@@ -289,15 +290,3 @@ def _require_equal(stored: Mapping[str, Any], asked: Mapping[str, Any], config: 
                 f"study {config.study_name!r} was started with {key} = {stored.get(key)!r}, not {value!r}: trials "
                 f"under both cannot be compared; repeat the first value, or start another study with --name"
             )
-
-
-def is_writable_folder(folder: Path) -> bool:
-    """Make `folder` and try a file in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError:
-        return False
-    return True

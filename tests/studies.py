@@ -14,7 +14,6 @@ from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset
 from camri_tune.progress import Schedule
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
-from camri_tune.search import replicate_seed
 from camri_tune.storage import StudyStore, open_storage, storage_url
 
 IMPORTANT = 3
@@ -80,7 +79,7 @@ def hand_made(
     store = StudyStore.create(open_storage(storage_url(config)), config, data)
     rate = {"learning_rate": 0.004}
     for index, (recall, accuracy) in enumerate([(0.7, FLOOR + 0.01), (0.74, FLOOR - 0.01)]):
-        seeded = trial(recall, accuracy, params=rate, seed=replicate_seed(config, index))
+        seeded = trial(recall, accuracy, params=rate, seed=config.replicate_seed(index))
         store.optuna_study("baseline").add_trial(seeded)
     learned = {
         "important": [IMPORTANT],

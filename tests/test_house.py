@@ -28,7 +28,7 @@ FLOORS = [
     {"result"},
     {"augmentation", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style"},
-    {"metrics", "stats", "posthoc", "config"},
+    {"metrics", "stats", "posthoc", "config", "files"},
     {"errors"},
 ]
 

@@ -18,7 +18,7 @@ from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
 from camri_tune.images import Images
 from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord
-from camri_tune.search import Plan, looks_at_class, starting_points, suggest, tuning_seed
+from camri_tune.search import Plan, looks_at_class, starting_points, suggest
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import Stage, StudyStore, open_storage, storage_url
 from camri_tune.training import default_learning_rate
@@ -133,7 +133,7 @@ def _searched(stages: Stages, scores: Sequence[Scores], by_fold: Sequence[float]
 def test_the_baselines_learning_rate_is_tuned_first_and_then_it_gets_its_seeds(make: Callable[..., Stages]) -> None:
     stages = make()
     assert stages.plan_baseline() is None
-    tuning = tuning_seed(stages.config)
+    tuning = stages.config.tuning_seed
     assert _waiting(stages, "baseline") == [{"learning_rate": RATE * f, "seed": tuning} for f in START_FACTORS]
     peak = {RATE * f: a for f, a in zip(START_FACTORS, (0.7, 0.8, 0.95, 0.6), strict=True)}
     assert _train(stages, "baseline", lambda _, params, __: (peak[params["learning_rate"]], 0.5)) == 4
@@ -157,7 +157,7 @@ def test_a_best_rate_at_the_edge_is_followed_outward(make: Callable[..., Stages]
     stages.plan_baseline()
     _train(stages, "baseline", lambda _, params, __: (0.5 + params["learning_rate"], 0.5))
     assert stages.plan_baseline() is None
-    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * 8, "seed": tuning_seed(stages.config)}]
+    assert _waiting(stages, "baseline") == [{"learning_rate": RATE * 8, "seed": stages.config.tuning_seed}]
 
 
 def test_a_baseline_on_which_no_rate_trains_says_why(make: Callable[..., Stages]) -> None:

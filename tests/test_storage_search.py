@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, Trial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune.bundle import load_classifier, save_weights, sha256
+from camri_tune.bundle import load_classifier, save_weights
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.files import sha256
 from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
 from camri_tune.metrics import confusion_matrix
@@ -41,11 +42,9 @@ from camri_tune.search import (
     make_sampler,
     model_spec,
     parameter_names,
-    replicate_seed,
     run_trial,
     starting_points,
     suggest,
-    tuning_seed,
 )
 from camri_tune.storage import INTERRUPTED, Stage, StudyStore, masked, open_storage, storage_url
 from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of
@@ -913,11 +912,11 @@ def test_what_chooses_a_setting_is_not_what_judges_it() -> None:
     """Seeds of replicates, of the search and of the baseline's tuning are apart, also between studies."""
     for seed in (0, 1, 2**31 - 1):
         config = StudyConfig(seed=seed)
-        replicates = {replicate_seed(config, index) for index in range(1_000)}
+        replicates = {config.replicate_seed(index) for index in range(1_000)}
         search = {seed * 100_000 + 10_000 + number for number in range(1_000)}  # as the first test of a trial has it
         assert not replicates & search
-        assert tuning_seed(config) not in replicates | search
-        assert {value // 100_000 for value in replicates | search | {tuning_seed(config)}} == {seed}
+        assert config.tuning_seed not in replicates | search
+        assert {value // 100_000 for value in replicates | search | {config.tuning_seed}} == {seed}
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------------
