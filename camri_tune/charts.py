@@ -96,10 +96,9 @@ def search_history(overview: Overview) -> go.Figure:
         )
         figure.update_layout(yaxis2={"overlaying": "y", "range": [0, 1], "visible": False})
     if overview.baseline is not None and overview.important:
-        mean = 100 * overview.baseline.measured(overview.important).recall.mean
-        figure.add_hline(
-            y=mean, line=FLOOR, annotation={"text": f"baseline's recall: {mean:.2f} %", "xanchor": "right"}
-        )
+        recall = overview.baseline.measured(overview.important).recall
+        text = f"baseline, {_seeds(recall)}: {100 * recall.mean:.2f} %"
+        figure.add_hline(y=100 * recall.mean, line=FLOOR, annotation={"text": text, "xanchor": "right"})
     return dressed(figure, "trial", "recall on validation, %")
 
 
@@ -161,7 +160,7 @@ def learning_curves(overview: Overview, trial: int | None) -> go.Figure | None:
         sides[1] = (f"trial #{overview.best.number}", [overview.best], BLUE, "solid")
     if not any(record.curve for _, records, _, _ in sides for record in records):
         return None
-    figure = make_subplots(cols=2, subplot_titles=("accuracy, %", "recall of the important class, %"))
+    figure = make_subplots(cols=2, subplot_titles=("accuracy, %", f"{_recall_of(overview)}, %"))
     reads: list[Callable[[EpochScores], float]] = [
         lambda p: p.accuracy,
         lambda p: min(p.recall_per_class[c] for c in overview.important),
@@ -259,7 +258,8 @@ def _means(figure: go.Figure, settings: Sequence[_Mean], name: str, marker: dict
         mode="markers+text",
         marker=marker,
         text=[s.label for s in settings],
-        textposition="top right",
+        textposition="top center",
+        cliponaxis=False,
         name=name,
         hovertemplate="%{text} recall %{y:.2f} %, accuracy %{x:.2f} %<extra>" + name + "</extra>",
     )
@@ -284,6 +284,11 @@ def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
     decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _recall_of(overview: Overview) -> str:
+    several = len(overview.important) > 1
+    return "lowest recall of the important classes" if several else "recall of the important class"
 
 
 def _parameter(name: str, trial: TrialRecord) -> float:

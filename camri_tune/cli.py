@@ -207,18 +207,21 @@ def worker(
 
 @app.command()
 def dashboard(
-    name: Annotated[str | None, typer.Argument(help="Study (default: the one in --out worked on last).")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for studies.")] = Path("runs"),
-    storage: Annotated[str | None, typer.Option(help="Its database URL (or set $CAMRI_STORAGE).")] = None,
+    name: StudyArgument = None,
+    out: OutOption = Path("runs"),
+    storage: StorageOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any free one.")] = 8080,
 ) -> None:
     """Optuna's dashboard on a study, also while it runs, with the accuracy constraint and the feasible best."""
     from camri_tune.dashboard import serve  # noqa: PLC0415
-    from camri_tune.overview import find_study  # noqa: PLC0415
-    from camri_tune.storage import STORAGE_VARIABLE  # noqa: PLC0415
+    from camri_tune.overview import find_study, read_overview  # noqa: PLC0415
+    from camri_tune.study_note import publish  # noqa: PLC0415
 
-    store = find_study(name, out=out, storage=storage or os.environ.get(STORAGE_VARIABLE))
+    store = find_study(name, out=out, storage=storage)
+    overview = read_overview(store)
+    if not overview.running:  # a run keeps them fresh, unless it was killed
+        publish(overview, store)
     serve(store, host=host, port=port)
 
 

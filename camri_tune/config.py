@@ -166,12 +166,16 @@ class StudyConfig(BaseModel):
         except ValidationError as error:
             raise InputError(_one_line(error, cls, source)) from None
 
-    def command(self) -> str:
-        """The command that makes this study: options that are not the defaults, without the storage's address."""
+    def command(self, *, with_places: bool = False) -> str:
+        """The command that makes this study: options that are not the defaults, without the storage's address.
+
+        `with_places` also says where its files and the data lie on this machine.
+        """
+        places = () if with_places else ("out", "data_dir")
         words = ["camri-tune", "run"]
         for key, field in type(self).model_fields.items():
             value = getattr(self, key)
-            if key in ("storage", "out", "data_dir", "workers", "device") or value == field.default:
+            if key in ("storage", "workers", "device", *places) or value == field.default:
                 continue
             option = f"--{key.replace('_', '-')}"
             words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]

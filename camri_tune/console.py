@@ -94,7 +94,9 @@ class Console:
 
     def _time_to_go(self) -> str:
         left = seconds_left(self._records, self._schedule) if self._schedule is not None else None
-        return f"about {duration(left)} to go" if left is not None else "time to go: after the first training"
+        if left is None:
+            return "time to go: after the first training"
+        return f"about {duration(left)} to go" if left >= 1 else "then the judgement"
 
     def _line(self, stage: str, label: str, record: TrialRecord) -> str:
         parts = [f"{_title(stage, label)} #{record.number}: {record.state}"]

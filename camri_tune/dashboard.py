@@ -4,7 +4,6 @@ optuna-dashboard 0.21 reads constraints in Optuna's old format alone and takes t
 every trial of ours is drawn as feasible, and an infeasible one stands as the best. `DashboardStorage` mends both.
 """
 
-import copy
 import errno
 import math
 import os
@@ -12,7 +11,7 @@ import socket
 import socketserver
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,9 +28,11 @@ from optuna.trial import TrialState as OptunaState
 from camri_tune.config import StudyConfig
 from camri_tune.errors import InputError
 from camri_tune.pruning import is_feasible
+from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
 from camri_tune.storage import StudyStore, masked
 
 OLD_CONSTRAINTS = "constraints"  # a list; the new format is one attribute for each, `constraints:KEY`
+UNSHOWN = ("confusion", ACCURACY_CURVE, RECALL_CURVE)  # long tables on one line, which squeeze a trial's page
 UNKNOWN_CONSTRAINT = 1.0  # shown of a trial that lacks it: all of accuracy below the floor
 
 
@@ -70,26 +71,30 @@ class DashboardStorage(_CachedStorage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         # The dashboard renames a study by copying the trials that it was handed.
-        if template_trial is not None and isinstance(shown := template_trial.system_attrs, _ShownAttributes):
-            template_trial = copy.copy(template_trial)
-            template_trial.system_attrs = shown.stored
+        if isinstance(template_trial, _ShownTrial):
+            template_trial = template_trial.stored
         return super().create_new_trial(study_id, template_trial)
 
 
-class _ShownAttributes(dict[str, Any]):
-    """A trial's system attributes with the old list of constraints added; `stored` is what the database has."""
+class _ShownTrial(FrozenTrial):
+    """A trial as the dashboard should see it; `stored` is the one in the database."""
 
-    stored: Mapping[str, Any]
+    stored: FrozenTrial
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any], constraints: Sequence[float]) -> "_ShownAttributes":
-        # Optuna warns where a new constraint is called like an index of the old list.
-        indices = {f"{OLD_CONSTRAINTS}:{index}" for index in range(len(constraints))}
-        shown = cls({key: value for key, value in stored.items() if key not in indices})
-        # JSON, and with it the page, knows no infinity.
-        limit = sys.float_info.max
-        shown[OLD_CONSTRAINTS] = [min(max(float(value), -limit), limit) for value in constraints]
+    def of(cls, stored: FrozenTrial, constraints: Sequence[float]) -> "_ShownTrial":
+        shown = cls.__new__(cls)
+        shown.__dict__.update(stored.__dict__)
         shown.stored = stored
+        shown.user_attrs = {key: value for key, value in stored.user_attrs.items() if key not in UNSHOWN}
+        if constraints:
+            # Optuna warns where a new constraint is called like an index of the old list.
+            indices = {f"{OLD_CONSTRAINTS}:{index}" for index in range(len(constraints))}
+            system = {key: value for key, value in stored.system_attrs.items() if key not in indices}
+            # JSON, and with it the page, knows no infinity.
+            limit = sys.float_info.max
+            system[OLD_CONSTRAINTS] = [min(max(float(value), -limit), limit) for value in constraints]
+            shown.system_attrs = system
         return shown
 
 
@@ -100,17 +105,11 @@ def _constraints(trial: FrozenTrial) -> list[float]:
 
 
 def _shown(trial: FrozenTrial, constrained: bool) -> FrozenTrial:
-    if OLD_CONSTRAINTS in trial.system_attrs:
-        return trial
-    constraints = _constraints(trial)
-    if not constraints:
-        if not constrained or trial.state not in (OptunaState.COMPLETE, OptunaState.PRUNED):
-            return trial
+    constraints = _constraints(trial) if OLD_CONSTRAINTS not in trial.system_attrs else []
+    ended = trial.state in (OptunaState.COMPLETE, OptunaState.PRUNED)
+    if constrained and ended and not constraints and OLD_CONSTRAINTS not in trial.system_attrs:
         constraints = [UNKNOWN_CONSTRAINT]
-    # A copy: the cached trial must stay what the database has.
-    shown = copy.copy(trial)
-    shown.system_attrs = _ShownAttributes.of(trial.system_attrs, constraints)
-    return shown
+    return _ShownTrial.of(trial, constraints)
 
 
 class StudyArtifacts:

@@ -29,11 +29,14 @@ def confusions(evidence: Evidence, classes: Sequence[str], important: Sequence[i
         np.fill_diagonal(shares, np.nan)
         figure.add_heatmap(
             z=shares.round(3),
-            customdata=matrix,
+            customdata=[
+                [[int(n), names[true], names[said]] for said, n in enumerate(row)] for true, row in enumerate(matrix)
+            ],
             x=list(range(count)),
             y=list(range(count)),
             coloraxis="coloraxis",
-            hovertemplate="true %{y}, taken for %{x}:<br>%{customdata} images, %{z:.1f} % of that class<extra></extra>",
+            hovertemplate="true %{customdata[1]}, taken for %{customdata[2]}:<br>"
+            "%{customdata[0]} images, %{z:.1f} % of that class<extra></extra>",
             row=1,
             col=column,
         )
@@ -54,58 +57,66 @@ def confusions(evidence: Evidence, classes: Sequence[str], important: Sequence[i
 
 def errors_of(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> go.Figure:
     """What the important class's images were taken for, and what was taken for it: images of test, before and after."""
+    own = list(important)
+    matrices = [evidence.confusion(side, len(classes)) for side in (BEFORE, AFTER)]
+    for matrix in matrices:
+        np.fill_diagonal(matrix, 0)  # errors alone
+    missed = [matrix[own].sum(axis=0) for matrix in matrices]
+    alarms = [np.where(np.isin(np.arange(len(classes)), own), 0, matrix[:, own].sum(axis=1)) for matrix in matrices]
+    places = []
+    for before, after in (missed, alarms):
+        order = np.argsort(before + after, kind="stable")[-8:]
+        places.append(order[(before + after)[order] > 0])
+    heights = [max(len(rows), 1) for rows in places]
     figure = make_subplots(
-        cols=2, subplot_titles=("missed, and taken for …", "false alarms: images of …"), horizontal_spacing=0.25
+        rows=2,
+        subplot_titles=("the important class's images, taken for …", "taken for it: images of …"),
+        row_heights=heights,
+        vertical_spacing=90 / (170 + 34 * sum(heights)),
     )
-    for column, axis in ((1, 0), (2, 1)):
-        counts = {}
-        for side in (BEFORE, AFTER):
-            matrix = evidence.confusion(side, len(classes))
-            own = matrix[list(important)] if axis == 0 else matrix[:, list(important)].T
-            counts[side] = np.delete(own.sum(axis=0), list(important))
-        others = np.delete(np.arange(len(classes)), list(important))
-        order = np.argsort(counts[BEFORE] + counts[AFTER], kind="stable")[-8:]
-        order = order[(counts[BEFORE] + counts[AFTER])[order] > 0]
+    for row, (counts, rows) in enumerate(zip((missed, alarms), places, strict=True), start=1):
         sides = ((AFTER, "exported model", GREEN, ""), (BEFORE, "baseline model", INK, "/"))
         for side, name, colour, pattern in sides:
             figure.add_bar(
-                y=[tick(c, classes) for c in others[order]],
-                x=counts[side][order],
+                y=[tick(int(c), classes) for c in rows],
+                x=counts[side][rows],
                 orientation="h",
                 name=name,
                 legendgroup=name,
-                showlegend=column == 1,
+                showlegend=row == 1,
                 marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": "white", "fillmode": "overlay"}},
                 hovertemplate=f"{name}: %{{x}} images, %{{y}}<extra></extra>",
-                row=1,
-                col=column,
+                row=row,
+                col=1,
             )
-        most = int(max(counts[BEFORE].max(initial=0), counts[AFTER].max(initial=0)))
-        figure.update_xaxes(dtick=max(1, math.ceil(most / 6)), row=1, col=column)
-    figure.update_xaxes(title="images of test", rangemode="tozero")
+        most = max(int(count.max(initial=0)) for count in counts)
+        figure.update_xaxes(dtick=max(1, math.ceil(most / 6)), row=row, col=1)
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_xaxes(title="images of test", row=2)
     figure.update_yaxes(type="category")
-    return dressed(figure, None, None, height=380)
+    return dressed(figure, None, None, height=170 + 34 * sum(heights))
 
 
 def recall_of_classes(
-    before: Sequence[Figure], after: Sequence[Figure], classes: Sequence[str], important: Sequence[int]
+    before: Sequence[Figure], after: Sequence[Figure] | None, classes: Sequence[str], important: Sequence[int]
 ) -> go.Figure:
-    """Mean recall of each class on test, before and after, the worst losers first."""
-    old, new = ([100 * figure.mean for figure in side] for side in (before, after))
-    order = sorted(range(len(classes)), key=lambda c: new[c] - old[c], reverse=True)  # the last is drawn on top
+    """Mean recall of each class on test, before and after, the worst losers first; without `after` the worst first."""
+    old, new = ([100 * figure.mean for figure in side] for side in (before, after or before))
+    # The last is drawn on top.
+    order = sorted(range(len(classes)), key=lambda c: old[c] if after is None else new[c] - old[c], reverse=True)
     labels = [f"<b>{tick(c, classes)}</b>" if c in important else tick(c, classes) for c in order]
     figure = go.Figure()
     for lost, colour, name in ((True, VERMILION, "lost recall"), (False, BLUE, "gained recall, or kept it")):
-        some = [place for place, c in enumerate(order) if (new[c] < old[c]) == lost]
+        some = [place for place, c in enumerate(order) if after is not None and (new[c] < old[c]) == lost]
         if not some:
             continue
         xs: list[float | None] = [v for p in some for v in (old[order[p]], new[order[p]], None)]
         ys: list[str | None] = [v for p in some for v in (labels[p], labels[p], None)]
         figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": colour, "width": 3}, name=name, hoverinfo="skip")
-    for values, name, marker in (
-        (old, "baseline", {"color": INK, "symbol": "line-ns", "size": 10, "line": {"color": INK, "width": 2}}),
-        (new, "exported setting", {"color": GREEN, "symbol": "circle", "size": 9}),
-    ):
+    marks = [(old, "baseline", {"color": INK, "symbol": "line-ns", "size": 10, "line": {"color": INK, "width": 2}})]
+    if after is not None:
+        marks.append((new, "exported setting", {"color": GREEN, "symbol": "circle", "size": 9}))
+    for values, name, marker in marks:
         figure.add_scatter(
             x=[values[c] for c in order],
             y=labels,
@@ -114,9 +125,8 @@ def recall_of_classes(
             name=f"{name}, mean over {len(before[0].values)} seed(s)",
             hovertemplate="%{y}: %{x:.2f} %<extra>" + name + "</extra>",
         )
-    figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=labels, automargin=True, range=[-0.8, len(order) - 0.2]
-    )
+    span = [-0.8, len(order) - 0.2]
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=labels, range=span)
     return dressed(figure, "recall on test, %", None, height=150 + 20 * len(order))
 
 

@@ -47,12 +47,25 @@ class Evidence:
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: Path) -> "Evidence | None":
-        """Read it; None where it is missing or is no such file."""
+    def load(cls, path: Path, num_classes: int) -> "Evidence | None":
+        """Read it; None where it is missing, or is no such file of so many classes."""
         try:
-            return cls(**load_file(path))
+            found = cls(**load_file(path))
         except (OSError, SafetensorError, TypeError):
             return None
+        return found if found._fits(num_classes) else None
+
+    def _fits(self, num_classes: int) -> bool:
+        n = len(self.labels)
+        classes = np.concatenate([self.labels.ravel(), self.answers.ravel()])
+        return (
+            self.labels.shape == (n,)
+            and self.answers.shape == self.to_important.shape == self.to_other.shape == (2, n)
+            and self.rows.shape == self.pixels.shape[:1]
+            and self.pixels.ndim == 4
+            and bool(((classes >= 0) & (classes < num_classes)).all())
+            and bool(((self.rows >= 0) & (self.rows < n)).all())
+        )
 
 
 def kinds_of_images(

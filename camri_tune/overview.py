@@ -13,9 +13,21 @@ from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
 from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.selection import finalists
-from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, open_storage, storage_url
+from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, masked, open_storage, storage_url
 
 LOCK = ".lock"  # held by the run that works on a folder
+_KEYS = {
+    "verdict",
+    "sentence",
+    "best",
+    "baseline",
+    "finalists",
+    "images",
+    "notices",
+    "provenance",
+    "accuracy_difference",
+}
+_WRITE_ANEW = "run the study's command again, which trains nothing anew and writes the file"
 RESULT, EVIDENCE, REPORT = "result.json", "evidence.safetensors", "report.html"
 
 
@@ -25,7 +37,8 @@ class Overview:
 
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on
-    this machine. `result` is `result.json`, once there is one.
+    this machine. `storage` is the database's URL without passwords, where it is not the study's own file. `result` is
+    `result.json`, once there is one.
     """
 
     config: StudyConfig
@@ -38,6 +51,7 @@ class Overview:
     schedule: Schedule | None
     running: bool
     wall_seconds: float | None
+    storage: str | None
     result: Mapping[str, Any] | None
 
     @property
@@ -78,6 +92,12 @@ class Overview:
         if not self.important:
             return ", ".join(self.config.important)
         return ", ".join(named(c, self.classes) for c in self.important)
+
+    @property
+    def command(self) -> str:
+        """The command that goes on with the study."""
+        where = f' --storage "{self.storage}"' if self.storage else ""
+        return f"{self.config.command(with_places=True)}{where}"
 
     @property
     def stage(self) -> str:
@@ -149,6 +169,7 @@ def read_overview(store: StudyStore) -> Overview:
         schedule=Schedule(**schedule) if schedule else None,
         running=is_locked(folder),
         wall_seconds=attributes.get("wall_seconds"),
+        storage=None if store.storage.url == storage_url(store.config) else masked(store.storage.url),
         result=_read_result(folder / RESULT),
     )
 
@@ -164,8 +185,12 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
                 "--storage (or $CAMRI_STORAGE) needs the NAME of a study in it; without, the last one in --out is taken"
             )
         store = StudyStore.existing(open_storage(storage), name)
-        here = out / name
-        return store.at(here) if here.is_dir() else store
+        if store.config.folder.is_dir():
+            return store
+        # Its files are on another machine. A folder of that name here may be another study's.
+        if (out / name / "study.db").exists():
+            raise InputError(f"folder {str(out / name)!r} is of another study of that name; give another --out")
+        return store.at(out.resolve() / name)
     folder = _folder_of(name, out)
     config = StudyConfig(name=folder.name, out=folder.parent)
     return StudyStore.existing(open_storage(storage_url(config)), folder.name).at(folder)
@@ -212,8 +237,13 @@ def _changed(database: Path) -> float:
 
 
 def _read_result(path: Path) -> Mapping[str, Any] | None:
+    """`result.json`; None where there is none. Raises InputError where it is no result of this version."""
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return result if isinstance(result, dict) else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); {_WRITE_ANEW}") from None
+    if not (isinstance(result, dict) and result.keys() >= _KEYS):
+        raise InputError(f"{str(path)!r} is no result of this version of camri-tune; {_WRITE_ANEW}")
+    return result

@@ -43,7 +43,7 @@ details { margin: 2rem 0; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .7rem; } .pair { font-size: 1.35rem; gap: 1.2rem; }
   table { font-size: .82rem; } th, td { padding: .3rem .35rem; } }
 @media print { body { margin: 0; } table { font-size: .8rem; } .wide { min-width: 0; }
-  h2, h3 { break-after: avoid; } figure, .card, .js-plotly-plot, tr { break-inside: avoid; } }
+  h2, h3, .note { break-after: avoid; } figure, .card, .js-plotly-plot, tr { break-inside: avoid; } }
 """
 # A printed page is narrower than most screens, and Plotly's pictures keep the width that they have.
 PRINTING = """

@@ -135,7 +135,6 @@ def _judge(
     entrants: dict[int, Entrant] = {}
 
     def judged(number: int, confidence: float) -> Best | None:
-        console.judging(len(entrants), len(order))
         entrant = judge.entrant(retrained[number], config.loss)
         found = None if entrant is None else judge.best(number, entrant, config.loss, old, confidence)
         if entrant is None or found is None:
@@ -143,6 +142,7 @@ def _judge(
             console.say(notices[-1])
             return None
         entrants[number] = entrant
+        console.judging(len(entrants), len(order))
         return found
 
     verdict, best, found = certify(order, judged, config.epsilon / 100)

@@ -23,8 +23,9 @@ from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, lege
 def write_report(store: StudyStore) -> Path:
     """Write a study's `report.html` from what is stored, whether or not it is finished. Returns the file's path."""
     overview = read_overview(store)
-    evidence = Evidence.load(overview.folder / EVIDENCE) if overview.result is not None else None
+    evidence = Evidence.load(overview.folder / EVIDENCE, len(overview.classes)) if overview.result is not None else None
     path = overview.folder / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)  # the study's folder may be on another machine
     write_text(path, study_page(overview, parameter_importance(store), evidence))
     return path
 

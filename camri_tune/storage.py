@@ -279,7 +279,11 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         fold=attributes.get("fold", 0),
         device=attributes.get("device"),
         confusion=tuple(tuple(row) for row in attributes.get("confusion", ())),
-        curve=tuple(EpochScores(int(epoch), accuracies[epoch], tuple(recalls)) for epoch, recalls in curves.items()),
+        curve=tuple(
+            EpochScores(int(epoch), accuracies[epoch], tuple(recalls))
+            for epoch, recalls in curves.items()
+            if epoch in accuracies
+        ),
     )
 
 

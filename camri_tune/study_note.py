@@ -56,10 +56,11 @@ def _note(overview: Overview) -> str:
         f"**Floor.** {_floor(overview)}",
         f"**How far.** {_how_far(overview)}",
     ]
-    if overview.result is not None:
-        parts.append(f"**Result.** {_plain(str(overview.result.get('sentence', '')))}")
+    if overview.result is not None and not overview.running:
+        parts.append(f"**Result.** {_plain(str(overview.result['sentence']))}")
+    else:
+        parts.append(f"**Best trial so far.** {_best(overview)}")
     parts += [
-        f"**Best trial so far.** {_best(overview)}",
         f"**Export.** {_export(overview)}",
         f"Look at this study with `camri-tune dashboard {overview.name}`: a plain `optuna-dashboard` 0.21 does not "
         "read the constraint, and draws trials that miss the floor as feasible.",

@@ -36,7 +36,7 @@ def study_page(overview: Overview, importance: Mapping[str, Mapping[str, float]]
     if result is not None:
         parts.append(_finalists(result))
     parts += _learning(overview)
-    if result is not None and result["best"] is not None:
+    if result is not None:
         parts += _before_and_after(overview, result, evidence)
     parts += [_how(overview), _trials(overview)]
     return page(f"{overview.name}: camri-tune", "\n".join(part for part in parts if part))
@@ -70,7 +70,7 @@ def _progress(overview: Overview) -> str:
             f"{_percent(best.accuracy)} on validation: a candidate, not a result.</li>"
         )
     if not overview.running:
-        lines.append(f"<li>Go on with: <code>{escape(overview.config.command())}</code></li>")
+        lines.append(f"<li>Go on with: <code>{escape(overview.command)}</code></li>")
     return "".join(lines) + "</ul></div>"
 
 
@@ -80,49 +80,50 @@ def _verdict(result: Mapping[str, Any]) -> str:
 
 
 def _side_by_side(result: Mapping[str, Any]) -> str:
+    """The baseline and, if there is one, the best: large, then every figure. Without a best the baseline alone."""
     best = result["best"]
-    if best is None:
-        return ""
+    titles = {"baseline": "cross-entropy baseline"} | ({"best": f"best: {result['loss']}"} if best is not None else {})
     cards, rows = [], []
     for name, of_what in (("recall", "Recall of the important class"), ("accuracy", "Accuracy")):
-        old, new = (_figure(result[side]["test"][name]) for side in ("baseline", "best"))
-        found = best["over_seeds"][f"{name}_difference"]
-        # Recall's gain is of each important class by itself.
-        gains = (
-            {_named(int(c), result["classes"]): of_class for c, of_class in found.items()} if name == "recall" else {}
-        )
-        said = "; ".join(
-            f"{100 * gain['mean']:+.2f} points{f' of {escape(c)}' if len(gains) > 1 else ''} over {result['seeds']} "
-            f"seed(s){_points_interval(gain['interval'])}"
-            for c, gain in (gains or {"": found}).items()
-        )
-        cards.append(
-            f'<div class="card"><h3>{of_what} on test</h3><div class="pair"><div><small>cross-entropy baseline</small>'
-            f"{_percent(old.mean)}</div><div><small>best: {escape(result['loss'])}</small>{_percent(new.mean)}</div>"
-            f"</div><p>{said}</p></div>"
-        )
+        means = {title: _figure(result[side]["test"][name]).mean for side, title in titles.items()}
+        pair = "".join(f"<div><small>{escape(title)}</small>{_percent(mean)}</div>" for title, mean in means.items())
+        gains = f"<p>{_gains(result, name)}</p>" if best is not None else ""
+        cards.append(f'<div class="card"><h3>{of_what} on test</h3><div class="pair">{pair}</div>{gains}</div>')
         for part in ("test", "validation"):
             key = f"{part}_important" if name == "recall" else part
-            cells = "".join(f"<td>{_with_interval(_figure(result[s][part][name]))}</td>" for s in ("baseline", "best"))
+            cells = "".join(f"<td>{_with_interval(_figure(result[side][part][name]))}</td>" for side in titles)
             rows.append(f"<tr><td>{name} on {part}, n = {result['images'][key]:,}</td>{cells}</tr>")
-    exported = best["exported"]["test"]
-    for c, share in exported["recall"].items():
-        name = f"recall of {_named(int(c), result['classes'])} on test"
-        rows.append(f"<tr><td>exported model alone: {name}</td><td></td><td>{_share(share)}</td></tr>")
-    rows.append(
-        f"<tr><td>exported model alone: accuracy on test</td><td></td><td>{_share(exported['accuracy'])}</td></tr>"
+    note = "In brackets 95 % intervals over seeds."
+    if best is not None:
+        exported = best["exported"]["test"]
+        shares = {f"recall of {_named(int(c), result['classes'])}": share for c, share in exported["recall"].items()}
+        for name, share in {**shares, "accuracy": exported["accuracy"]}.items():
+            rows.append(
+                f"<tr><td>exported model alone: {escape(name)} on test</td><td></td><td>{_share(share)}</td></tr>"
+            )
+        exact = "exact binomial" if exported["accuracy"]["exact"] else "binomial, for images that count as fewer,"
+        note = (
+            f"In brackets 95 % intervals: over seeds for means, {exact} for the exported model alone, over seeds and images "
+            "for the gains."
+        )
+    settings = [result[side]["params"] for side in titles]
+    rows.append(f"<tr><td>parameters</td>{''.join(f'<td>{_params(params)}</td>' for params in settings)}</tr>")
+    heads = "".join(f"<th>{escape(title)}, mean ± sd of {result['seeds']} seed(s)</th>" for title in titles.values())
+    table = f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="cards">{"".join(cards)}</div>{table}<p class="note">{note}</p>'
+
+
+def _gains(result: Mapping[str, Any], name: str) -> str:
+    """What was gained over all seeds; of recall for each important class by itself."""
+    found = result["best"]["over_seeds"][f"{name}_difference"]
+    by_class = (
+        {f" of {_named(int(c), result['classes'])}": gain for c, gain in found.items()} if name == "recall" else {}
     )
-    params = (
-        f"<td>learning_rate {result['baseline']['params']['learning_rate']:.3g}</td><td>{_params(best['params'])}</td>"
+    return "; ".join(
+        f"{100 * gain['mean']:+.2f} points{escape(whose) if len(by_class) > 1 else ''} over {result['seeds']} seed(s)"
+        f"{_points_interval(gain['interval'])}"
+        for whose, gain in (by_class or {"": found}).items()
     )
-    rows.append(f"<tr><td>parameters</td>{params}</tr>")
-    seeds = f"mean ± sd of {result['seeds']} seed(s)"
-    table = (
-        f'<div class="scroll"><table><tr><th></th><th>baseline, {seeds}</th><th>best, {seeds}</th></tr>{"".join(rows)}'
-        '</table></div><p class="note">In brackets 95 % intervals: over seeds for means, binomial for the '
-        "exported model alone; those of the gains are over seeds and images.</p>"
-    )
-    return f'<div class="cards">{"".join(cards)}</div>{table}'
 
 
 def _notices(result: Mapping[str, Any]) -> str:
@@ -132,12 +133,15 @@ def _notices(result: Mapping[str, Any]) -> str:
 def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -> list[str]:
     if not any(t.recall is not None for t in overview.search):
         return []
-    floor = f"{100 * overview.floor:.2f} %" if overview.floor is not None else "unknown yet"
+    floor = f", {100 * overview.floor:.2f} %," if overview.floor is not None else ""
+    models = (
+        f"{overview.schedule.folds} trainings" if overview.schedule and overview.schedule.folds > 1 else "a training"
+    )
     parts = [
         "<h2>The search</h2>",
-        f'<p class="note">Each mark is a training, measured on validation. The floor, {floor}, is the baseline\'s mean '
-        f"accuracy{_tolerance(overview)}: what lies left of it gives up accuracy for recall. Bars are 95 % intervals over "
-        "seeds.</p>",
+        f'<p class="note">All on validation. Each small mark is a trial, {models}; baseline and finalists are means over seeds, with 95 % intervals over them. The floor{floor} is the baseline\'s mean '
+        f"accuracy{_tolerance(overview)}: what lies left of it gives up "
+        "accuracy for recall.</p>",
         picture(charts.recall_accuracy(overview), "recall-accuracy"),
         "<h3>How it went</h3>",
         picture(charts.search_history(overview), "search-history"),
@@ -184,10 +188,12 @@ def _finalists(result: Mapping[str, Any]) -> str:
             f"<tr{' class=best' if exported else ''}><td>#{finalist['trial']}<small>{_params(finalist['params'])}</small>"
             f"</td>{scores}<td>{said}</td></tr>"
         )
+    order = " Those that kept accuracy come first, in the order in which test judged them until one was certified."
+    order = order if result["best"] is not None else " None was judged on test."
     head = "<tr><th>trial</th><th>recall</th><th>its lower bound</th><th>accuracy</th><th>what test said</th></tr>"
     return (
         f'<h2>Finalists</h2><p class="note">The best trials, trained again on {result["seeds"]} fresh seed(s): means ± sd '
-        "on validation, in the order in which test judged them; the first that is certified is exported.</p>"
+        "on validation.{order}</p>"
         f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
     )
 
@@ -203,14 +209,18 @@ def _learning(overview: Overview) -> list[str]:
 
 def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: Evidence | None) -> list[str]:
     classes, important = overview.classes, list(overview.important)
-    before, after = ([_figure(f) for f in result[side]["test"]["recall_per_class"]] for side in ("baseline", "best"))
-    worst = sorted(range(len(classes)), key=lambda c: after[c].mean - before[c].mean)[:3]
-    losers = [f"{_named(c, classes)} ({100 * (after[c].mean - before[c].mean):+.2f} points)" for c in worst]
-    losers = [text for text, c in zip(losers, worst, strict=True) if after[c].mean < before[c].mean]
+    before = [_figure(f) for f in result["baseline"]["test"]["recall_per_class"]]
+    over = f"Mean recall over {result['seeds']} seed(s) on test."
+    if result["best"] is None:
+        drawn = picture(error_charts.recall_of_classes(before, None, classes, important), "classes")
+        return ["<h2>Every class under the baseline</h2>", f'<p class="note">{over}</p>', drawn]
+    after = [_figure(f) for f in result["best"]["test"]["recall_per_class"]]
+    changes = sorted((100 * (new.mean - old.mean), c) for c, (new, old) in enumerate(zip(after, before, strict=True)))
+    losers = [f"{_named(c, classes)} ({change:+.2f} points)" for change, c in changes[:3] if change < 0]
     note = f"Most was lost by {', '.join(losers)}." if losers else "No class lost recall."
     parts = [
         "<h2>Every class, before and after</h2>",
-        f'<p class="note">Mean recall over {result["seeds"]} seed(s) on test. {escape(note)}</p>',
+        f'<p class="note">{over} {escape(note)}</p>',
         picture(error_charts.recall_of_classes(before, after, classes, important), "classes"),
     ]
     if evidence is None:
@@ -331,7 +341,8 @@ def _with_interval(figure: Figure) -> str:
 
 def _share(share: Mapping[str, Any]) -> str:
     low, high = share["interval"]
-    return f"{_percent(share['value'])} ({share['right']:,} of {share['n']:,})<small>[{100 * low:.2f}, {100 * high:.2f}]</small>"
+    fewer = "" if share["exact"] else f", which count as {share['effective_n']:,.0f}"
+    return f"{_percent(share['value'])} ({share['right']:,} of {share['n']:,}{fewer})<small>[{100 * low:.2f}, {100 * high:.2f}]</small>"
 
 
 def _points_interval(interval: Sequence[float] | None) -> str:

@@ -17,7 +17,7 @@ from camri_tune.table1 import Table as Comparison
 
 def status_view(overview: Overview) -> Group:
     """A study at a glance: what is tuned, how far it is, the best so far, what failed, and the result, if any."""
-    idle = "finished" if overview.result is not None else "not running; the same command goes on"
+    idle = "finished" if overview.result is not None else "no run works on it on this machine; the same command goes on"
     state = "running" if overview.running else idle
     left = overview.seconds_left if overview.running else None
     time = f", about {duration(left)} to go" if left is not None else ""
@@ -26,11 +26,11 @@ def status_view(overview: Overview) -> Group:
         Text(f"{overview.dataset}, important class {overview.important_names}, loss {overview.config.loss}"),
     ]
     if overview.floor is not None and (baseline := overview.baseline) is not None:
-        recall = baseline.measured(overview.important).recall.mean
+        measured = baseline.measured(overview.important)
         lines.append(
             Text(
-                f"baseline on validation: accuracy {baseline.accuracy:.4f}, recall {recall:.4f}; "
-                f"floor {overview.floor:.4f}"
+                f"baseline on validation, {overview.config.seeds} seed(s) [95 % interval over seeds]: accuracy "
+                f"{_cell(measured.accuracy)}, recall {_cell(measured.recall)}; floor {overview.floor:.4f}"
             )
         )
     table = Table(title=None)
@@ -45,9 +45,10 @@ def status_view(overview: Overview) -> Group:
             bar = ProgressBar(total=count, completed=done(records, stage, overview.schedule), width=30)
             table.add_row(title, f"{ended} of {count}", *map(str, counts.values()), bar)
     lines.append(table)
+    at = "in" if overview.running else "last heard of in"
     for stage, records in overview.records.items():
         lines += [
-            Text(f"  {STAGE_TITLES[stage]} #{r.number}, epoch {r.epoch}: {parameters(r.params)}")
+            Text(f"  {STAGE_TITLES[stage]} #{r.number}, {at} epoch {r.epoch}: {parameters(r.params)}")
             for r in records
             if r.state == "running"
         ]

@@ -295,6 +295,17 @@ def test_of_any_study_the_view_shows_what_its_trials_are(
     assert [t.constraints for t in study.get_trials()] == [constraints for _, _, constraints in drawn]
 
 
+def test_long_tables_are_left_to_the_artifacts_and_not_lost(store: StudyStore) -> None:
+    """A confusion of 43 classes on one line would make a trial's page 8,000 pixels wide."""
+    study = store.optuna_study("search")
+    study.add_trial(_trial(0.7, -0.01, confusion=[[10] * 43] * 43, recall_curve={"1": [0.5] * 43}))
+    ask = _asking(application(store))
+    attributes = {a["key"] for a in _detail(ask, _id(store))["trials"][-1]["user_attrs"]}
+    assert {"accuracy", "recall", "seconds"} <= attributes
+    assert attributes.isdisjoint({"confusion", "recall_curve", "accuracy_curve"})
+    assert store.records("search")[-1].confusion == ((10,) * 43,) * 43
+
+
 def test_a_study_renamed_in_the_dashboard_keeps_what_was_stored(store: StudyStore) -> None:
     before = [trial.system_attrs for trial in store.optuna_study("search").get_trials()]
     status, _ = _asking(application(store))(f"/api/studies/{_id(store)}/rename", "POST", {"study_name": "other"})
@@ -459,7 +470,9 @@ def test_the_note_of_a_running_study_says_how_long_it_takes(store: StudyStore, c
 def test_the_note_has_the_result(
     store: StudyStore, config: StudyConfig, best: dict[str, int] | None, words: str
 ) -> None:
-    (config.folder / RESULT).write_text(json.dumps({"sentence": "Recall of 3 *rose*.", "best": best}))
+    keys = "verdict notices provenance images baseline finalists accuracy_difference"
+    result = {**dict.fromkeys(keys.split()), "sentence": "Recall of 3 *rose*.", "best": best}
+    (config.folder / RESULT).write_text(json.dumps(result))
     publish(read_overview(store), store)
     note = _note(store)
     assert "The run is through" in note

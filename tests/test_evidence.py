@@ -1,7 +1,7 @@
 """What the report is made from: which images changed, where embeddings lie, and the file that keeps both."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ def _evidence() -> Evidence:
 def test_the_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     evidence, path = _evidence(), tmp_path / "evidence.safetensors"
     evidence.save(path)
-    loaded = Evidence.load(path)
+    loaded = Evidence.load(path, 4)
     assert loaded is not None
     for field in fields(Evidence):
         value = getattr(evidence, field.name)
@@ -38,7 +38,7 @@ def test_no_file_or_another_is_no_evidence(content: bytes | None, tmp_path: Path
     path = tmp_path / "evidence.safetensors"
     if content is not None:
         path.write_bytes(content)
-    assert Evidence.load(path) is None
+    assert Evidence.load(path, 4) is None
 
 
 def test_confusion_counts_each_sides_answers() -> None:
@@ -87,3 +87,21 @@ def test_with_several_important_classes_an_image_is_measured_to_its_own() -> Non
     own, other = angles(embeddings, weights, np.array([0, 1, 2]), [0, 1])
     assert own == pytest.approx([0, math.degrees(0.1), 0], abs=0.05)
     assert other == pytest.approx([90, 90, 90], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": np.full(50, 4)},
+        {"answers": np.full((2, 50), -1)},
+        {"answers": np.zeros((2, 49), np.int64)},
+        {"to_other": np.zeros((1, 50), np.float32)},
+        {"rows": np.array([1, 5, 50])},
+        {"rows": np.array([1])},
+        {"pixels": np.zeros((3, 8, 8), np.uint8)},
+    ],
+)
+def test_what_does_not_fit_the_study_is_no_evidence(changes: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = tmp_path / "evidence.safetensors"
+    replace(_evidence(), **changes).save(path)
+    assert Evidence.load(path, 4) is None

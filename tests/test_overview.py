@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,7 @@ def test_it_knows_whether_a_run_is_at_work(make: Make) -> None:
         assert read_overview(store).running
         assert "running, about" in _shown(store)
     assert not is_locked(folder)
-    assert "not running; the same command goes on" in _shown(store)
+    assert "no run works on it on this machine; the same command goes on" in _shown(store)
 
 
 def test_to_ask_whether_a_run_is_at_work_does_not_keep_one_from_starting(make: Make) -> None:
@@ -133,10 +135,14 @@ def test_to_ask_whether_a_run_is_at_work_does_not_keep_one_from_starting(make: M
             assert is_locked(folder)
 
 
-def test_a_result_that_is_no_json_is_none(make: Make) -> None:
+@pytest.mark.parametrize("content", ['{"schema": 1,', "{}", "[1]", '{"verdict": "certified", "best": {}}'])
+def test_a_result_that_is_none_gets_one_line(content: str, make: Make, tmp_path: Path) -> None:
     store = make()
-    (store.config.folder / RESULT).write_text('{"schema": 1,')
-    assert read_overview(store).result is None
+    path = store.config.folder / RESULT
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"result\.json.*again"):
+        read_overview(store)
+    assert_one_line_error(camri_tune("status", "s", "--out", tmp_path), str(path), "run the study's command again")
 
 
 def test_studies_are_found_by_name_by_folder_and_by_age(make: Make, tmp_path: Path) -> None:
@@ -156,10 +162,9 @@ def test_a_study_that_was_moved_is_read_where_it_lies(make: Make, tmp_path: Path
     moved = (tmp_path / "s").rename(tmp_path / "elsewhere-s")
     (tmp_path / "elsewhere").mkdir()
     moved = moved.rename(tmp_path / "elsewhere" / "s")
-    (moved / RESULT).write_text('{"verdict": "none", "sentence": "", "best": null}')
     overview = read_overview(find_study("s", out=tmp_path / "elsewhere", storage=None))
     assert overview.folder == moved.resolve()
-    assert overview.result is not None
+    assert f"--out {moved.parent}" in overview.command
 
 
 def test_a_study_in_a_named_storage_needs_its_name(make: Make, tmp_path: Path) -> None:
@@ -168,6 +173,24 @@ def test_a_study_in_a_named_storage_needs_its_name(make: Make, tmp_path: Path) -
     assert not (tmp_path / "nowhere").exists(), "to look makes no folders"
     with pytest.raises(InputError, match="needs the NAME"):
         find_study(None, out=tmp_path, storage=url)
+
+
+def test_another_studys_folder_of_the_same_name_is_not_taken(make: Make, tmp_path: Path) -> None:
+    make().storage.engine.dispose()  # which leaves all of it in one file
+    database = (tmp_path / "s" / "study.db").rename(tmp_path / "shared.db")
+    url, other = f"sqlite:///{database}", tmp_path / "other"
+    assert find_study("s", out=other, storage=url).config.folder == tmp_path / "s", "where its files are"
+    (tmp_path / "s").rename(tmp_path / "gone")
+    assert find_study("s", out=other, storage=url).config.folder == other / "s"
+    (other / "s").mkdir(parents=True)
+    (other / "s" / "study.db").touch()
+    with pytest.raises(InputError, match="another study of that name"):
+        find_study("s", out=other, storage=url)
+
+
+def test_to_look_at_a_study_does_not_load_torch() -> None:
+    code = "import sys, camri_tune.overview, camri_tune.tables; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_status_from_another_terminal(make: Make, tmp_path: Path) -> None:

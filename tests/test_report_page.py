@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from optuna.trial import TrialState as OptunaState
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.evidence import Evidence, kinds_of_images
-from camri_tune.overview import EVIDENCE, RESULT
+from camri_tune.overview import EVIDENCE, RESULT, find_study
 from camri_tune.report import write_report
 from camri_tune.search import parameter_importance
 from tests.command import camri_tune, result_of
@@ -155,7 +156,9 @@ def test_what_is_said_before_a_result_is_no_result(unfinished: Path, browser: "B
         text = page.locator("body").inner_text()
         assert "This study is not finished, and nothing works on it here." in text
         assert "#2, recall 84.00 %, accuracy 91.00 % on validation: a candidate, not a result" in " ".join(text.split())
-        assert "Go on with: camri-tune run --important 3" in " ".join(text.split())
+        go_on = re.search("Go on with: (camri-tune run .*)", text)
+        assert go_on
+        assert f"--out {unfinished.parents[1]}" in go_on[1], "elsewhere it would be another study"
         assert "Certified" not in text
         page.locator("summary").click()
         assert page.get_by_text("missed by 1.00").is_visible()
@@ -198,7 +201,7 @@ def test_the_verdict_stands_at_the_top(finished: tuple[Path, dict[str, Any]], br
 
 def test_the_images_are_those_that_test_decided(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
     folder, result = finished
-    evidence = Evidence.load(folder / EVIDENCE)
+    evidence = Evidence.load(folder / EVIDENCE, 10)
     assert evidence is not None
     matrix = evidence.confusion(1, 10)
     place = result["best"]["test"]["accuracy"]["values"]
@@ -249,6 +252,22 @@ def test_without_its_evidence_the_report_says_so(finished: tuple[Path, dict[str,
         assert camri_tune("report", folder).returncode == 0
 
 
+def test_names_of_classes_are_text(finished: tuple[Path, dict[str, Any]], browser: "Browser", tmp_path: Path) -> None:
+    """Folders name them, and anyone may have named the folders."""
+    folder = shutil.copytree(finished[0], tmp_path / "d")
+    hostile = [f"<img src=x onerror=alert({c})> & a name that is longer than any column" for c in range(10)]
+    path = folder / RESULT
+    path.write_text(json.dumps({**finished[1], "classes": hostile}))
+    store = find_study(str(folder), out=tmp_path, storage=None)
+    store.set("classes", hostile)
+    report = write_report(store)
+    for width in (360, 1200):
+        with _opened(browser, report, width) as page:
+            assert page.locator("img[src=x]").count() == 0
+            assert page.get_by_text("<img src=x onerror=alert(8)>").first.is_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
     """The page of a study that ended without a model: what is withdrawn is not shown."""
     folder, result = finished
@@ -261,13 +280,16 @@ def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Br
         "best": None,
         "accuracy_difference": None,
         "sentence": "No model at all.",
+        "provenance": [],
     }
     try:
         path.write_text(json.dumps(none))
         assert camri_tune("report", folder).returncode == 0
         with _opened(browser, folder / "report.html") as page:
             assert page.get_by_text("No model at all.").is_visible()
-            assert page.locator(".card").count() == 0
+            mean = result["baseline"]["test"]["recall"]["mean"]
+            assert page.locator(".card").first.get_by_text(f"{100 * mean:.2f} %").is_visible(), "how bad it is"
+            assert page.get_by_text("Every class under the baseline").is_visible()
             assert page.get_by_text("exported").count() == 0
     finally:
         path.write_text(whole)
