@@ -267,16 +267,23 @@ def _means(figure: go.Figure, settings: Sequence[_Mean], name: str, marker: dict
 
 def _focus(figure: go.Figure, overview: Overview, floor: float) -> None:
     """Show what is near the floor: a trial that went to pieces must not squeeze all others into a corner."""
-    values = sorted(100 * t.accuracy for t in overview.search if t.accuracy is not None and t.state == "complete")
-    if not values:
+    complete = [t for t in overview.search if t.state == "complete" and t.accuracy is not None]
+    if not complete:
         return
-    means = [100 * Figure(tuple(_columns(records)[0])).mean for records in overview.retrained.values()]
+    values = sorted(100 * _known(t.accuracy) for t in complete)
+    means = [[100 * Figure(tuple(v)).mean for v in _columns(records)] for records in overview.retrained.values()]
     if overview.baseline is not None:
-        means.append(100 * overview.baseline.accuracy)
-    lowest = min(values[len(values) // 4], floor, *means)
-    highest = max(values[-1], floor, *means)
+        measured = overview.baseline.measured(overview.important)
+        means.append([100 * measured.accuracy.mean, 100 * measured.recall.mean])
+    lowest = min(values[len(values) // 4], floor, *(accuracy for accuracy, _ in means))
+    highest = max(values[-1], floor, *(accuracy for accuracy, _ in means))
     room = max(highest - lowest, 0.2)
-    figure.update_xaxes(range=[lowest - 0.4 * room, min(highest + 0.25 * room, 100.2)])
+    left = lowest - 0.4 * room
+    figure.update_xaxes(range=[left, min(highest + 0.25 * room, 100.2)])
+    recalls = [100 * _known(t.recall) for t in complete if 100 * _known(t.accuracy) >= left]
+    recalls += [recall for _, recall in means]
+    room = max(max(recalls) - min(recalls), 1.0)
+    figure.update_yaxes(range=[min(recalls) - 0.2 * room, max(recalls) + 0.2 * room])
 
 
 def _log_ticks(values: Sequence[float]) -> dict[str, Any]:

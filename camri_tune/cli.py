@@ -214,14 +214,14 @@ def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any free one.")] = 8080,
 ) -> None:
     """Optuna's dashboard on a study, also while it runs, with the accuracy constraint and the feasible best."""
+    from camri_tune.console import Console  # noqa: PLC0415
     from camri_tune.dashboard import serve  # noqa: PLC0415
     from camri_tune.overview import find_study, read_overview  # noqa: PLC0415
-    from camri_tune.study_note import publish  # noqa: PLC0415
+    from camri_tune.stages import show  # noqa: PLC0415
 
     store = find_study(name, out=out, storage=storage)
-    overview = read_overview(store)
-    if not overview.running:  # a run keeps them fresh, unless it was killed
-        publish(overview, store)
+    if not read_overview(store).running:  # a run keeps them fresh, unless it was killed
+        show(store, Console())
     serve(store, host=host, port=port)
 
 

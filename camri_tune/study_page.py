@@ -135,11 +135,11 @@ def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -
         return []
     floor = f", {100 * overview.floor:.2f} %," if overview.floor is not None else ""
     models = (
-        f"{overview.schedule.folds} trainings" if overview.schedule and overview.schedule.folds > 1 else "a training"
+        f"{overview.schedule.folds} trainings" if overview.schedule and overview.schedule.folds > 1 else "one training"
     )
     parts = [
         "<h2>The search</h2>",
-        f'<p class="note">All on validation. Each small mark is a trial, {models}; baseline and finalists are means over seeds, with 95 % intervals over them. The floor{floor} is the baseline\'s mean '
+        f'<p class="note">All on validation. Each small mark is a trial ({models}); baseline and finalists are means over seeds, with 95 % intervals over them. The floor{floor} is the baseline\'s mean '
         f"accuracy{_tolerance(overview)}: what lies left of it gives up "
         "accuracy for recall.</p>",
         picture(charts.recall_accuracy(overview), "recall-accuracy"),
@@ -193,7 +193,7 @@ def _finalists(result: Mapping[str, Any]) -> str:
     head = "<tr><th>trial</th><th>recall</th><th>its lower bound</th><th>accuracy</th><th>what test said</th></tr>"
     return (
         f'<h2>Finalists</h2><p class="note">The best trials, trained again on {result["seeds"]} fresh seed(s): means ± sd '
-        "on validation.{order}</p>"
+        f"on validation.{order}</p>"
         f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
     )
 

@@ -195,6 +195,8 @@ def test_the_verdict_stands_at_the_top(finished: tuple[Path, dict[str, Any]], br
         assert page.get_by_text("exported setting, mean over fresh seeds").first.is_visible()
         number = page.locator("#recall-accuracy").get_by_text(f"#{result['best']['trial']}", exact=True)
         assert number.is_visible(), "the exported trial is named in the plane"
+        assert "in the order in which test judged them" in page.locator("body").inner_text()
+        assert not re.search(r"[{}]", page.locator("body").inner_text()), "an unfilled blank"
         for line in result["provenance"]:
             assert page.get_by_text(line).count() == 1
 
