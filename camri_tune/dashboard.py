@@ -28,11 +28,11 @@ from optuna.trial import TrialState as OptunaState
 from camri_tune.config import StudyConfig
 from camri_tune.errors import InputError
 from camri_tune.pruning import is_feasible
-from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
+from camri_tune.records import RECALL_CURVE
 from camri_tune.storage import StudyStore, masked
 
 OLD_CONSTRAINTS = "constraints"  # a list; the new format is one attribute for each, `constraints:KEY`
-UNSHOWN = ("confusion", ACCURACY_CURVE, RECALL_CURVE)  # long tables on one line, which squeeze a trial's page
+UNSHOWN = ("confusion", RECALL_CURVE)  # long tables on one line, which squeeze a trial's page
 UNKNOWN_CONSTRAINT = 1.0  # shown of a trial that lacks it: all of accuracy below the floor
 
 

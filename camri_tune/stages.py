@@ -28,7 +28,7 @@ from camri_tune.training import default_learning_rate
 from camri_tune.worker import LocalWorkers, worker_count
 
 ROUNDS_OF_FINALISTS = 2
-PUBLISH_SECONDS = 20.0
+PUBLISH_SECONDS = 20.0  # between two writings of a study's note and figures
 # An important class with fewer in validation is ranked on folds: those of `benchmarks/folds.py` have 2 groups.
 FEW_IMAGES, FEW_GROUPS = 20, 3
 Planned = TypeVar("Planned")
@@ -245,7 +245,7 @@ class Crew:
 
         def on_tick() -> None:
             self._console.update(stage, records)
-            self._publish(studies, PUBLISH_SECONDS)
+            self._publish(studies, PUBLISH_SECONDS * len(studies))
 
         self._workers.wait(finished, on_tick)
         self._publish(studies)
