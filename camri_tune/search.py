@@ -320,4 +320,6 @@ def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, flo
 
 def _reason(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+    # Libraries colour their messages, or break them into lines; this one is shown in tables.
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"

@@ -138,7 +138,8 @@ class StudyStore:
         except KeyError:
             known = [n for n in optuna.get_all_study_names(storage) if not n.endswith(STAGE_SUFFIXES)]
             raise InputError(
-                f"study {name!r} is not in this storage, which has {', '.join(map(repr, known)) or 'no studies'}"
+                f"study {name!r} is not in this storage, which has {', '.join(map(repr, known)) or 'no studies'}; "
+                f"give the name under which it was started"
             ) from None
         if "config" not in attributes:
             raise InputError(f"study {name!r} was not made by camri-tune run; start it with that command first")

@@ -565,6 +565,30 @@ def test_the_password_of_a_database_is_not_shown_and_other_addresses_are_warned_
     assert "delete" in warning
 
 
+def test_a_whole_run_on_postgresql_can_be_looked_at_and_keeps_its_password(postgres: str, tmp_path: Path) -> None:
+    password = sqlalchemy.make_url(postgres).password
+    assert password
+    small = ["--epochs", "1", "--trials", "2", "--seeds", "1", "--tolerance", "100", "--limit", "200", "--name", "pg"]
+    done = camri_tune("run", *small, "--important", "8", "--storage", postgres, "--out", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    said = [done.stdout + done.stderr]
+    for command in ("status", "report"):
+        done = camri_tune(command, "pg", "--out", tmp_path, CAMRI_STORAGE=postgres)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout + done.stderr)
+    assert "pg: finished" in said[1]
+    assert not (tmp_path / "pg" / "study.db").exists()
+    with _serving("pg", "--out", tmp_path, CAMRI_STORAGE=postgres) as served:
+        detail = _fetch(served.url.replace("/dashboard/studies/", "/api/studies/"))
+    assert len(detail["trials"]) == 2
+    assert len(detail["best_trials"]) == 1
+    said += [json.dumps(detail), served.said]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert (tmp_path / "pg" / "report.html") in files
+    assert not [path for path in files if password.encode() in path.read_bytes()]
+    assert not [text for text in said if password in text]
+
+
 def test_a_port_that_is_taken_is_one_line(store: StudyStore, config: StudyConfig) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -624,6 +624,7 @@ def test_real_traffic_signs_end_to_end(gtsrb_dir: Path, tmp_path: Path) -> None:
     assert 4_000 - 30 < result["images"]["train"] <= 4_000
     assert result["images"]["validation"] == 7_830, "a limit is for training"
     assert result["baseline"]["test"]["accuracy"]["mean"] > 0.3
+    assert (tmp_path / "gtsrb-camri-Stop" / "report.html").stat().st_size < 10e6
     bundle = tmp_path / "gtsrb-camri-Stop" / "best"
     figures = json.loads(camri_tune("evaluate", bundle, "--data", gtsrb_dir, "--json").stdout)
     assert figures["matches_stored"]

@@ -250,7 +250,7 @@ def test_studies_whose_names_look_like_queues_do_not_mix(config: StudyConfig, di
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are(store: StudyStore, config: StudyConfig) -> None:
     storage = open_storage(storage_url(config))
-    with pytest.raises(InputError, match=r"^study 'other' is not in this storage, which has 'study'$"):
+    with pytest.raises(InputError, match=r"^study 'other' is not in this storage, which has 'study'; give "):
         StudyStore.existing(storage, "other")
     optuna.create_study(storage=storage, study_name="theirs")
     with pytest.raises(InputError, match=r"^study 'theirs' was not made by camri-tune run; [^\n]*$"):
