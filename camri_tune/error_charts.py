@@ -70,9 +70,9 @@ def errors_of(evidence: Evidence, classes: Sequence[str], important: Sequence[in
     heights = [max(len(rows), 1) for rows in places]
     figure = make_subplots(
         rows=2,
-        subplot_titles=("the important class's images, taken for …", "taken for it: images of …"),
+        subplot_titles=("missed, and taken for …", "false alarms: images of …"),
         row_heights=heights,
-        vertical_spacing=90 / (170 + 34 * sum(heights)),
+        vertical_spacing=90 / (195 + 34 * sum(heights)),
     )
     for row, (counts, rows) in enumerate(zip((missed, alarms), places, strict=True), start=1):
         sides = ((AFTER, "exported model", GREEN, ""), (BEFORE, "baseline model", INK, "/"))
@@ -94,7 +94,8 @@ def errors_of(evidence: Evidence, classes: Sequence[str], important: Sequence[in
     figure.update_xaxes(rangemode="tozero")
     figure.update_xaxes(title="images of test", row=2)
     figure.update_yaxes(type="category")
-    return dressed(figure, None, None, height=170 + 34 * sum(heights))
+    figure.update_annotations(font={"size": 13})
+    return dressed(figure, None, None, height=195 + 34 * sum(heights), top=95)
 
 
 def recall_of_classes(

@@ -231,7 +231,7 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         "<h2>The important class's errors</h2>",
         f'<p class="note">The exported model (seed {result["best"]["exported"]["seed"]}) beside the baseline model '
         f"(seed {result['best']['exported']['compared_with_seed']}) on the same {n:,} test images.</p>",
-        picture(error_charts.errors_of(evidence, classes, important), "errors", wide=True),
+        picture(error_charts.errors_of(evidence, classes, important), "errors"),
         *_gallery(evidence, classes, important),
         "<h2>Confusion</h2>",
         '<p class="note">Errors alone: what share of each true class was taken for another. The important class is '
