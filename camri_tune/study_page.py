@@ -16,7 +16,7 @@ from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
 from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, TrialRecord
+from camri_tune.records import Figure, TrialRecord, named
 
 VERDICTS = {
     "certified": ("✓", "Certified", "good"),
@@ -96,7 +96,7 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
     note = "In brackets 95 % intervals over seeds."
     if best is not None:
         exported = best["exported"]["test"]
-        shares = {f"recall of {_named(int(c), result['classes'])}": share for c, share in exported["recall"].items()}
+        shares = {f"recall of {named(int(c), result['classes'])}": share for c, share in exported["recall"].items()}
         for name, share in {**shares, "accuracy": exported["accuracy"]}.items():
             rows.append(
                 f"<tr><td>exported model alone: {escape(name)} on test</td><td></td><td>{_share(share)}</td></tr>"
@@ -117,7 +117,7 @@ def _gains(result: Mapping[str, Any], name: str) -> str:
     """What was gained over all seeds; of recall for each important class by itself."""
     found = result["best"]["over_seeds"][f"{name}_difference"]
     by_class = (
-        {f" of {_named(int(c), result['classes'])}": gain for c, gain in found.items()} if name == "recall" else {}
+        {f" of {named(int(c), result['classes'])}": gain for c, gain in found.items()} if name == "recall" else {}
     )
     return "; ".join(
         f"{100 * gain['mean']:+.2f} points{escape(whose) if len(by_class) > 1 else ''} over {result['seeds']} seed(s)"
@@ -216,7 +216,7 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         return ["<h2>Every class under the baseline</h2>", f'<p class="note">{over}</p>', drawn]
     after = [_figure(f) for f in result["best"]["test"]["recall_per_class"]]
     changes = sorted((100 * (new.mean - old.mean), c) for c, (new, old) in enumerate(zip(after, before, strict=True)))
-    losers = [f"{_named(c, classes)} ({change:+.2f} points)" for change, c in changes[:3] if change < 0]
+    losers = [f"{named(c, classes)} ({change:+.2f} points)" for change, c in changes[:3] if change < 0]
     note = f"Most was lost by {', '.join(losers)}." if losers else "No class lost recall."
     parts = [
         "<h2>Every class, before and after</h2>",
@@ -251,12 +251,12 @@ def _gallery(evidence: Evidence, classes: Sequence[str], important: list[int]) -
         "still missed": lambda row: f"taken for {name(AFTER, row)}",
         "newly caught": lambda row: f"was taken for {name(BEFORE, row)}",
         "newly lost": lambda row: f"now taken for {name(AFTER, row)}",
-        "new false alarms": lambda row: f"a {_named(int(evidence.labels[row]), classes)}",
-        "false alarms no more": lambda row: f"a {_named(int(evidence.labels[row]), classes)}",
+        "new false alarms": lambda row: f"a {named(int(evidence.labels[row]), classes)}",
+        "false alarms no more": lambda row: f"a {named(int(evidence.labels[row]), classes)}",
     }
 
     def name(side: int, row: int) -> str:
-        return _named(int(evidence.answers[side][row]), classes)
+        return named(int(evidence.answers[side][row]), classes)
 
     place = {int(row): k for k, row in enumerate(evidence.rows)}
     parts = []
@@ -351,7 +351,3 @@ def _points_interval(interval: Sequence[float] | None) -> str:
 
 def _params(params: Mapping[str, float]) -> str:
     return escape(", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items())))
-
-
-def _named(c: int, classes: Sequence[str]) -> str:
-    return classes[c] if classes[c] == str(c) else f"{c} {classes[c]}"
