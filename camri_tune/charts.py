@@ -26,7 +26,7 @@ from camri_tune.chart_style import (
     dressed,
 )
 from camri_tune.overview import Overview
-from camri_tune.records import EpochScores, Figure, TrialRecord
+from camri_tune.records import EpochScores, Figure, TrialRecord, parameters
 from camri_tune.search import SPACES, parameter_names
 
 _ARROW: dict[str, Any] = {"showarrow": True, "arrowhead": 0, "ax": 0, "ay": -28, "font": {"size": 12}}
@@ -211,7 +211,7 @@ def _trials(
 ) -> None:
     texts = [
         f"#{t.number}: recall {100 * _known(t.recall):.2f} %, accuracy {100 * _known(t.accuracy):.2f} %<br>"
-        + ", ".join(f"{key} {value:.3g}" for key, value in sorted(t.params.items()))
+        + parameters(t.params)
         for t in trials
     ]
     figure.add_scatter(

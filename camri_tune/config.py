@@ -18,9 +18,10 @@ MOST_FINALISTS = 5
 MOST_FOLDS = 5
 STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
 
-# What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 # Seeds that no two studies and no two uses share: what chose a setting is never what it is judged with.
 SEEDS_APART, TUNING_SEED_OFFSET = 100_000, 20_000
+
+# What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 EXECUTION_FIELDS = frozenset({"trials", "calibrate", "workers", "device", "storage", "name", "out", "data_dir"})
 
 

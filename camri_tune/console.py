@@ -16,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from camri_tune.progress import ENDED, STAGE_TITLES, Schedule, done, duration, seconds_left, total
-from camri_tune.records import TrialRecord
+from camri_tune.records import TrialRecord, parameters
 from camri_tune.selection import finalists
-from camri_tune.tables import parameters
 
 
 class Console:

@@ -105,11 +105,10 @@ def _constraints(trial: FrozenTrial) -> list[float]:
 
 
 def _shown(trial: FrozenTrial, constrained: bool) -> FrozenTrial:
-    constraints = _constraints(trial) if OLD_CONSTRAINTS not in trial.system_attrs else []
+    if OLD_CONSTRAINTS in trial.system_attrs:
+        return _ShownTrial.of(trial, [])
     ended = trial.state in (OptunaState.COMPLETE, OptunaState.PRUNED)
-    if constrained and ended and not constraints and OLD_CONSTRAINTS not in trial.system_attrs:
-        constraints = [UNKNOWN_CONSTRAINT]
-    return _ShownTrial.of(trial, constraints)
+    return _ShownTrial.of(trial, _constraints(trial) or ([UNKNOWN_CONSTRAINT] if constrained and ended else []))
 
 
 class StudyArtifacts:

@@ -59,6 +59,7 @@ class Judge:
         self._important = important
         self._model = model
         self._device = device
+        self._baseline_right: dict[tuple[int, int], NDArray[np.bool_] | None] = {}  # of validation, by trial and fold
 
     @cached_property
     def test(self) -> Images:
@@ -107,6 +108,10 @@ class Judge:
         """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
         classifier = self._classifier(record, loss)
         return None if classifier is None else predict_logits(classifier, images.pixels, self._device)
+
+    def _right(self, record: TrialRecord, loss: Loss, images: Images) -> NDArray[np.bool_] | None:
+        logits = self.logits(record, loss, images)
+        return None if logits is None else (logits.argmax(dim=1) == images.labels).numpy()
 
     def _classifier(self, record: TrialRecord, loss: Loss) -> Classifier | None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -193,10 +198,12 @@ class Judge:
         found: list[tuple[Images, NDArray[np.bool_], NDArray[np.bool_]]] = []
         for ours, theirs in zip(new.records, old.records, strict=True):
             images = self._data.fold(ours.fold)[1]
-            logits = [self.logits(record, head, images) for record, head in ((ours, loss), (theirs, "ce"))]
-            if logits[0] is None or logits[1] is None:
+            key = theirs.number, ours.fold  # every finalist is compared with the same baseline
+            if key not in self._baseline_right:
+                self._baseline_right[key] = self._right(theirs, "ce", images)
+            right, old_right = self._right(ours, loss, images), self._baseline_right[key]
+            if right is None or old_right is None:
                 return None
-            right, old_right = ((part.argmax(dim=1) == images.labels).numpy() for part in logits if part is not None)
             found.append((images, right, old_right))
         return _Tracks(self._data.hidden_group_size, found, [r.fold for r in new.records], new.place)
 

@@ -65,7 +65,7 @@ class Overview:
     @property
     def best(self) -> TrialRecord | None:
         """The best feasible trial so far: a candidate, not a result."""
-        return next((t for t in finalists(self.search, 1) if t.feasible), None)
+        return next(iter(finalists(self.search, 1)), None)
 
     @property
     def baseline(self) -> Baseline | None:

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from camri_tune.records import Figure
+from camri_tune.records import Figure, parameters
 from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Table, below, best_of, legend
 
 # Okabe and Ito's colours: told apart by the colour-blind, too.
@@ -153,8 +153,7 @@ def _column(cells: Sequence[Cell]) -> str:
 
 
 def _parameters(cell: Cell) -> str:
-    text = ", ".join(f"{name} {value:.3g}" for name, value in sorted(cell.params.items()))
-    return f"<small>{escape(text)}</small>"
+    return f"<small>{escape(parameters(cell.params))}</small>"
 
 
 def _scores(outcome: Outcome | None) -> tuple[str, str]:

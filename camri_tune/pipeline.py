@@ -87,8 +87,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
         notices.append(notice)
     if folds != first:
         # The models on fold 0 ranked the classes; those whose seeds belong there stay.
-        on_others = sum(index % folds > 0 for index in range(max(config.seeds, folds)))
-        crew.on_folds(folds, more_baselines=on_others)
+        crew.on_folds(folds, more_baselines=stages.baselines_on_other_folds(folds))
         baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, important)
     return baseline, notices + _describe(stages, baseline, console)

@@ -177,6 +177,11 @@ def named(c: int, classes: Sequence[str] | Mapping[int, str]) -> str:
     return str(c) if classes[c] == str(c) else f"{c} ({classes[c]})"
 
 
+def parameters(params: Mapping[str, float]) -> str:
+    """A trial's parameters in a line."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))
+
+
 def biases_of(params: Mapping[str, float]) -> dict[int, float]:
     """What calibration adds to the logit of each class, if anything."""
     return {int(name.removeprefix(BIAS)): value for name, value in params.items() if name.startswith(BIAS)}

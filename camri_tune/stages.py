@@ -158,13 +158,16 @@ class Stages:
             return 1, None
         if not self.data.has_folds:
             return 1, f"{text}: add some, or give no folder for validation, and folds of the training images are used."
-        # Of the baseline's models those on the first fold are there already.
-        more = sum(index % MOST_FOLDS > 0 for index in range(max(config.seeds, MOST_FOLDS)))
+        more = self.baselines_on_other_folds(MOST_FOLDS)
         return MOST_FOLDS, (
             f"{text}: each trial trains on {MOST_FOLDS} folds instead of one split, at {MOST_FOLDS} times the cost "
             f"({config.trials * MOST_FOLDS} trainings in the search instead of {config.trials}, and {more} more of the "
             f"baseline; --folds 1 for one split)."
         )
+
+    def baselines_on_other_folds(self, folds: int) -> int:
+        """How many models a baseline on so many folds needs beside those on the first, which are there already."""
+        return sum(index % folds > 0 for index in range(max(self.config.seeds, folds)))
 
     def too_few_to_rank(self, important: tuple[int, ...]) -> str | None:
         """Which important class has too few validation images or groups to rank trials by, in words; None: none has."""

@@ -16,7 +16,7 @@ from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
 from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, TrialRecord, named
+from camri_tune.records import Figure, TrialRecord, named, parameters
 
 VERDICTS = {
     "certified": ("✓", "Certified", "good"),
@@ -139,9 +139,9 @@ def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -
     )
     parts = [
         "<h2>The search</h2>",
-        f'<p class="note">All on validation. Each small mark is a trial ({models}); baseline and finalists are means over seeds, with 95 % intervals over them. The floor{floor} is the baseline\'s mean '
-        f"accuracy{_tolerance(overview)}: what lies left of it gives up "
-        "accuracy for recall.</p>",
+        f'<p class="note">All on validation. Each small mark is a trial ({models}); baseline and finalists are means over '
+        f"seeds, with 95 % intervals over them. The floor{floor} is the baseline's mean accuracy{_tolerance(overview)}: what "
+        "lies left of it gives up accuracy for recall.</p>",
         picture(charts.recall_accuracy(overview), "recall-accuracy"),
         "<h3>How it went</h3>",
         picture(charts.search_history(overview), "search-history"),
@@ -350,4 +350,4 @@ def _points_interval(interval: Sequence[float] | None) -> str:
 
 
 def _params(params: Mapping[str, float]) -> str:
-    return escape(", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items())))
+    return escape(parameters(params))

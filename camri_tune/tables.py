@@ -1,7 +1,5 @@
 """What the terminal shows of a study, a result and a comparison: tables and plain lines."""
 
-from collections.abc import Mapping
-
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -9,7 +7,7 @@ from rich.text import Text
 
 from camri_tune.overview import Overview
 from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, named
+from camri_tune.records import Figure, named, parameters
 from camri_tune.result import Result, Side
 from camri_tune.table1 import TITLES, Outcome, below, best_of
 from camri_tune.table1 import Table as Comparison
@@ -159,8 +157,3 @@ def _cell(figure: Figure | None) -> str:
 
 def _share(value: float, interval: tuple[float, float]) -> str:
     return f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
-
-
-def parameters(params: Mapping[str, float]) -> str:
-    """A trial's parameters in a line."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))
