@@ -1,4 +1,8 @@
-"""An exported model on disk: weights as safetensors, the rest as JSON. Reading one never executes code from it."""
+"""An exported model on disk: weights as safetensors, the rest as JSON.
+
+A bundle may come from anybody. Reading one executes no code from it, opens nothing outside its folder, builds nothing
+larger than its weights, and lets nothing through that could act on a terminal.
+"""
 
 import json
 import os
@@ -8,17 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from camri_tune.config import Model
+from camri_tune.config import Model, is_printable, printable
 from camri_tune.errors import BundleError
 from camri_tune.files import sha256
+from camri_tune.folders import is_class_name
 from camri_tune.losses import CrossEntropyLoss, Head, NormFaceLoss
 from camri_tune.models import Classifier, build_body
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
+MOST_HEADER = 2**20  # bytes of the list of tensors; ours take 4,000
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 
 class ModelSpec(BaseModel):
@@ -33,6 +42,15 @@ class ModelSpec(BaseModel):
     head: Literal["dense", "cosine"]
     scale: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: dict[int, FiniteFloat] = Field(default_factory=dict)
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_have_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if odd := [name for name in value if not is_class_name(name)]:
+            raise ValueError(f"must be names as a folder can have, without control characters, which {odd[0]!r} is not")
+        if len(set(value)) < len(value):
+            raise ValueError("must differ from each other")
+        return value
 
     @field_validator("logit_bias")
     @classmethod
@@ -50,10 +68,10 @@ class BundleConfig(BaseModel):
 
     schema_version: Literal[1] = Field(1, alias="schema")
     spec: ModelSpec
-    important: tuple[int, ...]
-    dataset: str
+    important: tuple[int, ...] = Field(min_length=1)
+    dataset: str = Field(min_length=1, max_length=4096)
     dataset_fingerprint: str
-    seed: int
+    seed: int = Field(ge=0, lt=2**31)
     skip_corrupt: bool
     weights_sha256: str = ""  # filled in when the bundle is written
     input: str = (
@@ -67,6 +85,15 @@ class BundleConfig(BaseModel):
         classes = info.data["spec"].classes if "spec" in info.data else ()
         if classes and not all(0 <= c < len(classes) for c in value):
             raise ValueError(f"must be indices from 0 to {len(classes) - 1}")
+        if len(set(value)) < len(value):
+            raise ValueError("must differ from each other")
+        return value
+
+    @field_validator("dataset")
+    @classmethod
+    def _dataset_is_printable(cls, value: str) -> str:
+        if not is_printable(value):
+            raise ValueError("must have no control characters")
         return value
 
 
@@ -90,65 +117,138 @@ def save_weights(classifier: Classifier, path: Path) -> None:
 
 
 def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
-    """Rebuild a classifier from its spec and weights. Raises BundleError where they do not fit each other."""
-    body = build_body(spec.model, channels=spec.channels, image_size=spec.image_size)
-    head: Head
-    if spec.head == "dense":
-        head = CrossEntropyLoss(len(spec.classes), body.embedding_size)
-    else:
-        if spec.scale is None:
-            raise BundleError(f"{path.parent / CONFIG} has a cosine head without its scale; export the model again")
-        head = NormFaceLoss(len(spec.classes), body.embedding_size, spec.scale)
-    classifier = Classifier(body, head, spec.logit_bias)
+    """Rebuild a classifier from its spec and weights. Raises BundleError where they do not fit each other.
+
+    They are compared before it takes any memory: a spec can ask for more than there is.
+    """
+    if spec.head == "cosine" and spec.scale is None:
+        raise BundleError(f"{str(path.parent / CONFIG)!r} has a cosine head without its scale; export the model again")
     try:
-        classifier.load_state_dict(load_file(path))
+        with torch.device("meta"):  # shapes without memory
+            classifier = _build(spec)
+        if reason := _why_unfit(path, classifier.state_dict()):
+            raise BundleError(f"weights {str(path)!r} are not this model's ({reason}); export them again")
+        classifier.to_empty(device="cpu").load_state_dict(load_file(path))  # all there is in it is among the weights
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()))
         raise BundleError(
             f"weights {str(path)!r} cannot be read for this model ({reason}); export them again"
         ) from None
     return classifier.eval()
 
 
+def _build(spec: ModelSpec) -> Classifier:
+    body = build_body(spec.model, channels=spec.channels, image_size=spec.image_size)
+    head: Head
+    if spec.scale is None or spec.head == "dense":
+        head = CrossEntropyLoss(len(spec.classes), body.embedding_size)
+    else:
+        head = NormFaceLoss(len(spec.classes), body.embedding_size, spec.scale)
+    return Classifier(body, head, spec.logit_bias)
+
+
+def _why_unfit(path: Path, expected: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with the tensors that a file of weights lists, none of which is read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MOST_HEADER:
+        return f"its list of tensors is {length:,} bytes long, but at most {MOST_HEADER:,} are read"
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        for name, tensor in expected.items():
+            if name not in found:
+                return f"they lack {name!r}"
+            dtype, shape = found[name].get_dtype(), found[name].get_shape()
+            if (dtype, shape) != (_DTYPES[tensor.dtype], [*tensor.shape]):
+                needed = f"{_DTYPES[tensor.dtype]} {[*tensor.shape]}"
+                return printable(f"{name!r} is {dtype} {shape}, but the model has {needed}")
+        if more := found.keys() - expected.keys():
+            return printable(f"the model has no {min(more)!r}")
+    return None
+
+
 def write_bundle(folder: Path, *, weights: Path, config: BundleConfig, metrics: Mapping[str, Any], card: str) -> None:
-    """Write a bundle whole or not at all: under a temporary name beside `folder`, then renamed over it."""
+    """Write a bundle whole or not at all: under a temporary name beside `folder`, then renamed over it.
+
+    Only a bundle is replaced, or a link, which is removed with what it leads to left alone. Raises BundleError where
+    anything else is in the way, which a study file from elsewhere could have aimed at.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    replaceable = folder.is_symlink() or all((folder / name).is_file() for name in (WEIGHTS, CONFIG))
+    if os.path.lexists(folder) and not replaceable:
+        raise BundleError(f"{str(folder)!r} is in the way of the exported model, and is none itself; move it elsewhere")
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    partial = scratch / "new"
     try:
-        partial.chmod(0o755)  # mkdtemp makes it private; a bundle is as readable as what stands around it
+        partial.mkdir(mode=0o755)
         shutil.copyfile(weights, partial / WEIGHTS)
         config = config.model_copy(update={"weights_sha256": sha256(partial / WEIGHTS)})
-        (partial / CONFIG).write_text(config.model_dump_json(indent=2, by_alias=True) + "\n")
-        (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
-        (partial / CARD).write_text(card)
-        if folder.exists():
-            shutil.rmtree(folder)
+        (partial / CONFIG).write_text(config.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
+        (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (partial / CARD).write_text(card, encoding="utf-8")
+        if os.path.lexists(folder):
+            os.replace(folder, scratch / "old")
         os.replace(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Read a bundle that `write_bundle` wrote. Raises BundleError, naming what is missing or wrong."""
+    """Read a bundle that `write_bundle` wrote. Raises BundleError, naming what is missing or wrong.
+
+    The folder may be a link; its files must lie in it.
+    """
     for name in (WEIGHTS, CONFIG, METRICS):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise BundleError(
-                f"{str(folder)!r} is not an exported model: it has no {name}; give a folder such as runs/NAME/best"
+                f"{str(folder)!r} is not an exported model: it has no file {name}; give a folder such as runs/NAME/best"
             )
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise BundleError(
+                f"{str(folder / name)!r} is a link that leads out of the exported model; put the file itself there"
+            )
+    config_path, metrics_path = folder / CONFIG, folder / METRICS
     try:
-        config = BundleConfig.model_validate_json((folder / CONFIG).read_text())
-        metrics = json.loads((folder / METRICS).read_text())
+        config = BundleConfig.model_validate_json(_content(config_path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{folder / CONFIG}: {key}: {first['msg']}; export the model again") from None
-    except (ValueError, OSError) as error:
-        raise BundleError(f"{str(folder)!r} cannot be read ({error}); export the model again") from None
-    if not isinstance(metrics, dict):
+        reason = f"{key}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        raise BundleError(f"{str(config_path)!r}: {printable(reason)}; export the model again") from None
+    try:
+        metrics = json.loads(_content(metrics_path), parse_constant=_no_number, parse_int=_whole_number)
+    except RecursionError:
+        raise BundleError(f"{str(metrics_path)!r} is nested too deeply; export the model again") from None
+    except ValueError as error:
         raise BundleError(
-            f"{folder / METRICS} must hold an object, not {type(metrics).__name__}; export the model again"
+            f"{str(metrics_path)!r} cannot be read ({printable(str(error))}); export the model again"
+        ) from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("test", {}), dict):
+        raise BundleError(
+            f"{str(metrics_path)!r} must hold an object, and an object for its 'test'; export the model again"
         )
     classifier = load_classifier(folder / WEIGHTS, config.spec)
     if sha256(folder / WEIGHTS) != config.weights_sha256:
-        raise BundleError(f"{folder / WEIGHTS} was altered after it was written; export the model again")
+        raise BundleError(f"{str(folder / WEIGHTS)!r} was altered after it was written; export the model again")
     return Bundle(classifier, config, metrics)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_JSON + 1)
+    except OSError as error:
+        raise BundleError(f"{str(path)!r} cannot be read ({error.strerror}); export the model again") from None
+    if len(content) > MOST_JSON:
+        raise BundleError(f"{str(path)!r} is longer than {MOST_JSON:,} bytes, which no exported model's is")
+    return content
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:  # more than 64 bits, which no figure has and no float may be able to hold
+        raise ValueError(f"it holds a number of {len(digits):,} digits")
+    return int(digits)

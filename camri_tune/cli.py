@@ -45,6 +45,19 @@ FinalistsOption = Annotated[
     typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
 ]
 
+WorkersPerGpuOption = Annotated[int | None, typer.Option(help="Workers that share a GPU (default: 1).")]
+LauncherOption = Annotated[
+    str | None, typer.Option(help="local: workers are processes here. ray: Ray places them on its cluster.")
+]
+RayAddressOption = Annotated[
+    str | None, typer.Option(help="Ray's cluster, as for ray.init (default: $RAY_ADDRESS, else one on this machine).")
+]
+GpusPerTrialOption = Annotated[float | None, typer.Option(help="Share of a GPU that each of Ray's workers gets.")]
+ArtifactsOption = Annotated[
+    str | None,
+    typer.Option(help="Where checkpoints go: a folder or s3://bucket/prefix (default: the study's own folder)."),
+]
+
 StudyArgument = Annotated[
     str | None, typer.Argument(help="A study's name, or its folder (default: the one worked on last).")
 ]
@@ -85,7 +98,12 @@ def run(
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
     workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
+    workers_per_gpu: WorkersPerGpuOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    launcher: LauncherOption = None,
+    ray_address: RayAddressOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    artifacts: ArtifactsOption = None,
     storage: Annotated[str | None, typer.Option(help="Database URL (default: SQLite in the study's folder).")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study and of its folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
@@ -131,7 +149,12 @@ def compare(
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
     workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
+    workers_per_gpu: WorkersPerGpuOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    launcher: LauncherOption = None,
+    ray_address: RayAddressOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    artifacts: ArtifactsOption = None,
     storage: Annotated[str | None, typer.Option(help="Database URL (default: SQLite in the folder).")] = None,
     name: Annotated[str, typer.Option(help="Name of the comparison and of its folder.")] = "compare",
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
@@ -189,20 +212,39 @@ def report(
 @app.command()
 def worker(
     study: Annotated[str, typer.Option(help="Name of the study to join.")],
-    storage: Annotated[str | None, typer.Option(help="Its database URL (or set $CAMRI_STORAGE).")] = None,
+    storage: Annotated[str | None, typer.Option(envvar="CAMRI_STORAGE", help="Its database URL.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU (default: PyTorch's own).")] = None,
     data_dir: DataDirOption = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds to wait for the study to be there, and for a run to go on with it."),
+    ] = 0.0,
 ) -> None:
     """Join a study with one more process, on any machine that reaches its storage and its files."""
     from camri_tune.errors import InputError  # noqa: PLC0415
-    from camri_tune.storage import STORAGE_VARIABLE  # noqa: PLC0415
-    from camri_tune.worker import work  # noqa: PLC0415
+    from camri_tune.trials import StoppedError  # noqa: PLC0415
+    from camri_tune.worker import stopping_on_signals, work  # noqa: PLC0415
 
-    url = storage or os.environ.get(STORAGE_VARIABLE)
-    if not url:
-        raise InputError(f"no storage: give --storage URL, or set {STORAGE_VARIABLE}")
+    if not storage:
+        raise InputError("no storage: give --storage URL, or set CAMRI_STORAGE")
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
-    work(storage_url=url, name=study, device=device, data_dir=data_dir, index=os.getpid())
+    index = int.from_bytes(os.urandom(3)) + 1_000
+    with stopping_on_signals() as stop:
+        try:
+            work(
+                storage_url=storage,
+                name=study,
+                device=device,
+                threads=threads,
+                data_dir=data_dir,
+                index=index,
+                patience=wait,
+                asked_to_stop=stop,
+            )
+        except StoppedError as reason:
+            print(f"camri-tune: {reason}: the training at hand was saved and given back", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
 
 
 @app.command()

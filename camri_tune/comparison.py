@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
+from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.differences import Known, SeedDifference
 from camri_tune.errors import CamriTuneError, InputError
@@ -29,7 +30,7 @@ from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
-from camri_tune.storage import StudyStore, open_storage, storage_url
+from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
 from camri_tune.training import pick_device
 
@@ -119,11 +120,10 @@ def _one_dataset(
                 store = StudyStore.create(storage, mine, data, within=head.store)
                 study = Stages(mine, data, store)
                 study.adopt(baseline, classes)
-                study.plan_search(baseline)
                 shown[label] = study
                 for c in classes:
                     studies[c, loss] = Stages(mine, data, store, important=(c,))
-        crew.finish("search", shown)
+        crew.search(shown, baseline)
 
         def finalists() -> dict[tuple[int, Loss], dict[int, list[TrialRecord]]] | None:
             plans = {key: _planned(study, baseline, protocol) for key, study in studies.items()}

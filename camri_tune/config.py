@@ -1,7 +1,10 @@
 """The typed record of a study: one source for command-line flags, study files and what is stored with the study."""
 
+import errno
+import os
 import re
 import shlex
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,17 +15,27 @@ from camri_tune.errors import InputError
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = Literal["compact", "paper-cnn"]
+Launcher = Literal["local", "ray"]
 BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 
 MOST_FINALISTS = 5
 MOST_FOLDS = 5
-STAGE_SUFFIXES = (".baseline", ".finalists")  # a run's two other queues, named after the study
+STAGE_SUFFIXES = (".baseline", ".finalists", ".runs")  # what else a run keeps in its storage, named after the study
 
 # Seeds that no two studies and no two uses share: what chose a setting is never what it is judged with.
 SEEDS_APART, TUNING_SEED_OFFSET = 100_000, 20_000
 
+MOST_STUDY_FILE = 2**14  # bytes: a study has some twenty keys, and to parse 64 KiB of hostile TOML takes 10 s
+MOST_SHOWN = 300  # characters of foreign text in a message
+# What acts on a terminal or a page instead of standing there: control characters, what turns the direction of writing,
+# and what stands for bytes that are not UTF-8.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
-EXECUTION_FIELDS = frozenset({"trials", "calibrate", "workers", "device", "storage", "name", "out", "data_dir"})
+EXECUTION_FIELDS = frozenset(
+    {"trials", "calibrate", "workers", "workers_per_gpu", "device", "launcher", "ray_address", "gpus_per_trial"}
+    | {"storage", "artifacts", "name", "out", "data_dir"}
+)
 
 
 class StudyConfig(BaseModel):
@@ -55,8 +68,13 @@ class StudyConfig(BaseModel):
     skip_corrupt: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int | Literal["auto"] = "auto"
+    workers_per_gpu: int = Field(1, ge=1, le=64)
     device: str = "auto"
+    launcher: Launcher = "local"
+    ray_address: str | None = None
+    gpus_per_trial: float = Field(1.0, gt=0.0, le=1.0, allow_inf_nan=False)
     storage: str | None = None
+    artifacts: str | None = Field(None, min_length=1)
     name: str | None = None
     out: Path = Path("runs")
 
@@ -72,7 +90,16 @@ class StudyConfig(BaseModel):
         return tokens
 
     @field_validator(
-        "trials", "epochs", "seeds", "finalists", "image_size", "limit", "per_group", "seed", mode="before"
+        "trials",
+        "epochs",
+        "seeds",
+        "finalists",
+        "image_size",
+        "limit",
+        "per_group",
+        "seed",
+        "workers_per_gpu",
+        mode="before",
     )
     @classmethod
     def _truth_is_no_count(cls, value: Any) -> Any:
@@ -103,7 +130,7 @@ class StudyConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
 
@@ -134,12 +161,17 @@ class StudyConfig(BaseModel):
     @property
     def source_name(self) -> str:
         """The data set's name, for a folder that folder's own."""
-        return self.dataset if self.dataset in BUILT_IN_DATASETS else Path(self.dataset).resolve().name
+        return self.dataset if self.dataset in BUILT_IN_DATASETS else Path(os.path.realpath(self.dataset)).name
 
     @property
     def folder(self) -> Path:
         """Where this study's files go."""
         return self.out / self.study_name
+
+    @property
+    def artifacts_url(self) -> str:
+        """Where the files of its trials go: a folder or a URL."""
+        return self.artifacts or str(self.folder / "artifacts")
 
     def replicate_seed(self, index: int) -> int:
         """The seed of the index-th repetition; baseline and finalists share it, which pairs them."""
@@ -163,20 +195,27 @@ class StudyConfig(BaseModel):
     def build(cls, values: dict[str, Any], source: str = "command line") -> Self:
         """Check `values`; an error is one line that names the key, the value, the rule and where it stands."""
         try:
-            return cls(**values)
+            config = cls(**values)
         except ValidationError as error:
             raise InputError(_one_line(error, cls, source)) from None
+        for key in ("dataset", "data_dir", "out", "artifacts"):
+            path = str(getattr(config, key))
+            if reason := _why_no_path(path):
+                rule = f"be a path that can be opened, which this one cannot: {reason}"
+                raise InputError(f"{_place(key, source)} is {_shown(path)}, but should {rule}")
+        return config
 
     def command(self, *, with_places: bool = False) -> str:
         """The command that makes this study: options that are not the defaults, without the storage's address.
 
         `with_places` also says where its files and the data lie on this machine.
         """
-        places = () if with_places else ("out", "data_dir")
+        places = () if with_places else ("out", "data_dir", "artifacts")
+        speed = ("workers", "workers_per_gpu", "device", "launcher", "ray_address", "gpus_per_trial")
         words = ["camri-tune", "run"]
         for key, field in type(self).model_fields.items():
             value = getattr(self, key)
-            if key in ("storage", "workers", "device", *places) or value == field.default:
+            if key in ("storage", *speed, *places) or value == field.default:
                 continue
             option = f"--{key.replace('_', '-')}"
             words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]
@@ -184,11 +223,12 @@ class StudyConfig(BaseModel):
 
     def absolute(self) -> Self:
         """The same study with absolute paths, so that workers may run elsewhere on this machine."""
-        known = self.dataset in BUILT_IN_DATASETS or not Path(self.dataset).exists()
+        known = self.dataset in BUILT_IN_DATASETS or not os.path.exists(self.dataset)
         dataset = self.dataset if known else str(Path(self.dataset).resolve())
-        return self.model_copy(
-            update={"dataset": dataset, "data_dir": self.data_dir.resolve(), "out": self.out.resolve()}
-        )
+        here = self.artifacts is not None and "://" not in self.artifacts
+        artifacts = str(Path(self.artifacts).resolve()) if here and self.artifacts else self.artifacts
+        places = {"data_dir": self.data_dir.resolve(), "out": self.out.resolve(), "artifacts": artifacts}
+        return self.model_copy(update={"dataset": dataset, **places})
 
     def identity(self) -> dict[str, Any]:
         """The fields that give the study's trials their meaning; these must be equal when a study is resumed."""
@@ -196,22 +236,87 @@ class StudyConfig(BaseModel):
 
 
 def read_study_file(path: Path) -> dict[str, Any]:
-    """Read a `studies/*.toml` file into keyword values for `StudyConfig.build`."""
+    """Read a `studies/*.toml` file into keyword values for `StudyConfig.build`. Raises InputError.
+
+    The file may come from anybody: no more than `MOST_STUDY_FILE` bytes of it are read, and what it holds are plain
+    values: text that can be printed, truth values, numbers of at most 64 bits, and lists of them.
+    """
+    name = f"study file {str(path)!r}"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody to write
+            raise OSError("it is a directory, a pipe or a device")
         with path.open("rb") as file:
-            return tomllib.load(file)
+            content = file.read(MOST_STUDY_FILE + 1)
+        if len(content) > MOST_STUDY_FILE:
+            raise InputError(f"{name} is longer than {MOST_STUDY_FILE:,} bytes; a study file is a few lines of TOML")
+        values = tomllib.loads(content.decode())
     except FileNotFoundError:
-        raise InputError(f"study file {str(path)!r} does not exist; give the path of a .toml file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"study file {str(path)!r} cannot be read as TOML: {error}") from None
+        raise InputError(f"{name} does not exist; give the path of a .toml file") from None
+    except RecursionError:
+        raise InputError(f"{name} cannot be read as TOML: it is nested too deeply; its keys are plain values") from None
+    except (OSError, ValueError) as error:  # the latter also from a number of thousands of digits
+        raise InputError(f"{name} cannot be read as TOML: {printable(str(error))}") from None
+    if "ray_address" in values:
+        raise InputError(
+            f"{name} must not hold 'ray_address': whoever owns that cluster could run code here; give --ray-address"
+        )
+    for key, value in values.items():
+        if not all(map(_is_plain, value if isinstance(value, list) else [value])):
+            rule = "plain text, true or false, a number of at most 64 bits, or a list of such values"
+            raise InputError(f"{name}: {_shown(key)} is {_shown(value)}, but should be {rule}")
+    return values
+
+
+def is_printable(text: str) -> bool:
+    """Whether `text` can be shown as it is: no control characters, no overrides of its direction, and UTF-8."""
+    return _UNPRINTABLE.search(text) is None
+
+
+def printable(text: str, most: int = MOST_SHOWN) -> str:
+    """`text` from elsewhere as a message may hold it: in one line, with escapes in the place of what acts on a
+    terminal, and no more than `most` characters of it."""
+    shown = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[:most]}…"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return is_printable(value)
+    if isinstance(value, int):
+        return value.bit_length() < 64
+    return isinstance(value, float)
+
+
+def _why_no_path(path: str) -> str | None:
+    """Why no file can be at `path`, whatever is made there."""
+    try:
+        path.encode()
+        os.stat(path)
+    except ValueError:
+        return "it holds a zero byte, or bytes that are not UTF-8"
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            return error.strerror
+    return None
 
 
 def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> str:
     first = error.errors()[0]
     key = str(first["loc"][0]) if first["loc"] else "?"
-    where = f"{source}: " if source != "command line" else ""
     if first["type"] == "extra_forbidden":
-        return f"{where}unknown key {key!r}; the keys are {', '.join(sorted(model.model_fields))}"
-    option = f"--{key.replace('_', '-')}" if source == "command line" else key
+        where = f"{source}: " if source != "command line" else ""
+        return f"{where}unknown key {_shown(key)}; the keys are {', '.join(sorted(model.model_fields))}"
     rule = re.sub(r"^(Value error, must|\w+ should) ", "", first["msg"])
-    return f"{where}{option} is {first['input']!r}, but should {rule}"
+    rule = re.sub(r"^Input is not (a valid path) .*", r"be \1", rule)
+    return f"{_place(key, source)} is {_shown(first['input'])}, but should {printable(rule)}"
+
+
+def _place(key: str, source: str) -> str:
+    return f"--{key.replace('_', '-')}" if source == "command line" else f"{source}: {key}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return printable(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
+        return f"a value of type {type(value).__name__} that is too large to show"

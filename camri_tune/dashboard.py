@@ -13,23 +13,23 @@ import sys
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import _CachedStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from camri_tune.artifacts import open_artifacts
 from camri_tune.config import StudyConfig
+from camri_tune.database import SqlStorage, Storage, masked
 from camri_tune.errors import InputError
 from camri_tune.pruning import is_feasible
 from camri_tune.records import RECALL_CURVE
-from camri_tune.storage import StudyStore, masked
+from camri_tune.storage import StudyStore
 
 OLD_CONSTRAINTS = "constraints"  # a list; the new format is one attribute for each, `constraints:KEY`
 UNSHOWN = ("confusion", RECALL_CURVE)  # long tables on one line, which squeeze a trial's page
@@ -40,8 +40,15 @@ class DashboardStorage(_CachedStorage):
     """A storage as the dashboard should see it, on top of Optuna's own cache of finished trials. Writes pass through.
 
     Trials are handed out with the old list of constraints besides the new format. One that has ended in a study with
-    constraints, but lacks its own, is handed out as infeasible.
+    constraints, but lacks its own, is handed out as infeasible. Raises InputError for a proxy.
     """
+
+    def __init__(self, backend: Storage) -> None:
+        if not isinstance(backend, SqlStorage):
+            raise InputError(
+                f"storage {masked(backend.url)} is a proxy: the dashboard needs the database itself, as --storage"
+            )
+        super().__init__(backend)
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None
@@ -112,7 +119,7 @@ def _shown(trial: FrozenTrial, constrained: bool) -> FrozenTrial:
 
 
 class StudyArtifacts:
-    """Artifacts of a study, and of the others in its storage whose folders are on this machine. To be read only.
+    """Artifacts of a study, and of the others in its storage as far as this machine reaches them. To be read only.
 
     A trial that has ended keeps what it says of its checkpoint: to delete that file would break its export.
     """
@@ -121,12 +128,12 @@ class StudyArtifacts:
         self._store = store
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        for folder in self._folders():
+        for url in self._urls():
             try:
-                return FileSystemArtifactStore(folder).open_reader(artifact_id)
-            except (ArtifactNotFound, OSError):  # a folder that is not ours to read is as good as none
+                return open_artifacts(url).open_reader(artifact_id)
+            except (ArtifactNotFound, OSError, InputError):  # a place that is not ours to read is as good as none
                 continue
-        raise ArtifactNotFound(f"{artifact_id} is in no folder of artifacts on this machine")
+        raise ArtifactNotFound(f"{artifact_id} is in no place of artifacts that this machine reaches")
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         self._refuse()
@@ -134,11 +141,11 @@ class StudyArtifacts:
     def remove(self, artifact_id: str) -> None:
         self._refuse()
 
-    def _folders(self) -> Iterator[Path]:
-        yield self._store.artifact_folder
+    def _urls(self) -> Iterator[str]:
+        yield self._store.artifacts_url
         for study in self._store.storage.get_all_studies():
             try:
-                yield StudyConfig.build(study.user_attrs["config"]).folder / "artifacts"
+                yield StudyConfig.build(study.user_attrs["config"]).artifacts_url
             except (KeyError, TypeError, InputError):  # a study of somebody else's
                 continue
 

@@ -29,5 +29,13 @@ class TrainingDivergedError(CamriTuneError):
     """The loss stopped being finite. The trial fails with this reason; it is never counted as pruned."""
 
 
+class OutOfMemoryError(CamriTuneError):
+    """A training does not fit into memory, not even with half the batch at a time. Its settings are not to blame."""
+
+
 class WorkerError(CamriTuneError):
     """The worker processes cannot do the study's work (they keep failing)."""
+
+
+class StorageError(CamriTuneError):
+    """The study's database does not answer, or cannot be written to. What is in it stays; the same command resumes."""

@@ -17,6 +17,7 @@ from camri_tune.metrics import confusion_matrix
 BEFORE, AFTER = 0, 1  # the baseline model and the exported one
 SHOWN = 48  # images of each kind that a report shows
 SIDE = 64  # pixels; larger images are shrunk to it
+_DTYPES = [np.int64, np.int64, np.float32, np.float32, np.int64, np.uint8]  # of the fields below
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,24 @@ class Evidence:
     def load(cls, path: Path, num_classes: int) -> "Evidence | None":
         """Read it; None where it is missing, or is no such file of so many classes."""
         try:
+            if not path.is_file():  # to open a pipe would wait for somebody to write
+                return None
             found = cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError):
+        except (OSError, SafetensorError, TypeError, AttributeError):  # the last from a type that NumPy lacks
             return None
         return found if found._fits(num_classes) else None
 
     def _fits(self, num_classes: int) -> bool:
-        n = len(self.labels)
+        n = self.labels.size
         classes = np.concatenate([self.labels.ravel(), self.answers.ravel()])
         return (
-            self.labels.shape == (n,)
+            [value.dtype for value in vars(self).values()] == _DTYPES
+            and self.labels.shape == (n,)
             and self.answers.shape == self.to_important.shape == self.to_other.shape == (2, n)
             and self.rows.shape == self.pixels.shape[:1]
             and self.pixels.ndim == 4
+            and self.pixels.shape[1] in (1, 3)
+            and bool(np.isfinite([self.to_important, self.to_other]).all())
             and bool(((classes >= 0) & (classes < num_classes)).all())
             and bool(((self.rows >= 0) & (self.rows < n)).all())
         )

@@ -1,7 +1,9 @@
 """Files written whole or not at all, and known by their digest."""
 
+import functools
 import hashlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -28,3 +30,12 @@ def is_writable_folder(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of this package and a digest of its source, so that two checkouts of one version are told apart."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(path.read_bytes())
+    return f"{version('camri-tune')} ({source.hexdigest()[:8]})"

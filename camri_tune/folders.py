@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from camri_tune.augmentation import Augmentation
+from camri_tune.config import is_printable
 from camri_tune.errors import DataError
 from camri_tune.images import Images, is_image_file
 
@@ -67,7 +69,8 @@ class Source:
         for part, items in sorted(self.parts.items()):
             for item in items:
                 path = item.path.relative_to(self.root) if self.root else item.path
-                digest.update(f"{part}\0{path}\0{item.path.stat().st_size}\0{item.label}\0{item.group}\n".encode())
+                line = f"{part}\0{path}\0{item.path.stat().st_size}\0{item.label}\0{item.group}\n"
+                digest.update(line.encode(errors="surrogateescape"))  # a file's name may be any bytes
         for part, packed in sorted(self.packed.items()):
             digest.update(part.encode() + packed.contents())
         return digest.hexdigest()[:20]
@@ -77,7 +80,7 @@ class Source:
         digest = hashlib.sha256(f"{CACHE_FORMAT}\0{self.fingerprint()}".encode())
         for _, items in sorted(self.parts.items()):
             for item in items:
-                digest.update(f"{item.path}\0{item.path.stat().st_mtime_ns}\n".encode())
+                digest.update(f"{item.path}\0{item.path.stat().st_mtime_ns}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:20]
 
 
@@ -109,6 +112,12 @@ def class_folders(root: Path) -> Source:
             f"data set folder {str(folders['train'])!r} has {len(classes)} class folder(s), but a classifier needs at "
             f"least 2: lay it out as PATH/CLASS/*.jpg or PATH/train/CLASS/*.jpg"
         )
+    for name in classes:
+        if not is_class_name(name):
+            raise DataError(
+                f"class folder {str(folders['train'] / name)!r} must have a name in UTF-8 without control characters, "
+                f"for it is shown in reports and on terminals; rename it"
+            )
     parts: dict[Part, list[Item]] = {}
     ignored = 0
     for part, folder in folders.items():
@@ -119,7 +128,12 @@ def class_folders(root: Path) -> Source:
             )
         items = []
         for label, name in enumerate(classes):
-            found, others = image_files(folder / name)
+            if root.resolve().is_relative_to((folder / name).resolve()):
+                raise DataError(
+                    f"class folder {str(folder / name)!r} is a link to a folder that the data set lies in, so it would "
+                    f"hold the images of every class; remove it"
+                )
+            found, others = image_files(folder / name) if (folder / name).is_dir() else ([], 0)
             ignored += others
             if not found:
                 raise DataError(f"class folder {str(folder / name)!r} has no images; add some or remove the folder")
@@ -141,12 +155,30 @@ def _is_class_folder(entry: Path) -> bool:
     return entry.is_dir() and not entry.name.startswith((".", "__"))
 
 
+def is_class_name(name: str) -> bool:
+    """Whether a class may be called so: what a folder can be called, and what can be shown as it is."""
+    is_folder_name = name not in ("", "..") and Path(name).name == name
+    return is_folder_name and is_printable(name) and len(name.encode()) <= 255
+
+
 def image_files(folder: Path) -> tuple[list[Path], int]:
-    """Image files under a class folder, sorted, and how many other files were passed over."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
-    found = [p for p in files if is_image_file(p)]
-    return found, len(files) - len(found)
+    """Image files under a class folder, sorted, and how many other files were passed over. Raises OSError.
 
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)  # .ipynb_checkpoints and .thumbnails hold copies
+    The folder may be a link, and so may its files; links to folders inside it are passed over, for they can go round
+    in circles. So is what is no file: to read a pipe or a device has no end.
+    """
+    found, others = [], 0
+    pending = [folder]  # a stack of our own: folders may lie in each other deeper than Python's calls
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                path = Path(entry)
+                if path.name.startswith("."):  # .ipynb_checkpoints and .thumbnails hold copies
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(path)
+                elif path.is_file() and is_image_file(path):
+                    found.append(path)
+                else:
+                    others += 1
+    return sorted(found), others

@@ -1,5 +1,12 @@
-"""Images in memory, and one image file decoded."""
+"""Images in memory, and one image file decoded.
 
+Image files come from anybody. What one may take of memory and time is bounded here, whatever Pillow's own limits are
+set to: its size in bytes and in pixels, and both for all threads together.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,20 +15,23 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from camri_tune.config import printable
 from camri_tune.errors import DataError
 
 _SUFFIXES_OF_FORMATS = Image.registered_extensions()  # loads every plug-in
-# What Pillow itself decodes: PostScript and the like would start another program on the user's file.
-_FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF", "GRIB", "BUFR", "HDF5"})
-_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES_OF_FORMATS.items() if name in _FORMATS)
-_DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    RuntimeError,  # AVIF
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,  # where warnings are errors
+# The formats in which people keep photographs and drawings. Pillow knows thirty more: some start another program on the
+# user's file (PostScript), hold an image of any other size inside (icons), or turn a hundred bytes into minutes of
+# Python (DDS).
+_FORMATS = sorted(
+    {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"} & {*Image.OPEN}
 )
+_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES_OF_FORMATS.items() if name in _FORMATS)
+
+# Measured on hostile files, a pixel takes up to 25 bytes while it is decoded and a byte of a file up to 25 while its
+# head is read: 5.6 GB in all, however many threads decode.
+MOST_PIXELS = 2**28 // 3  # 89 million, in one image and in all that are being decoded
+MOST_BYTES = 2**27  # 134 million, likewise
+MOST_SCANS = 200  # passes over a JPEG; a progressive one has about ten, and a tiny file could ask for millions
 
 
 @dataclass(frozen=True)
@@ -61,27 +71,67 @@ def resized(images: Images, size: int) -> Images:
     return replace(images, pixels=torch.cat(resized))
 
 
+class _Budget:
+    """So much of something for all threads together: who wants more than is left waits for the others."""
+
+    def __init__(self, amount: int) -> None:
+        self._left = amount
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: amount <= self._left)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
+
+
+_BYTES, _PIXELS = _Budget(MOST_BYTES), _Budget(MOST_PIXELS)
+
+
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     """Decode one image file to uint8 RGB (3, size, size); the whole image is kept, squeezed to a square.
 
     The content decides, not the file name's ending. Greyscale and palette images become RGB, transparency is shown on
     white, 16-bit is scaled to 8, EXIF rotation is applied, of an animation the first frame is taken. Raises DataError,
-    naming the file, where that is not possible.
+    naming the file, where that is not possible or would take more than `MOST_BYTES` or `MOST_PIXELS`.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as opened:
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and opened.width * opened.height > most:
-                raise ValueError(f"{opened.width}x{opened.height} pixels; at most {most:,} are read")
+        length = path.stat().st_size
+        if length > MOST_BYTES:
+            raise ValueError(f"{length:,} bytes, but at most {MOST_BYTES:,} are read; save it smaller")
+        # Always in this order, so that no two threads wait for each other.
+        with _BYTES.of(length), Image.open(path, formats=_FORMATS) as opened, _PIXELS.of(_pixels_of(opened, path)):
             image = _to_rgb(ImageOps.exif_transpose(opened), opened.format)
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(image).transpose(2, 0, 1)
     except UnidentifiedImageError:
         empty = path.stat().st_size == 0
         raise DataError(f"image file {str(path)!r} is {'empty' if empty else 'not an image'}") from None
-    except _DECODING_ERRORS as error:
-        raise DataError(f"image file {str(path)!r} cannot be decoded ({error})") from None
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    except Exception as error:  # a dozen decoders on any bytes at all: what they raise is not to be listed
+        raise DataError(f"image file {str(path)!r} cannot be decoded ({printable(str(error))})") from None
+
+
+def _pixels_of(opened: Image.Image, path: Path) -> int:
+    """How many pixels an image will take to decode, from its head. Raises ValueError where that is too much."""
+    pixels = opened.width * opened.height
+    if opened.format == "TIFF":  # a tile is decoded whole, and may be larger than the image
+        tags = opened.tag_v2  # type: ignore[attr-defined]
+        pixels = max(pixels, tags.get(322, 1) * tags.get(323, 1))
+    if pixels > MOST_PIXELS:
+        raise ValueError(
+            f"{opened.width}x{opened.height} takes {pixels:,} pixels, but at most {MOST_PIXELS:,} are read, since more "
+            f"may be a decompression bomb; save it smaller"
+        )
+    if opened.format in ("JPEG", "MPO") and (scans := path.read_bytes().count(b"\xff\xda")) > MOST_SCANS:
+        raise ValueError(f"{scans:,} scans, but at most {MOST_SCANS} are read; save it as an ordinary JPEG")
+    return pixels
 
 
 def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
@@ -89,7 +139,7 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 or 16 bit")
     if image.mode.startswith("I"):  # 16-bit greyscale (and 32-bit containers of it)
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image).astype(np.float32)
         deep = image.mode != "I" or name == "PPM" or values.max(initial=0) > 255
         scale = 257.0 if deep else 1.0
         return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -104,7 +154,9 @@ def is_image_file(path: Path) -> bool:
     if path.suffix.lower() in _SUFFIXES:
         return True
     try:
+        if path.stat().st_size > MOST_BYTES:
+            return False
         with Image.open(path, formats=_FORMATS):
             return True
-    except _DECODING_ERRORS:
+    except Exception:  # as above
         return False

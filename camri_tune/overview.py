@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from camri_tune.config import StudyConfig
+from camri_tune.database import masked, open_storage
 from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
 from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.selection import finalists
-from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, masked, open_storage, storage_url
+from camri_tune.storage import STAGES, StudyStore, storage_url
 
-LOCK = ".lock"  # held by the run that works on a folder
 _KEYS = {
     "verdict",
     "sentence",
@@ -37,7 +35,7 @@ class Overview:
 
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on
-    this machine. `storage` is the database's URL without passwords, where it is not the study's own file. `result` is
+    any machine. `storage` is the database's URL without passwords, where it is not the study's own file. `result` is
     `result.json`, once there is one.
     """
 
@@ -162,12 +160,9 @@ def read_overview(store: StudyStore) -> Overview:
         classes=tuple(attributes["classes"]),
         important=important,
         floor=baseline.get("search_floor"),
-        records={
-            stage: [r.for_classes(important) for r in store.records(stage) if r.failure != INTERRUPTED]
-            for stage in STAGES
-        },
+        records={stage: [r.for_classes(important) for r in store.records(stage)] for stage in STAGES},
         schedule=Schedule(**schedule) if schedule else None,
-        running=is_locked(folder),
+        running=store.is_held,
         wall_seconds=attributes.get("wall_seconds"),
         storage=None if store.storage.url == storage_url(store.config) else masked(store.storage.url),
         result=_read_result(folder / RESULT),
@@ -199,20 +194,6 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
 def studies_in(out: Path) -> list[Path]:
     """Folders of studies in `out`, the one that was worked on last at the end."""
     return sorted((path.parent for path in out.glob("*/study.db")), key=lambda folder: _changed(folder / "study.db"))
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a run works on this folder now, as far as this machine can tell."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a folder that may only be read: whoever may write there is not told from nobody
-        return False
 
 
 def _folder_of(name: str | None, out: Path) -> Path:

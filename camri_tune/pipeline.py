@@ -14,6 +14,7 @@ from camri_tune.bundle import BundleConfig, write_bundle
 from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
+from camri_tune.database import open_storage
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Entrant, Judge, versions
@@ -27,7 +28,7 @@ from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run, show
-from camri_tune.storage import StudyStore, open_storage, storage_url
+from camri_tune.storage import StudyStore, storage_url
 from camri_tune.training import pick_device
 
 
@@ -54,8 +55,7 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
         one = {"": stages}
         with Crew.at_work(stages, planned, device, console) as crew:
             baseline, notices = _settle_baseline(stages, crew, console)
-            stages.plan_search(baseline)
-            crew.finish("search", one)
+            crew.search(one, baseline)
             stages.check_search()
             retrained = crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
         result, chosen, evidence = _judge(stages, baseline, retrained, device, notices, console)

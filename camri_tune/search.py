@@ -1,33 +1,24 @@
-"""What is searched, by whom, and how one trial runs: the bridge between Optuna's trials and `training.train`."""
+"""What is searched, and by whom: spaces, starting points, the sampler."""
 
-import csv
 import math
-import os
-import socket
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import optuna
 import torch
+from optuna.distributions import BaseDistribution
+from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune.bundle import ModelSpec, save_weights
-from camri_tune.config import SEEDS_APART, Loss, Model, StudyConfig
+from camri_tune.bundle import ModelSpec
+from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset
-from camri_tune.errors import TrainingDivergedError
 from camri_tune.losses import adacos_scale
-from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
-from camri_tune.pruning import AccuracyFloorPruner
-from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, biases_of
+from camri_tune.records import biases_of
 from camri_tune.storage import Stage, StudyStore
-from camri_tune.training import HeadSpec, Progress, Trained, recipe_of, train
+from camri_tune.training import HeadSpec
 
 
 class Range(NamedTuple):
@@ -53,9 +44,8 @@ SPACES: dict[Loss, dict[str, Range]] = {
     "camri": {"scale": SCALE, "margin": MARGIN},
     "cosface-i": {"scale": SCALE, "margin": MARGIN},
 }
-# The seeds of each use are apart: what chose a setting is never what it is judged with.
-_SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 MIN_TRIALS_FOR_IMPORTANCE = 5
+MOST_TRIALS_OF_GP = 400  # 0.2 s a choice there, 4 s at 1,000 trials and 28 s at 2,000: benchmarks/load.py
 
 
 @dataclass(frozen=True)
@@ -172,137 +162,44 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
 
 def make_sampler(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler of the search: `benchmarks/search.py` has what was measured to choose it."""
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=False)
+    return _Relay(
+        optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=False),
+        optuna.samplers.TPESampler(seed=seed),
+    )
 
 
-def worker_id(pid: int) -> str:
-    """Which process runs a trial: host and process id."""
-    return f"{socket.gethostname()}:{pid}"
+class _Relay(optuna.samplers.BaseSampler):
+    """A sampler that is good with few trials, then one whose cost grows less: both know all trials there are."""
 
+    def __init__(self, first: optuna.samplers.BaseSampler, then: optuna.samplers.BaseSampler) -> None:
+        self._first = first
+        self._then = then
 
-def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore) -> None:
-    """Train, score and tell one claimed trial. Whatever goes wrong becomes its reason; only interrupts pass through."""
-    study = store.optuna_study(stage)
-    started = time.perf_counter()
-    trial.set_user_attr("worker", worker_id(os.getpid()))
-    trial.set_user_attr("device", str(plan.device))
-    try:
-        folds = range(len(plan.floors)) if stage == "search" else [trial.user_attrs.get("fold", 0)]
-        confusion = _train(trial, stage, plan, folds, store)
-    except optuna.TrialPruned:
-        trial.set_user_attr("seconds", time.perf_counter() - started)
-        study.tell(trial, state=OptunaState.PRUNED)
-        return
-    except Exception as error:
-        reason = str(error) if isinstance(error, TrainingDivergedError) else _reason(error)
-        trial.set_user_attr("failure", reason)
-        trial.set_user_attr("seconds", time.perf_counter() - started)
-        study.tell(trial, state=OptunaState.FAIL)
-        return
-    trial.set_user_attr("seconds", time.perf_counter() - started)
-    value = _set_scores(trial, confusion, plan, folds)
-    study.tell(trial, value)
+    def _of(self, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
+        return self._first if trial.number < MOST_TRIALS_OF_GP else self._then
 
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
 
-def _train(trial: Trial, stage: Stage, plan: Plan, folds: Sequence[int], store: StudyStore) -> IntArray:
-    """Train a model on each of the folds, keep the first, and pool what they say of their validation parts."""
-    head, learning_rate = suggest(trial, stage, plan)
-    seed = trial.user_attrs.get("seed")
-    if seed is None:
-        seed = plan.config.seed * SEEDS_APART + _SEED_OFFSETS[stage] + trial.number
-        trial.set_user_attr("seed", seed)
-    pruner = AccuracyFloorPruner(epochs=plan.epochs) if stage == "search" else optuna.pruners.NopPruner()
-    accuracies: dict[str, float] = {}
-    recalls: dict[str, list[float]] = {}
-    trained: list[Trained] = []
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
 
-    def on_epoch(progress: Progress) -> None:
-        trial.set_user_attr("epoch", len(trained) * progress.epochs + progress.epoch)
-        if progress.confusion is None or trained:  # the first fold's curve is the trial's
-            return
-        accuracies[str(progress.epoch)] = accuracy(progress.confusion)
-        recalls[str(progress.epoch)] = [round(float(r), 5) for r in recall_per_class(progress.confusion)]
-        trial.set_user_attr(ACCURACY_CURVE, accuracies)
-        trial.set_user_attr(RECALL_CURVE, recalls)
-        trial.report(_value(progress.confusion, plan), progress.epoch)
-        if progress.epoch < progress.epochs or len(folds) > 1:
-            study = trial.study
-            if pruner.prune(study, study._storage.get_trial(trial._trial_id)):
-                # Before pruning: a trial without constraint looks feasible.
-                _keep_confusion(trial, progress.confusion, plan, store)
-                _set_scores(trial, progress.confusion, plan, folds[:1])
-                raise optuna.TrialPruned
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
 
-    model, data = plan.config.model, plan.data
-    for fold in folds:
-        training, validation = data.fold(fold)
-        recipe = recipe_of(
-            model,
-            epochs=plan.epochs,
-            learning_rate=learning_rate,
-            augmentation=data.augmentation,
-            images=len(training),
-        )
-        model_of_fold = train(
-            model,
-            head,
-            training,
-            validation,
-            num_classes=len(data.classes),
-            recipe=recipe,
-            seed=seed,
-            device=plan.device,
-            on_epoch=on_epoch,
-        )
-        trained.append(model_of_fold)
-    _keep_checkpoint(trial, trained[0], plan, store)
-    pooled: IntArray = np.sum([t.confusion for t in trained], axis=0)
-    _keep_confusion(trial, pooled, plan, store)
-    return pooled
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._of(trial).before_trial(study, trial)
 
+    def after_trial(self, study: Study, trial: FrozenTrial, state: OptunaState, values: Sequence[float] | None) -> None:
+        self._of(trial).after_trial(study, trial, state, values)
 
-def _value(confusion: IntArray, plan: Plan) -> float:
-    return important_recall(confusion, list(plan.important)) if plan.important else accuracy(confusion)
-
-
-def _set_scores(trial: Trial, confusion: IntArray, plan: Plan, folds: Sequence[int]) -> float:
-    """Store what validation says of a trial on these folds; the constraint exactly once, last."""
-    trial.set_user_attr("accuracy", accuracy(confusion))
-    trial.set_user_attr("recall_per_class", [float(r) for r in recall_per_class(confusion)])
-    trial.set_user_attr("confusion", confusion.tolist())
-    value = _value(confusion, plan)
-    if plan.floors:
-        trial.set_user_attr("recall", value)
-        trial.set_constraint("accuracy", pooled_floor(plan.floors, plan.data, folds) - accuracy(confusion))
-    return value
-
-
-def pooled_floor(floors: Sequence[float], data: Dataset, folds: Sequence[int]) -> float:
-    """The accuracy to be kept on several folds together: each one's floor weighs as much as its validation images."""
-    if len(folds) == 1:
-        return floors[folds[0]]
-    sizes = {fold: len(data.fold(fold)[1]) for fold in folds}
-    return sum(floors[fold] * size for fold, size in sizes.items()) / sum(sizes.values())
-
-
-def _keep_checkpoint(trial: Trial, trained: Trained, plan: Plan, store: StudyStore) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_weights(trained.classifier, path)
-        store.save_checkpoint(trial, path)
-
-
-def _keep_confusion(trial: Trial, confusion: IntArray, plan: Plan, store: StudyStore) -> None:
-    """As a table that the dashboard shows: counts of validation images, rows true."""
-    # The dashboard would put columns that are called like numbers first.
-    classes = [f"class {name}" if name.isdecimal() else name for name in plan.data.classes]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "confusion.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow([r"true \ predicted", *classes])
-            table.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
-        store.save_artifact(trial, path)
+    def reseed_rng(self) -> None:
+        self._first.reseed_rng()
+        self._then.reseed_rng()
 
 
 def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, float]) -> ModelSpec:
@@ -316,10 +213,3 @@ def model_spec(data: Dataset, model: Model, loss: Loss, params: Mapping[str, flo
         scale=params.get("scale"),
         logit_bias=biases_of(params),
     )
-
-
-def _reason(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    # Libraries colour their messages, or break them into lines; this one is shown in tables.
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    return f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"

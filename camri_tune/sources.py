@@ -1,6 +1,7 @@
 """The data sets by name, and the source that a study's configuration names."""
 
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 
 from camri_tune.augmentation import Augmentation
-from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_printable
 from camri_tune.errors import DataError
-from camri_tune.folders import Item, Packed, Part, Source, class_folders, image_files
+from camri_tune.folders import Item, Packed, Part, Source, class_folders, image_files, is_class_name
 from camri_tune.images import Images
 
 Opened = TypeVar("Opened")
 PHOTOGRAPHS = Augmentation(shift=0.12, zoom=0.12, light=0.1, mirror=True)
+MOST_OF_A_LIST = 2**20  # characters of a list of classes
 AWA2_URL = "https://cvml.ista.ac.at/AwA2/AwA2-data.zip"
 GTSRB_CLASSES = tuple(
     """Speed limit 20|Speed limit 30|Speed limit 50|Speed limit 60|Speed limit 70|Speed limit 80|
@@ -47,12 +49,16 @@ _FOLDERS = {
 def find_source(config: StudyConfig) -> Source:
     """The source that `config` names. Raises DataError in one clear line where there is none."""
     built_in = {"gtsrb": _gtsrb, "cifar10": _cifar10, "mnist": _mnist, "awa2": _awa2}
-    if config.dataset == "digits":
-        source = _digits()
-    elif config.dataset in built_in:
-        source = built_in[config.dataset](config.data_dir)
-    else:
-        source = _folder(config.dataset)
+    try:
+        if config.dataset == "digits":
+            source = _digits()
+        elif config.dataset in built_in:
+            source = built_in[config.dataset](config.data_dir)
+        else:
+            source = _folder(config.dataset)
+    except OSError as error:
+        where = f"{error.strerror}: {error.filename!r}"
+        raise DataError(f"data set {config.dataset!r} cannot be read ({where}); mend that, or name another") from None
     return source if config.image_size is None else replace(source, image_size=config.image_size)
 
 
@@ -117,9 +123,12 @@ def _gtsrb(data_dir: Path) -> Source:
         # TRACK_FRAME.ppm: the frames of one track show one physical sign.
         track = tracks.setdefault((label, Path(path).stem.split("_")[0]), len(tracks))
         items.append(Item(Path(path), label, track))
-    missing = [name for path, _ in test if not (name := Path(path)).exists()]
+    missing = [path for path, _ in test if not os.path.isfile(path)]
     if missing:
-        raise DataError(f"test image {str(missing[0])!r} is listed in GT-final_test.csv but does not exist")
+        raise DataError(f"test image {missing[0]!r} is listed in GT-final_test.csv but does not exist")
+    odd = [path for path, _ in train if not os.path.isfile(path)]
+    if odd:
+        raise DataError(f"training image {odd[0]!r} is no file; unpack the training images again")
     return Source(
         name="gtsrb",
         root=base,
@@ -250,8 +259,12 @@ def _awa2(data_dir: Path) -> Source:
         f"unpack AwA2-data.zip (13 GB) so that {places[0]}/ holds classes.txt and JPEGImages/CLASS/*.jpg, or name the "
         f"folder that holds 'awa2' with --data-dir",
     )
-    # Lines such as "     1	antelope".
-    classes = tuple(line.split()[-1] for line in (root / "classes.txt").read_text().splitlines() if line.strip())
+    with (root / "classes.txt").open(encoding="utf-8", errors="surrogateescape") as file:
+        lines = file.read(MOST_OF_A_LIST).splitlines()
+    # Such as "     1	antelope".
+    classes = tuple(line.split()[-1] for line in lines if line.strip())
+    if odd := [name for name in classes if not is_class_name(name)]:
+        raise DataError(f"{root / 'classes.txt'} lists {odd[0]!r}, which is no folder's name; unpack the zip again")
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise DataError(
             f"{root / 'classes.txt'} must list at least 2 classes, each once, as lines such as '1 antelope', but lists "
@@ -280,15 +293,14 @@ def _awa2(data_dir: Path) -> Source:
 
 def _folder(dataset: str) -> Source:
     root = Path(dataset)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         known = ", ".join(BUILT_IN_DATASETS)
-        if root.exists():
+        if os.path.exists(root):
             raise DataError(f"data set {dataset!r} is a file; give a folder of class folders, or one of {known}")
         raise DataError(f"unknown data set {dataset!r}: give one of {known}, or the path of a folder of class folders")
-    try:
-        return class_folders(root)
-    except OSError as error:
-        raise DataError(f"data set folder {dataset!r} cannot be read ({error.strerror}: {error.filename})") from None
+    if not all(map(is_printable, (dataset, str(root.resolve())))):
+        raise DataError(f"data set folder {dataset!r} must have a path in UTF-8 without control characters; rename it")
+    return class_folders(root)
 
 
 def _open_or_download(open_it: Callable[[bool], Opened], problem: str, way_out: str) -> Opened:

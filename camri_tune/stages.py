@@ -16,18 +16,23 @@ from camri_tune.baseline import best_learning_rate, next_learning_rates
 from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
 from camri_tune.datasets import Dataset
-from camri_tune.errors import CamriTuneError, InputError
-from camri_tune.overview import LOCK, read_overview
+from camri_tune.errors import CamriTuneError, InputError, WorkerError
+from camri_tune.heartbeat import Heart
+from camri_tune.overview import read_overview
 from camri_tune.progress import Schedule
+from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
-from camri_tune.search import pooled_floor, starting_points
+from camri_tune.search import starting_points
 from camri_tune.selection import finalists, rank_settings
-from camri_tune.storage import INTERRUPTED, Stage, StudyStore, storage_url
+from camri_tune.storage import Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
 from camri_tune.training import default_learning_rate
-from camri_tune.worker import LocalWorkers, worker_count
+from camri_tune.trials import pooled_floor
+from camri_tune.workers import Launch, Workers, local_launch, places_for
 
 ROUNDS_OF_FINALISTS = 2
+LOCK = ".lock"  # held by the run that works on a folder
+MOST_WAITING = 64  # and more than there are workers, mostly
 PUBLISH_SECONDS = 20.0  # between two writings of a study's note and figures
 # An important class with fewer in validation is ranked on folds: those of `benchmarks/folds.py` have 2 groups.
 FEW_IMAGES, FEW_GROUPS = 20, 3
@@ -94,10 +99,14 @@ class Stages:
         )
 
     def plan_search(self, baseline: Baseline) -> None:
-        """Fill the search's queue up to the number of trials asked for, good starting points first."""
-        present = len(self.records("search"))
+        """Fill the search's queue up to the number of trials asked for, good starting points first.
+
+        No more than `MOST_WAITING` at a time: whoever looks at the queue reads all that waits.
+        """
+        records = self.records("search")
+        present, waiting = len(records), sum(r.state == "waiting" for r in records)
         points = starting_points(self.config.loss, self.important, len(self.data.classes), baseline.learning_rate)
-        for index in range(present, self.config.trials):
+        for index in range(present, min(self.config.trials, present + MOST_WAITING - waiting)):
             self.store.enqueue("search", points[index] if index < len(points) else {})
 
     def check_search(self) -> None:
@@ -180,18 +189,16 @@ class Stages:
         return None
 
     def records(self, stage: Stage) -> list[TrialRecord]:
-        """Trials of a stage that count, with the recall of this study's important classes.
-
-        An interrupted one lives on in the one queued in its place.
-        """
-        return [r.for_classes(self.important) for r in self.store.records(stage) if r.failure != INTERRUPTED]
+        """Trials of a stage, with the recall of this study's important classes."""
+        return [r.for_classes(self.important) for r in self.store.records(stage)]
 
 
 class Crew:
     """The workers of a run, and the console that shows what they do."""
 
-    def __init__(self, workers: LocalWorkers, console: Console, store: StudyStore, schedule: Schedule) -> None:
+    def __init__(self, workers: Workers, console: Console, store: StudyStore, schedule: Schedule, heart: Heart) -> None:
         self._workers = workers
+        self._heart = heart
         self._console = console
         self._store = store
         self._published = -math.inf
@@ -214,39 +221,49 @@ class Crew:
         """Put the queues in order, say what will be done, and have workers serve the study meanwhile."""
         config, data, store = study.config, study.data, study.store
         started = time.monotonic()
-        store.set("stage", "running")
-        again = store.requeue_interrupted()  # before any worker looks at the queues
-        count = worker_count(config, device)
-        epochs = config.epochs or data.epochs
-        console.say(
-            f"{config.study_name}: {data}; {epochs} epochs, {count} worker(s) on {device}; files in {config.folder}"
-        )
-        if again:
-            console.say(f"{again} interrupted training(s) queued again")
-        for notice in data.notices():
-            console.say(notice)
-        try:
-            with LocalWorkers(
-                store=store,
-                storage_url=storage_url(config),
-                device=device,
-                count=count,
-                log_folder=config.folder / "logs",
-            ) as workers:
-                yield cls(workers, console, store, Schedule(dict(planned), epochs, count))
-                store.set("stage", "done")
-        finally:
-            store.set("wall_seconds", store.attributes.get("wall_seconds", 0.0) + time.monotonic() - started)
+        with _launching(study, device, console) as (launch, places), store.held() as heart:
+            store.set("stage", "running")
+            again = store.requeue_interrupted()
+            where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device
+            epochs = config.epochs or data.epochs
+            console.say(
+                f"{config.study_name}: {data}; {epochs} epochs, {len(places)} worker(s) on {where}; files in "
+                f"{config.folder}"
+            )
+            if again:
+                console.say(f"{again} interrupted training(s) queued again")
+            for notice in data.notices():
+                console.say(notice)
+            try:
+                with Workers(store=store, launch=launch, places=len(places)) as workers:
+                    yield cls(workers, console, store, Schedule(dict(planned), epochs, len(places)), heart)
+                    store.set("stage", "done")
+            finally:
+                if not heart.lost:
+                    store.requeue_interrupted()  # what the workers have just given back
+                    store.set("wall_seconds", store.attributes.get("wall_seconds", 0.0) + time.monotonic() - started)
 
-    def finish(self, stage: Stage, studies: Mapping[str, Stages]) -> None:
-        """Wait until nothing of a stage is queued or running. `studies` by the label they are shown with."""
+    def search(self, studies: Mapping[str, Stages], baseline: Baseline) -> None:
+        """Carry out every trial of the search. `studies` by the label they are shown with."""
+
+        def plan() -> None:
+            for study in studies.values():
+                study.plan_search(baseline)
+
+        self.finish("search", studies, plan)
+
+    def finish(self, stage: Stage, studies: Mapping[str, Stages], plan: Callable[[], None] = lambda: None) -> None:
+        """Wait until nothing of a stage is queued or running, where `plan` may queue more at any time."""
         records: dict[str, list[TrialRecord]] = {}
 
         def finished() -> bool:
+            plan()
             records.update({label: study.records(stage) for label, study in studies.items()})
             return all(r.state not in ("waiting", "running") for found in records.values() for r in found)
 
         def on_tick() -> None:
+            if self._heart.lost:
+                raise WorkerError(f"study {self._store.name!r} was taken over by another run while this one hung")
             self._console.update(stage, records)
             self._publish(studies, PUBLISH_SECONDS * len(studies))
 
@@ -267,6 +284,18 @@ class Crew:
         self._published = time.monotonic()
         for study in studies.values():
             show(study.store, self._console)
+
+
+@contextmanager
+def _launching(study: Stages, device: torch.device, console: Console) -> Iterator[tuple[Launch, list[str]]]:
+    """How this run starts its workers, and the device of each."""
+    config, name, url = study.config, study.store.name, storage_url(study.config)
+    if config.launcher == "ray":
+        with ray_launch(config, name=name, storage_url=url, say=console.say) as found:
+            yield found
+        return
+    places = places_for(config, device, torch.cuda.device_count() if device.type == "cuda" else 0)
+    yield local_launch(name=name, storage_url=url, devices=places, log_folder=config.folder / "logs"), places
 
 
 def show(store: StudyStore, console: Console) -> None:

@@ -1,28 +1,31 @@
-"""Studies in a database: opening, matching against what is asked, queues of trials, checkpoints.
+"""Studies in a database: matching against what is asked, queues of trials, what became of each, checkpoints.
 
 A run is three Optuna studies in one storage: `NAME.baseline`, `NAME` (the search) and `NAME.finalists`. Each is a
 queue: whoever plans the work enqueues WAITING trials, workers claim them, and so the number of trials is exact however
-many workers there are.
+many workers there are. A fourth, `NAME.runs`, has a trial for each run: the one that is RUNNING may plan.
 """
 
+import uuid
 import warnings
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import optuna
 import sqlalchemy
-from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
-from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel
+from optuna.artifacts import download_artifact, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
+from camri_tune.artifacts import ArtifactStore, open_artifacts
 from camri_tune.config import STAGE_SUFFIXES, StudyConfig
+from camri_tune.database import Storage, patiently
 from camri_tune.errors import InputError, StudyMismatchError
-from camri_tune.files import sha256
+from camri_tune.files import code_version, sha256
+from camri_tune.heartbeat import GRACE_SECONDS, WORKER, Heart, is_gone, seconds_silent
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, EpochScores, TrialRecord, TrialState
 
 if TYPE_CHECKING:  # to look at a study must not cost the seconds that torch takes
@@ -37,8 +40,10 @@ _STATES: dict[OptunaState, TrialState] = {
     OptunaState.PRUNED: "pruned",
     OptunaState.FAIL: "failed",
 }
-INTERRUPTED = "interrupted; queued again"
-STORAGE_VARIABLE = "CAMRI_STORAGE"  # a password in the URL must not stand on a command line
+MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
+RESUME, INTERRUPTED = "resume", "interrupted"
+# What a trial that is queued again keeps. Not its scores, its constraint, or the ids of its files: they are another's.
+_KEPT = ("source_trial", "seed", "fold", "accumulation", RESUME)
 
 
 def storage_url(config: StudyConfig) -> str:
@@ -49,44 +54,28 @@ def storage_url(config: StudyConfig) -> str:
     return sqlalchemy.URL.create("sqlite", database=path).render_as_string(hide_password=False)
 
 
-def masked(url: str) -> str:
-    """The URL without passwords, neither in its login nor in its query."""
-    try:
-        parsed = sqlalchemy.engine.make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return "(unreadable URL)"
-    query = {key: "***" if "pass" in key.lower() else value for key, value in parsed.query.items()}
-    return parsed.set(query=query).render_as_string(hide_password=True)
+class Claimed(NamedTuple):
+    """A trial that this process alone may run now."""
+
+    store: "StudyStore"
+    stage: Stage
+    trial_id: int
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Connect to the database at `url`, creating tables as needed. Raises InputError with the password masked."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sqlite = url.startswith("sqlite")
-    # Workers of one study write at the same time: they wait for each other instead of failing.
-    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
-    try:
-        if sqlite and sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
-            raise ValueError("a database in memory cannot be shared with worker processes")
-        storage = RDBStorage(url, engine_kwargs=options)
-        if sqlite:
-            sqlalchemy.event.listen(storage.engine, "connect", _tune_sqlite)
-            storage.engine.dispose()  # connections made so far lack the settings
-            with storage.engine.connect():
-                pass
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
-        reason = str(getattr(error, "orig", error)).splitlines()[0].replace(url, masked(url))
-        raise InputError(
-            f"storage {masked(url)} cannot be opened ({reason}); give a SQLAlchemy URL such as sqlite:///study.db"
-        ) from None
-    return storage
-
-
-def _tune_sqlite(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
+def claim(stores: Sequence["StudyStore"], stages: Sequence[Stage] = STAGES) -> Claimed | None:
+    """Take the next waiting trial of these studies, earlier stages first; None where none waits."""
+    queues = {store.study_id(stage): (store, stage) for stage in stages for store in stores}
+    places = {study: place for place, study in enumerate(queues)}
+    if not stores:
+        return None
+    storage = stores[0].storage
+    for study, trial_id in sorted(storage.waiting(list(queues)), key=lambda found: places[found[0]]):
+        try:
+            if storage.set_trial_state_values(trial_id, OptunaState.RUNNING):
+                return Claimed(*queues[study], trial_id)
+        except optuna.exceptions.UpdateFinishedTrialError:  # by now it has even ended
+            continue
+    return None
 
 
 class StudyStore:
@@ -95,21 +84,19 @@ class StudyStore:
     A study `within` another, as the cells of a comparison are, shares that one's baseline and folder of checkpoints.
     """
 
-    def __init__(
-        self, storage: RDBStorage, name: str, config: StudyConfig, *, within: "StudyStore | None" = None
-    ) -> None:
+    def __init__(self, storage: Storage, name: str, config: StudyConfig, *, within: "StudyStore | None" = None) -> None:
         self.name = name
         self.config = config
         self._storage = storage
         shared = f"{name}.baseline" if within is None else within._names["baseline"]
         self._names: dict[Stage, str] = {"baseline": shared, "search": name, "finalists": f"{name}.finalists"}
-        self._folder: Path = config.folder / "artifacts" if within is None else within._folder
-        self._artifacts = FileSystemArtifactStore(str(self._folder))
+        self.artifacts_url: str = config.artifacts_url if within is None else within.artifacts_url
+        self.artifacts: ArtifactStore = open_artifacts(self.artifacts_url) if within is None else within.artifacts
         self._studies: dict[Stage, Study] = {}
 
     @classmethod
     def create(
-        cls, storage: RDBStorage, config: StudyConfig, data: "Dataset", *, within: "StudyStore | None" = None
+        cls, storage: Storage, config: StudyConfig, data: "Dataset", *, within: "StudyStore | None" = None
     ) -> "StudyStore":
         """Open the study that `config` names, or make it. Raises StudyMismatchError, naming a field that differs."""
         store = cls(storage, config.study_name, config, within=within)
@@ -125,13 +112,20 @@ class StudyStore:
         else:
             _require_equal(stored, identity, config)
         store.set("config", config.model_dump(mode="json", exclude={"storage"}))
+        if (before := store.attributes.get("version")) not in (None, code_version()):
+            store.set("earlier_versions", [*store.attributes.get("earlier_versions", []), before])
+        store.set("version", code_version())  # a worker must have the same
+        if "id" not in store.attributes:
+            store.set("id", uuid.uuid4().hex)
+        if within is None:
+            store.artifacts.claim_for(store.attributes["id"])
         store.set("classes", list(data.classes))
         if within is not None:
             within.set("cells", sorted({*within.attributes.get("cells", []), store.name}))
         return store
 
     @classmethod
-    def existing(cls, storage: RDBStorage, name: str) -> "StudyStore":
+    def existing(cls, storage: Storage, name: str) -> "StudyStore":
         """Open a study that is already there. Raises InputError where it is not."""
         try:
             attributes = optuna.load_study(storage=storage, study_name=name).user_attrs
@@ -158,14 +152,9 @@ class StudyStore:
         return StudyStore(self._storage, self.name, config)
 
     @property
-    def storage(self) -> RDBStorage:
+    def storage(self) -> Storage:
         """The database that the study is in."""
         return self._storage
-
-    @property
-    def artifact_folder(self) -> Path:
-        """Where the files of its trials lie."""
-        return self._folder
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -182,64 +171,141 @@ class StudyStore:
             self._studies[stage] = optuna.load_study(storage=self._storage, study_name=self._names[stage])
         return self._studies[stage]
 
+    def study_id(self, stage: Stage) -> int:
+        """The database's number of the study behind a queue."""
+        return self.optuna_study(stage)._study_id
+
     def records(self, stage: Stage) -> list[TrialRecord]:
-        """Every trial of a queue, in order of its number."""
-        return [_record(trial) for trial in self.optuna_study(stage).get_trials(deepcopy=False)]
+        """Every trial of a queue that counts, in order of its number: an interrupted one lives on in its successor."""
+        return [_record(t) for t in self.optuna_study(stage).get_trials(deepcopy=False) if not _interrupted(t)]
 
     def enqueue(self, stage: Stage, params: Mapping[str, float], **attributes: Any) -> None:
         """Add a trial to a queue. Parameters that are not given are the sampler's to choose."""
-        self.optuna_study(stage).enqueue_trial(dict(params), user_attrs=attributes)
+        study, ticket = self.optuna_study(stage), uuid.uuid4().hex
+        tries = 0
+
+        def add() -> None:
+            nonlocal tries
+            tries += 1
+            # A database that went away may have stored what it could not confirm.
+            if tries == 1 or all(t.user_attrs.get("ticket") != ticket for t in study.get_trials(deepcopy=False)):
+                study.enqueue_trial(dict(params), user_attrs={"ticket": ticket, **attributes})
+
+        patiently(add, self._storage.url)
 
     def claim(self, stage: Stage, sampler: optuna.samplers.BaseSampler | None = None) -> Trial | None:
         """Take the next waiting trial of a queue for this process alone; None where none waits."""
+        claimed = claim([self], [stage])
+        return None if claimed is None else self.trial(stage, claimed.trial_id, sampler)
+
+    def trial(self, stage: Stage, trial_id: int, sampler: optuna.samplers.BaseSampler | None = None) -> Trial:
+        """A claimed trial, its parameters to be chosen by `sampler`."""
         study = self.optuna_study(stage)
-        for waiting in study.get_trials(deepcopy=False, states=(OptunaState.WAITING,)):
-            if self._take(waiting._trial_id):
-                if sampler is not None:
-                    study.sampler = sampler
-                return Trial(study, waiting._trial_id)
-        return None
+        if sampler is not None:
+            study.sampler = sampler
+        study.get_trials(deepcopy=False)  # or Optuna's cache would not know it
+        return Trial(study, trial_id)
 
-    def _take(self, trial_id: int) -> bool:
-        """Turn one trial from WAITING to RUNNING; False where another process did.
+    def release(self, trial_id: int, reason: str) -> None:
+        """Give a trial of this process back: the run that plans queues it again, to go on where it was saved last."""
+        self._storage.set_trial_user_attr(trial_id, "failure", reason)
+        self._storage.set_trial_user_attr(trial_id, INTERRUPTED, True)
+        self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
 
-        Optuna's own change of state reads, then writes, which two processes on SQLite can do at the same time.
+    def requeue_interrupted(self) -> int:
+        """Give up trials whose worker is gone, and queue again what was interrupted; return how many.
+
+        Those of the studies within this one, too. For the run that holds the study alone: two would queue them twice.
+        Whatever ends it in the middle, the next call does the rest. A trial whose worker ended `MOST_ATTEMPTS` times
+        at one epoch fails.
         """
-        table = sqlalchemy.inspect(TrialModel).local_table
-        take = (
-            sqlalchemy.update(table)
-            .where(table.c.trial_id == trial_id, table.c.state == OptunaState.WAITING)
-            .values(state=OptunaState.RUNNING, datetime_start=datetime.now())
-        )
-        with self._storage.engine.begin() as connection:
-            return bool(connection.execute(take).rowcount == 1)
+        count = sum(self._requeue_in(stage) for stage in STAGES)
+        return count + sum(self.cell(name).requeue_interrupted() for name in self.attributes.get("cells", []))
 
-    def requeue_interrupted(self, worker: str | None = None) -> int:
-        """Fail trials that dead processes left RUNNING and queue each again: those of `worker`, or all.
+    def _requeue_in(self, stage: Stage) -> int:
+        trials = self.optuna_study(stage).get_trials(deepcopy=False)
+        lost = [t for t in trials if t.state == OptunaState.RUNNING and is_gone(t.user_attrs, t.datetime_start)]
+        for trial in lost:
+            self._give_up(trial)
+        if lost:
+            trials = self.optuna_study(stage).get_trials(deepcopy=False)
+        replaced = {t.user_attrs.get("retry_of") for t in trials}
+        open_ends = [t for t in trials if _interrupted(t) and t.number not in replaced]
+        for trial in open_ends:
+            fixed = trial.system_attrs.get("fixed_params", {})
+            kept = {key: trial.user_attrs[key] for key in (*_KEPT, "attempts") if key in trial.user_attrs}
+            # What the sampler had chosen is kept: an interrupted trial is run again, not replaced.
+            self.enqueue(stage, {**fixed, **trial.params}, retry_of=trial.number, **kept)
+        return len(open_ends)
 
-        Those of the studies within this one, too. All is right only for a run that has just taken the study's lock and
-        has not started workers yet.
-        """
-        count = 0
-        for stage in STAGES:
-            study = self.optuna_study(stage)
-            for trial in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
-                if worker is not None and trial.user_attrs.get("worker") != worker:
-                    continue
-                fixed = trial.system_attrs.get("fixed_params", {})
-                keep = {k: v for k, v in trial.user_attrs.items() if k in ("source_trial", "seed", "fold")}
-                # What the sampler had chosen is kept: an interrupted trial is run again, not replaced.
-                study.enqueue_trial({**fixed, **trial.params}, user_attrs={"retry_of": trial.number, **keep})
-                self._storage.set_trial_user_attr(trial._trial_id, "failure", INTERRUPTED)
-                study.tell(trial.number, state=OptunaState.FAIL)
-                count += 1
-        return count + sum(self.cell(name).requeue_interrupted(worker) for name in self.attributes.get("cells", []))
+    def _give_up(self, trial: FrozenTrial) -> None:
+        """End a trial whose worker died. Should the worker live after all, its next word on the trial is refused."""
+        attributes, worker = trial.user_attrs, trial.user_attrs.get(WORKER, "a worker")
+        further = _epochs_kept(attributes.get(RESUME)) > attributes.get("resumed_at", 0)
+        attempts = 1 if further else attributes.get("attempts", 0) + 1
+        try:
+            if attempts < MOST_ATTEMPTS:
+                self._storage.set_trial_user_attr(trial._trial_id, "attempts", attempts)
+                self.release(trial._trial_id, f"{worker} died; queued again")
+                return
+            reason = f"its worker died {attempts} times without getting further; the last was {worker}"
+            self._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
+            self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            pass  # it ended at this very moment
+
+    def has_finished(self, worker: str) -> bool:
+        """Whether this worker has brought a training to its end."""
+        studies = [self.optuna_study(stage) for stage in STAGES]
+        ended = (OptunaState.COMPLETE, OptunaState.PRUNED, OptunaState.FAIL)
+        if any(
+            trial.user_attrs.get(WORKER) == worker and not _interrupted(trial)
+            for study in studies
+            for trial in study.get_trials(deepcopy=False, states=ended)
+        ):
+            return True
+        return any(self.cell(name).has_finished(worker) for name in self.attributes.get("cells", []))
+
+    @contextmanager
+    def held(self) -> Iterator[Heart]:
+        """Hold the study as the one run that plans its work. Raises InputError where another does."""
+        study = optuna.create_study(storage=self._storage, study_name=f"{self.name}.runs", load_if_exists=True)
+        mine = study.ask()
+        with Heart(self._storage, mine._trial_id) as heart:
+            try:
+                for other in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
+                    if other.number < mine.number:
+                        self._take_over(other)
+                yield heart
+            finally:
+                if not heart.lost:
+                    study.tell(mine, state=OptunaState.FAIL)  # it has no value
+
+    def _take_over(self, other: FrozenTrial) -> None:
+        if not is_gone(other.user_attrs, other.datetime_start):
+            silent = seconds_silent(other.user_attrs)
+            raise InputError(
+                f"another run works on study {self.name!r} now ({other.user_attrs.get(WORKER, 'it starts')}, heard of "
+                f"{silent:.0f} s ago); wait for it, or start another study with --name. Should it be dead, the study "
+                f"is free in {max(0.0, GRACE_SECONDS - silent):.0f} s"
+            )
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(other._trial_id, OptunaState.FAIL)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a run works on the study now, on any machine."""
+        try:
+            study = optuna.load_study(storage=self._storage, study_name=f"{self.name}.runs")
+        except KeyError:
+            return False
+        running = study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,))
+        return any(not is_gone(trial.user_attrs, trial.datetime_start) for trial in running)
 
     def save_artifact(self, trial: Trial, path: Path) -> str:
         """Keep a file as an artifact of `trial`, which has not ended; return the artifact's id."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         return upload_artifact(
-            artifact_store=self._artifacts, file_path=str(path), study_or_trial=trial, storage=self._storage
+            artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial, storage=self._storage
         )
 
     def save_checkpoint(self, trial: Trial, path: Path) -> None:
@@ -249,13 +315,47 @@ class StudyStore:
 
     def fetch_checkpoint(self, record: TrialRecord, path: Path) -> bool:
         """Copy a trial's checkpoint to `path`; False where it is missing or not what the trial stored."""
-        if record.checkpoint is None:
-            return False
+        return record.checkpoint is not None and self._fetch(record.checkpoint, record.sha256, path)
+
+    def save_resume(self, trial: Trial, path: Path, epochs: int) -> None:
+        """Keep the state of a training that has done so many epochs, in the place of an earlier one."""
+        earlier = trial.user_attrs.get(RESUME)
+        identifier = f"resume-{uuid.uuid4()}"
+        with path.open("rb") as file:
+            self.artifacts.write(identifier, file)
+        trial.set_user_attr(RESUME, {"id": identifier, "sha256": sha256(path), "epochs": epochs})
+        self._remove(earlier)
+
+    def fetch_resume(self, trial: Trial, path: Path) -> bool:
+        """Copy the state that a training goes on from to `path`; False where there is none, or it was altered."""
+        kept = trial.user_attrs.get(RESUME)
+        return kept is not None and self._fetch(kept["id"], kept["sha256"], path)
+
+    def drop_resume(self, trial: Trial) -> None:
+        """Delete the state of a training that needs it no more."""
+        if (kept := trial.user_attrs.get(RESUME)) is not None:
+            trial.set_user_attr(RESUME, None)
+            self._remove(kept)
+
+    def _remove(self, kept: Mapping[str, Any] | None) -> None:
+        if kept is not None:
+            with suppress(OSError, ArtifactNotFound):  # a file too many harms nobody
+                self.artifacts.remove(kept["id"])
+
+    def _fetch(self, identifier: str, digest: str | None, path: Path) -> bool:
         try:
-            download_artifact(artifact_store=self._artifacts, file_path=str(path), artifact_id=record.checkpoint)
-        except (optuna.artifacts.exceptions.ArtifactNotFound, OSError):
+            download_artifact(artifact_store=self.artifacts, file_path=str(path), artifact_id=identifier)
+        except (ArtifactNotFound, OSError):
             return False
-        return sha256(path) == record.sha256
+        return sha256(path) == digest
+
+
+def _interrupted(trial: FrozenTrial) -> bool:
+    return trial.state == OptunaState.FAIL and bool(trial.user_attrs.get(INTERRUPTED))
+
+
+def _epochs_kept(resume: Mapping[str, Any] | None) -> int:
+    return 0 if resume is None else int(resume["epochs"])
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

@@ -95,7 +95,7 @@ def _how_far(overview: Overview) -> str:
     finished, planned = (count(records, overview.stage, overview.schedule) for count in (done, total))
     text = f"{STAGE_TITLES[overview.stage]}: {math.floor(finished)} of {planned} done."
     if not overview.running:
-        return f"{text} No run works on it on this machine."
+        return f"{text} No run works on it now."
     left = overview.seconds_left
     return f"{text} About {duration(left)} to go in all." if left else f"{text} The time to go is not known yet."
 

@@ -15,7 +15,7 @@ from camri_tune.table1 import Table as Comparison
 
 def status_view(overview: Overview) -> Group:
     """A study at a glance: what is tuned, how far it is, the best so far, what failed, and the result, if any."""
-    idle = "finished" if overview.result is not None else "no run works on it on this machine; the same command goes on"
+    idle = "finished" if overview.result is not None else "no run works on it now; the same command goes on"
     state = "running" if overview.running else idle
     left = overview.seconds_left if overview.running else None
     time = f", about {duration(left)} to go" if left is not None else ""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from camri_tune.augmentation import Augmentation, augment
+from camri_tune.checkpoint import TrainingState
 from camri_tune.config import Loss, Model
 from camri_tune.errors import InputError, TrainingDivergedError
 from camri_tune.images import Images
@@ -66,7 +67,8 @@ class HeadSpec:
 class Recipe:
     """How a model is trained: AdamW, the learning rate rising linearly over a fifth of the steps, then down to zero.
 
-    With `constant` it neither rises nor falls.
+    With `constant` it neither rises nor falls. With `accumulation` a batch is taken in so many parts whose gradients
+    are added up, which needs less memory and gives the same step but for what batch normalisation sees.
     """
 
     epochs: int
@@ -77,6 +79,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: float = 0.2
     constant: bool = False
+    accumulation: int = 1
 
 
 def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation, images: int) -> Recipe:
@@ -94,12 +97,16 @@ def default_learning_rate(model: Model) -> float:
 
 @dataclass(frozen=True)
 class Progress:
-    """What `on_epoch` hears: epochs done (1-based), mean training loss, and, on evaluation epochs, the confusion."""
+    """What `on_epoch` hears: epochs done (1-based), mean training loss, and, on evaluation epochs, the confusion.
+
+    `state` is what training goes on from, a copy.
+    """
 
     epoch: int
     epochs: int
     loss: float
     confusion: IntArray | None
+    state: TrainingState
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,14 @@ def train(
     seed: int,
     device: torch.device,
     on_epoch: Callable[[Progress], None] | None = None,
+    on_step: Callable[[], None] | None = None,
+    resume: TrainingState | None = None,
 ) -> Trained:
     """Train `model` with `head` on `images`; score `validation`.
 
-    The same seed on the same device with the same number of threads gives the same weights. `on_epoch` may raise to
-    stop early. Raises TrainingDivergedError when the loss is no longer finite.
+    The same seed on the same device with the same number of threads gives the same weights, also where the training
+    goes on from the state that an interrupted one left (`resume`). `on_epoch`, and `on_step` before each step, may
+    raise to stop early. Raises TrainingDivergedError when the loss is no longer finite.
     """
     start = time.perf_counter()
     rng = torch.Generator().manual_seed(seed)
@@ -138,25 +148,34 @@ def train(
         pixels, labels = images.pixels.to(device), images.labels.to(device)
         batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps * recipe.epochs, recipe))
+        factor = _schedule(steps * recipe.epochs, recipe)
         # Where validation is large beside training, fewer: they would cost more than they tell.
         affordable = 1 + recipe.epochs * len(images) // (3 * len(validation))
+        evaluation_batch = EVALUATION_BATCH // recipe.accumulation
         evaluate_every = math.ceil(recipe.epochs / min(EVALUATIONS, affordable))
 
-        for epoch in range(1, recipe.epochs + 1):
+        if resume is not None:
+            resume.restore(classifier, optimizer, rng, device)
+
+        for epoch in range(1 if resume is None else resume.epoch + 1, recipe.epochs + 1):
             classifier.train()
             order = torch.randperm(len(images), generator=rng)[: steps * batch_size].view(steps, batch_size)
             total = torch.zeros((), device=device)
-            for rows in order.to(device):
+            for step, rows in enumerate(order.to(device), start=(epoch - 1) * steps):
+                if on_step is not None:
+                    on_step()
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate * factor(step)
                 batch = augment(pixels[rows], recipe.augmentation, rng)
-                with _fast_precision(device):
-                    embeddings = classifier.embed(batch)
-                loss = classifier.head(embeddings, labels[rows])
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                parts = zip(batch.chunk(recipe.accumulation), labels[rows].chunk(recipe.accumulation), strict=True)
+                for some, their_labels in parts:
+                    with _fast_precision(device):
+                        embeddings = classifier.embed(some)
+                    loss = classifier.head(embeddings, their_labels) * (len(some) / len(rows))
+                    loss.backward()
+                    total += loss.detach()
                 optimizer.step()
-                schedule.step()
-                total += loss.detach()
             mean_loss = float(total) / steps
             if not math.isfinite(mean_loss):
                 raise TrainingDivergedError(
@@ -165,7 +184,7 @@ def train(
                 )
             confusion = None
             if epoch == recipe.epochs:
-                logits = predict_logits(classifier, validation.pixels, device)
+                logits = predict_logits(classifier, validation.pixels, device, batch=evaluation_batch)
                 if not torch.isfinite(logits).all():  # the last step alone can ruin the weights
                     raise TrainingDivergedError(
                         f"the trained model's logits are not finite with {head}, learning rate "
@@ -174,9 +193,11 @@ def train(
                 confusion = confusion_matrix(validation.labels.numpy(), logits.argmax(dim=1).numpy(), num_classes)
             elif epoch % evaluate_every == 0:
                 with _fast_precision(device):
-                    confusion = evaluate(classifier, validation, num_classes=num_classes, device=device)
+                    logits = predict_logits(classifier, validation.pixels, device, batch=evaluation_batch)
+                confusion = confusion_matrix(validation.labels.numpy(), logits.argmax(dim=1).numpy(), num_classes)
             if on_epoch is not None:
-                on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion))
+                state = TrainingState.of(epoch, classifier, optimizer, rng, device)
+                on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
     assert confusion is not None  # the last epoch always evaluates
     return Trained(classifier, confusion, time.perf_counter() - start)
 
@@ -188,11 +209,12 @@ def evaluate(classifier: Classifier, images: Images, *, num_classes: int, device
 
 
 @torch.no_grad()
-def predict_logits(classifier: Classifier, pixels: Tensor, device: torch.device) -> Tensor:
-    """Logits (N, C) on the CPU of uint8 images (N, C, S, S)."""
+def predict_logits(
+    classifier: Classifier, pixels: Tensor, device: torch.device, *, batch: int = EVALUATION_BATCH
+) -> Tensor:
+    """Logits (N, C) on the CPU of uint8 images (N, C, S, S), so many at a time."""
     classifier.eval()
-    parts = [classifier(batch.to(device)).float().cpu() for batch in torch.split(pixels, EVALUATION_BATCH)]
-    return torch.cat(parts)
+    return torch.cat([classifier(some.to(device)).float().cpu() for some in torch.split(pixels, batch)])
 
 
 @torch.no_grad()
@@ -228,6 +250,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or a CPU: nothing need be wrong with the settings then."""
+    texts = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
 
 
 def _fast_precision(device: torch.device) -> torch.autocast:

@@ -1,30 +1,37 @@
 """A worker: a process that joins a study through its storage and trains what is queued until nothing is left.
 
-Workers hold no state of their own. `run` starts local ones; `camri-tune worker` joins from any machine.
+Workers hold no state of their own. `run` starts some (workers.py); `camri-tune worker` joins from any machine.
 """
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import FrameType
+from typing import Protocol
 
 import torch
 
-from camri_tune.config import StudyConfig
+from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
-from camri_tune.errors import StudyMismatchError, WorkerError
-from camri_tune.search import Plan, make_sampler, run_trial, worker_id
-from camri_tune.storage import STAGES, STORAGE_VARIABLE, StudyStore, open_storage
-from camri_tune.training import cpu_count, pick_device
+from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
+from camri_tune.files import code_version
+from camri_tune.search import Plan, make_sampler
+from camri_tune.storage import StudyStore, claim
+from camri_tune.training import pick_device
+from camri_tune.trials import StoppedError, run_trial
 
-IDLE_SECONDS = 0.2
-MAX_RESTARTS = 3
+IDLE_SECONDS = (0.2, 0.3, 0.5, 1.0, 2.0)  # between looks at empty queues, which a database far away should not feel
+
+
+class Stop(Protocol):
+    """Says why this worker should end, if it should."""
+
+    def __call__(self) -> str | None: ...
 
 
 def work(
@@ -35,15 +42,20 @@ def work(
     threads: int | None = None,
     data_dir: Path | None = None,
     index: int = 0,
-    parent: int | None = None,
+    patience: float | None = None,
+    asked_to_stop: Stop = lambda: None,
 ) -> None:
-    """Serve study `name` and those within it until its run is done, or until process `parent`, if named, is gone.
+    """Serve study `name` and those within it until its run is done.
 
-    `index` sets this worker's sampler apart from the others'. Raises StudyMismatchError where this machine's data are
-    not the study's.
+    `index` sets this worker's sampler apart from the others'. With `patience`, so many seconds are waited for the study
+    to be there, and for a run to hold it while nothing is queued; None waits for ever. Raises StoppedError once
+    `asked_to_stop` says why, the training at hand saved and given back; StudyMismatchError where this machine's data,
+    program or files are not the study's.
     """
-    store = StudyStore.existing(open_storage(storage_url), name)
+    store = _find(storage_url, name, patience, asked_to_stop)
     config = store.config if data_dir is None else store.config.model_copy(update={"data_dir": data_dir})
+    _require_same_program(store)
+    _require_same_files(store)
     torch.set_flush_denormal(True)  # tiny activations late in training would slow a CPU down
     if threads is not None:
         torch.set_num_threads(threads)
@@ -52,18 +64,45 @@ def work(
     target = pick_device(device)
     stores = {name: store}
     samplers = {name: make_sampler(config, seed=config.seed * 1_000 + index)}
-    while (attributes := store.attributes).get("stage") != "done" and parent in (None, os.getppid()):
+    idle, run_seen = 0, time.monotonic()
+    while (attributes := store.attributes).get("stage") != "done":
         for cell in attributes.get("cells", []):
             if cell not in stores:
                 stores[cell] = store.cell(cell)
                 samplers[cell] = make_sampler(config, seed=config.seed * 1_000 + index)
-        for stage, serving in product(STAGES, stores.values()):
-            trial = serving.claim(stage, samplers[serving.name] if stage == "search" else None)
-            if trial is not None:
-                run_trial(trial, stage, _plan(serving, data, target), serving)
-                break
-        else:
-            time.sleep(IDLE_SECONDS)
+        claimed = claim(list(stores.values()))
+        if claimed is not None:
+            serving, stage = claimed.store, claimed.stage
+            trial = serving.trial(stage, claimed.trial_id, samplers[serving.name] if stage == "search" else None)
+            run_trial(trial, stage, _plan(serving, data, target), serving, asked_to_stop)
+            idle, run_seen = 0, time.monotonic()
+            continue
+        if (reason := asked_to_stop()) is not None:
+            raise StoppedError(reason)
+        if patience is not None and idle >= len(IDLE_SECONDS):  # not at each look: that costs two more queries
+            if store.is_held:
+                run_seen = time.monotonic()
+            elif time.monotonic() - run_seen > patience:
+                return
+        time.sleep(IDLE_SECONDS[min(idle, len(IDLE_SECONDS) - 1)])
+        idle += 1
+
+
+def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: Stop) -> StudyStore:
+    """The study, once it is there."""
+    started = time.monotonic()
+    for tries in count():
+        try:
+            return StudyStore.existing(open_storage(storage_url), name)
+        except InputError as error:
+            if time.monotonic() - started >= (patience or 0.0):
+                raise
+            if tries == 0:
+                print(f"camri-tune: waiting for study {name!r} in {masked(storage_url)} ({error})", file=sys.stderr)
+        if (reason := asked_to_stop()) is not None:
+            raise StoppedError(reason)
+        time.sleep(IDLE_SECONDS[-1])
+    raise AssertionError("the loop above does not end by itself")
 
 
 def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:
@@ -80,6 +119,22 @@ def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:
     )
 
 
+def _require_same_program(store: StudyStore) -> None:
+    if (theirs := store.attributes.get("version")) != code_version():
+        raise StudyMismatchError(
+            f"study {store.name!r} is run by camri-tune {theirs}, but here it is {code_version()}: trainings of both "
+            f"cannot be compared; install the same here, or give the run's command again with this one"
+        )
+
+
+def _require_same_files(store: StudyStore) -> None:
+    if not store.artifacts.belongs_to(store.attributes["id"]):
+        raise StudyMismatchError(
+            f"study {store.name!r} keeps its checkpoints in {store.artifacts_url!r}, and that is another place as seen "
+            f"from here: give its run --artifacts with a shared folder or s3://bucket/prefix"
+        )
+
+
 def _require_same_data(store: StudyStore, data: Dataset) -> None:
     stored = store.attributes["identity"]["dataset"]
     if f"({data.fingerprint})" not in stored:
@@ -89,102 +144,49 @@ def _require_same_data(store: StudyStore, data: Dataset) -> None:
         )
 
 
-class LocalWorkers:
-    """Worker processes of one run on this machine; a dead one is replaced, a repeatedly failing one ends the run."""
+@contextmanager
+def stopping_on_signals() -> Iterator[Stop]:
+    """SIGTERM and SIGINT become a reason to stop at the next step; a second one ends the process where it stands."""
+    asked: list[str] = []
 
-    def __init__(
-        self, *, store: StudyStore, storage_url: str, device: torch.device, count: int, log_folder: Path
-    ) -> None:
-        self._store = store
-        self._storage_url = storage_url
-        self._device = device
-        self._count = count
-        self._log_folder = log_folder
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._restarts = 0
+    def note(number: int, _frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
 
-    def __enter__(self) -> Self:
-        self._log_folder.mkdir(parents=True, exist_ok=True)
-        for index in range(self._count):
-            self._start(index)
-        return self
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: asked[0] if asked else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for process in self._processes.values():
-            process.send_signal(signal.SIGTERM)
-        for process in self._processes.values():
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
-    def wait(self, finished: Callable[[], bool], on_tick: Callable[[], None], seconds: float = 0.5) -> None:
-        """Wait until `finished()`, calling `on_tick` every `seconds` and replacing workers that died."""
-        while not finished():
-            self._replace_the_dead()
-            on_tick()
-            time.sleep(seconds)
-        on_tick()
+def _with_parent(parent: int, stop: Stop) -> Callable[[], str | None]:
+    """Also stop once process `parent` is gone: what nobody supervises would be in the way of the run that resumes."""
+    return lambda: stop() or (None if os.getppid() == parent else "the run has ended")
 
-    def _start(self, index: int) -> None:
-        threads = max(1, cpu_count() // self._count) if self._device.type == "cpu" else None
-        command = [
-            sys.executable,
-            "-m",
-            "camri_tune.worker",
-            self._store.name,
-            str(self._device),
-            str(index),
-            str(threads or 0),
-        ]
-        environment = {**os.environ, STORAGE_VARIABLE: self._storage_url}
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        with self._log(index).open("ab") as log:
-            self._processes[index] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+
+def main(arguments: list[str]) -> int:
+    """Entry of the processes that a run starts here: NAME DEVICE INDEX THREADS PARENT; storage in the environment."""
+    name, device, index, threads, parent = arguments
+    with stopping_on_signals() as stop:
+        try:
+            work(
+                storage_url=os.environ[STORAGE_VARIABLE],
+                name=name,
+                device=device,
+                index=int(index),
+                threads=int(threads) or None,
+                asked_to_stop=_with_parent(int(parent), stop),
             )
-
-    def _log(self, index: int) -> Path:
-        return self._log_folder / f"worker-{index}.log"
-
-    def _replace_the_dead(self) -> None:
-        for index, process in self._processes.items():
-            if process.poll() is None:
-                continue
-            # Its trial would stay RUNNING for ever: nobody else knows that it ended.
-            self._store.requeue_interrupted(worker_id(process.pid))
-            self._restarts += 1
-            if self._restarts > MAX_RESTARTS:
-                lines = self._log(index).read_text(errors="replace").strip().splitlines()
-                reason = lines[-1] if lines else f"exit code {process.returncode}"
-                raise WorkerError(f"worker processes keep ending ({reason}); the log is {self._log(index)}")
-            self._start(index)
-
-
-def worker_count(config: StudyConfig, device: torch.device) -> int:
-    """`auto`: on a CPU one single-threaded worker per core, which beats threads; on a GPU one."""
-    if config.workers != "auto":
-        return config.workers
-    return cpu_count() if device.type == "cpu" else 1
-
-
-def main(arguments: list[str]) -> None:
-    """Entry of the processes that `LocalWorkers` starts: NAME DEVICE INDEX THREADS, storage in the environment."""
-    name, device, index, threads = arguments
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    work(
-        storage_url=os.environ[STORAGE_VARIABLE],
-        name=name,
-        device=device,
-        index=int(index),
-        threads=int(threads) or None,
-        parent=os.getppid(),
-    )
+        except StoppedError:
+            return 130
+        except CamriTuneError as error:
+            print(f"camri-tune: {error}", file=sys.stderr)
+            return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ import sqlalchemy
 from filelock import FileLock
 from PIL import Image
 
-from camri_tune.storage import open_storage
+from camri_tune.database import open_storage
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -84,7 +84,7 @@ def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with tables and no study. To make the tables takes longer than most tests that need one."""
     path = tmp_path_factory.mktemp("empty") / "study.db"
-    open_storage(f"sqlite:///{path}").engine.dispose()
+    open_storage(f"sqlite:///{path}").close()
     return path
 
 

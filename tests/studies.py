@@ -11,10 +11,11 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.config import StudyConfig
+from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset
 from camri_tune.progress import Schedule
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
-from camri_tune.storage import StudyStore, open_storage, storage_url
+from camri_tune.storage import StudyStore, storage_url
 
 IMPORTANT = 3
 FLOOR = 0.9

@@ -24,6 +24,7 @@ from camri_tune import comparison
 from camri_tune.bundle import ModelSpec, load_classifier
 from camri_tune.comparison import compare
 from camri_tune.config import StudyConfig
+from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.differences import SeedDifference
 from camri_tune.evaluation import Judge
@@ -33,7 +34,7 @@ from camri_tune.records import Figure, TrialRecord
 from camri_tune.report import cell_text
 from camri_tune.stages import only_run
 from camri_tune.stats import Hidden, crossed_interval, design_effect
-from camri_tune.storage import StudyStore, open_storage
+from camri_tune.storage import StudyStore
 from camri_tune.table1 import Cell, Outcome, Scores, legend
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 from tests.samples import crossed

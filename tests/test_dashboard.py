@@ -23,24 +23,24 @@ import optuna_dashboard
 import pytest
 import sqlalchemy
 import torch
-from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.artifacts import get_all_artifact_meta
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.distributions import FloatDistribution
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.config import StudyConfig
 from camri_tune.dashboard import UNKNOWN_CONSTRAINT, DashboardStorage, StudyArtifacts, application, serve
+from camri_tune.database import SqlStorage, Storage, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError
-from camri_tune.overview import LOCK, RESULT, read_overview
-from camri_tune.search import Plan, run_trial
-from camri_tune.storage import Stage, StudyStore, open_storage, storage_url
+from camri_tune.overview import RESULT, read_overview
+from camri_tune.search import Plan
+from camri_tune.storage import Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
+from camri_tune.trials import run_trial
 from tests.command import COMMAND, assert_one_line_error, camri_tune
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def any_store(request: pytest.FixtureRequest, config: StudyConfig, digits: Datas
         store = StudyStore.create(open_storage(request.getfixturevalue("postgres")), config, digits)
     _fill(store)
     yield store
-    store.storage.engine.dispose()  # connections to a server are not left to the garbage collector
+    store.storage.close()  # connections to a server are not left to the garbage collector
 
 
 @pytest.fixture
@@ -167,8 +167,9 @@ def _id(store: StudyStore, suffix: str = "") -> int:
     return store.storage.get_study_id_from_name(store.name + suffix)
 
 
-def _rows(storage: RDBStorage) -> dict[str, list[tuple[Any, ...]]]:
+def _rows(storage: Storage) -> dict[str, list[tuple[Any, ...]]]:
     """Everything in the database."""
+    assert isinstance(storage, SqlStorage)
     tables = sqlalchemy.MetaData()
     tables.reflect(storage.engine)
     with storage.engine.connect() as connection:
@@ -349,7 +350,7 @@ def test_artifacts_are_found_in_the_folders_of_all_studies_in_the_storage(
     for store, content in ((empty_store, b"mine"), (other, b"another's")):
         url, _, identifier = _with_artifact(store, content, tmp_path)
         assert ask(url) == (200, content)
-        (store.artifact_folder / identifier).unlink()
+        (Path(store.artifacts_url) / identifier).unlink()
         assert ask(url)[0] == 404
 
 
@@ -366,7 +367,7 @@ def test_artifacts_are_read_only(empty_store: StudyStore, tmp_path: Path) -> Non
         assert b"read only" in answer[1]
     assert ask(url) == (200, b"mine")
     assert ask(f"/api/studies/{study_id}", "DELETE", {"remove_associated_artifacts": False})[0] == 204
-    assert (empty_store.artifact_folder / identifier).read_bytes() == b"mine"
+    assert (Path(empty_store.artifacts_url) / identifier).read_bytes() == b"mine"
     with pytest.raises(ArtifactNotFound):
         StudyArtifacts(empty_store).open_reader("0" * 8)
 
@@ -459,7 +460,7 @@ def test_the_note_says_how_the_study_stands(empty_store: StudyStore) -> None:
 
 
 def test_the_note_of_a_running_study_says_how_long_it_takes(store: StudyStore, config: StudyConfig) -> None:
-    with FileLock(config.folder / LOCK):
+    with store.held():
         publish(read_overview(store), store)
     assert re.search(r"Search: 5 of 6 done\. About \d+ s to go in all", _note(store))
 
@@ -556,7 +557,7 @@ def test_the_password_of_a_database_is_not_shown_and_other_addresses_are_warned_
     _fill(store)
     with _serving(store.name, "--host", "0.0.0.0", CAMRI_STORAGE=postgres) as served:
         assert password not in json.dumps(_fetch(f"{served.root}/api/studies/{_id(store)}"))
-    store.storage.engine.dispose()
+    store.storage.close()
     assert password not in served.said
     assert "tester:***@127.0.0.1" in served.said
     warning = served.said.splitlines()[0]

@@ -14,9 +14,9 @@ FLOORS = [
     {"cli"},
     {"pipeline", "comparison"},
     {"report", "stages", "figures"},
-    {"study_page", "study_note", "console", "dashboard"},
-    {"evaluation", "worker", "tables", "pages", "charts", "error_charts"},
-    {"overview"},
+    {"study_page", "study_note", "console", "dashboard", "ray_workers"},
+    {"evaluation", "worker", "workers", "tables", "pages", "charts", "error_charts"},
+    {"overview", "trials"},
     {"search", "selection", "claims", "table1"},
     {"storage", "pruning", "baseline"},
     {"bundle", "plane"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"result"},
     {"augmentation", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style"},
-    {"metrics", "stats", "posthoc", "config", "files"},
+    {"metrics", "stats", "posthoc", "config", "files", "checkpoint", "database", "artifacts", "heartbeat"},
     {"errors"},
 ]
 
@@ -55,13 +55,13 @@ def test_imports_only_point_down() -> None:
     for height, floor in enumerate(FLOORS):
         below = set().union(*FLOORS[height + 1 :])
         for module in floor:
-            wrong = _imports(PACKAGE / f"{module}.py") - below
+            wrong = _imports(PACKAGE / f"{module}.py") - below - {module}
             assert not wrong, f"{module} imports {wrong}, which is not below it"
 
 
-def test_only_five_rooms_know_optuna() -> None:
+def test_few_rooms_know_optuna() -> None:
     knowing = {path.stem for path in PACKAGE.glob("*.py") if "import optuna" in path.read_text()}
-    assert knowing <= {"search", "pruning", "storage", "worker", "dashboard"}
+    assert knowing <= {"search", "trials", "pruning", "storage", "database", "dashboard"}
 
 
 def test_the_readme_has_the_command_that_ci_runs() -> None:

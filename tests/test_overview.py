@@ -17,9 +17,8 @@ from rich.console import Console
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError
-from camri_tune.overview import RESULT, find_study, is_locked, read_overview, studies_in
-from camri_tune.stages import only_run
-from camri_tune.storage import INTERRUPTED, StudyStore
+from camri_tune.overview import RESULT, find_study, read_overview, studies_in
+from camri_tune.storage import StudyStore
 from camri_tune.tables import status_view
 from tests.command import assert_one_line_error, camri_tune, result_of
 from tests.studies import FLOOR, hand_made, trial
@@ -31,7 +30,7 @@ SEARCH = [
     trial(0.95, 0.89),  # the best recall, below the floor
     trial(0.84, 0.91),
     trial(state=OptunaState.FAIL, failure="ValueError: no (x.py:1)"),
-    trial(state=OptunaState.FAIL, failure=INTERRUPTED),
+    trial(state=OptunaState.FAIL, interrupted=True),
     trial(0.99, None),
     trial(state=OptunaState.RUNNING, epoch=1),
     trial(state=OptunaState.WAITING),
@@ -114,25 +113,12 @@ def test_curves_and_confusion_are_read_with_a_trial(make: Make) -> None:
 
 def test_it_knows_whether_a_run_is_at_work(make: Make) -> None:
     store = make()
-    folder = store.config.folder
-    assert not is_locked(folder)
     assert not read_overview(store).running
-    with only_run(folder):
-        assert is_locked(folder)
+    with store.held():
         assert read_overview(store).running
         assert "running, about" in _shown(store)
-    assert not is_locked(folder)
-    assert "no run works on it on this machine; the same command goes on" in _shown(store)
-
-
-def test_to_ask_whether_a_run_is_at_work_does_not_keep_one_from_starting(make: Make) -> None:
-    folder = make().config.folder
-    with only_run(folder):
-        pass
-    for _ in range(20):
-        assert not is_locked(folder)
-        with only_run(folder):
-            assert is_locked(folder)
+    assert not read_overview(store).running
+    assert "no run works on it now; the same command goes on" in _shown(store)
 
 
 @pytest.mark.parametrize("content", ['{"schema": 1,', "{}", "[1]", '{"verdict": "certified", "best": {}}'])
@@ -176,7 +162,7 @@ def test_a_study_in_a_named_storage_needs_its_name(make: Make, tmp_path: Path) -
 
 
 def test_another_studys_folder_of_the_same_name_is_not_taken(make: Make, tmp_path: Path) -> None:
-    make().storage.engine.dispose()  # which leaves all of it in one file
+    make().storage.close()  # which leaves all of it in one file
     database = (tmp_path / "s" / "study.db").rename(tmp_path / "shared.db")
     url, other = f"sqlite:///{database}", tmp_path / "other"
     assert find_study("s", out=other, storage=url).config.folder == tmp_path / "s", "where its files are"

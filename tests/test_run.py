@@ -21,13 +21,14 @@ from PIL import Image
 from camri_tune import pipeline
 from camri_tune.bundle import read_bundle
 from camri_tune.config import Loss, StudyConfig
+from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
 from camri_tune.evaluation import Judge, _hidden
 from camri_tune.images import Images
 from camri_tune.posthoc import tune_bias
 from camri_tune.sources import find_source
 from camri_tune.stats import Hidden, crossed_interval, design_effect, hidden_size, tango_interval
-from camri_tune.storage import Stage, StudyStore, open_storage
+from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import predict_logits
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 
@@ -487,7 +488,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_runs_again(tmp_path: Path) ->
         return bool(workers)
 
     _wait_for(some_worker_trains)
-    os.kill(int(workers[0].split(":")[1]), signal.SIGKILL)
+    os.kill(int(workers[0].split(":")[-1]), signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     states = _states(folder, "d")

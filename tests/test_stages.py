@@ -13,16 +13,18 @@ import torch
 from camri_tune.baseline import START_FACTORS
 from camri_tune.config import MOST_FOLDS, Loss, StudyConfig
 from camri_tune.console import Console
+from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
+from camri_tune.heartbeat import Heart, worker_id
 from camri_tune.images import Images
 from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import Plan, looks_at_class, starting_points, suggest
 from camri_tune.stages import Crew, Stages, only_run
-from camri_tune.storage import Stage, StudyStore, open_storage, storage_url
+from camri_tune.storage import Stage, StudyStore, storage_url
 from camri_tune.training import default_learning_rate
-from camri_tune.worker import LocalWorkers
+from camri_tune.workers import Workers
 
 CPU = torch.device("cpu")
 RATE = default_learning_rate("compact")
@@ -106,7 +108,8 @@ def _by_fold(accuracies: Sequence[float]) -> Outcome:
 def _waiting(stages: Stages, stage: Stage) -> list[dict[str, Any]]:
     """Parameters and attributes that queued trials ask for."""
     trials = stages.store.optuna_study(stage).get_trials(states=(optuna.trial.TrialState.WAITING,))
-    return [{**t.system_attrs["fixed_params"], **t.user_attrs} for t in trials]
+    queued = [{**t.system_attrs["fixed_params"], **t.user_attrs} for t in trials]
+    return [{key: value for key, value in one.items() if key != "ticket"} for one in queued]
 
 
 def _baseline(stages: Stages, outcome: Outcome | None = None, folds: int = 1) -> Baseline:
@@ -449,13 +452,15 @@ def test_an_interrupted_trial_is_not_counted_twice(make: Callable[..., Stages]) 
     stages.adopt(baseline, (3,))
     stages.plan_search(baseline)
     _train_one(stages, "search", _equal())
-    assert stages.store.claim("search") is not None  # and its worker dies
+    lost = stages.store.claim("search")
+    assert lost is not None
+    lost.set_user_attr("worker", worker_id(2**30))  # there is no such process
     again = make()
     assert again.store.requeue_interrupted() == 1
     again.adopt(baseline, (3,))
     again.plan_search(baseline)
     assert [r.state for r in again.records("search")] == ["complete"] + ["waiting"] * 5
-    assert len(again.store.records("search")) == 7
+    assert len(again.store.optuna_study("search").get_trials(deepcopy=False)) == 7
 
 
 def test_a_search_of_failures_alone_is_an_error(make: Callable[..., Stages]) -> None:
@@ -614,6 +619,7 @@ def test_a_study_within_another_shares_its_baseline_and_its_checkpoints(make: Ca
     found.save_checkpoint(trial, weights)
     assert head.store.fetch_checkpoint(camri.records("search")[0], weights.with_name("copy"))
 
+    trial.set_user_attr("worker", worker_id(2**30))  # there is no such process
     # Whoever puts the study's queues in order puts theirs in order, too.
     assert wce.store.requeue_interrupted() == 0
     assert head.store.requeue_interrupted() == 1
@@ -654,7 +660,8 @@ class _Hands:
 
     def crew(self) -> Crew:
         schedule = Schedule({"baseline": 6, "search": 6, "finalists": 4}, epochs=1, workers=1)
-        return Crew(cast(LocalWorkers, self), Console(quiet=True), self.stages.store, schedule)
+        heart = SimpleNamespace(lost=False)
+        return Crew(cast(Workers, self), Console(quiet=True), self.stages.store, schedule, cast(Heart, heart))
 
 
 def _whole_run(stages: Stages, crew: Crew, folds: int = 1) -> dict[int, list[TrialRecord]]:
@@ -662,8 +669,7 @@ def _whole_run(stages: Stages, crew: Crew, folds: int = 1) -> dict[int, list[Tri
     baseline = crew.carry_out("baseline", stages.plan_baseline, one)
     baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, (3,))
-    stages.plan_search(baseline)
-    crew.finish("search", one)
+    crew.search(one, baseline)
     return crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
 
 

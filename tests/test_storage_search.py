@@ -25,9 +25,11 @@ from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import load_classifier, save_weights
 from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.database import masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
-from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.errors import InputError, StudyMismatchError, WorkerError
 from camri_tune.files import sha256
+from camri_tune.heartbeat import worker_id
 from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
 from camri_tune.metrics import confusion_matrix
@@ -37,21 +39,21 @@ from camri_tune.records import ACCURACY_CURVE, TrialRecord
 from camri_tune.search import (
     SPACES,
     Plan,
-    _set_scores,
     head_spec,
     make_sampler,
     model_spec,
     parameter_names,
-    run_trial,
     starting_points,
     suggest,
 )
-from camri_tune.storage import INTERRUPTED, Stage, StudyStore, masked, open_storage, storage_url
+from camri_tune.storage import MOST_ATTEMPTS, Stage, StudyStore, storage_url
 from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of
+from camri_tune.trials import pooled_floor, run_trial
 from tests.conftest import MakeFolder
 
 CPU = torch.device("cpu")
 SECRET = "hunter2"
+DEAD = worker_id(2**30)  # no process has that id
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +305,8 @@ def _in_threads(functions: Sequence[Callable[[], None]]) -> None:
 
 CLAIM_ALL = """
 import sys
-from camri_tune.storage import StudyStore, open_storage
+from camri_tune.database import open_storage
+from camri_tune.storage import StudyStore
 store = StudyStore.existing(open_storage(sys.argv[1]), "study")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -337,18 +340,17 @@ def test_a_trial_that_another_worker_took_a_moment_ago_is_passed_over(
     for _ in range(2):
         store.enqueue("baseline", {"learning_rate": 0.1})
     other = StudyStore.existing(open_storage(storage_url(config)), "study")
-    study = store.optuna_study("baseline")
-    look = study.get_trials
+    look = store.storage.waiting
 
-    def look_and_lose_the_first(*arguments: Any, **options: Any) -> list[FrozenTrial]:
-        waiting = look(*arguments, **options)
+    def look_and_lose_the_first(studies: list[int]) -> list[tuple[int, int]]:
+        waiting = look(studies)
         taken = other.claim("baseline")
         assert taken is not None
         if state == "complete":
             other.optuna_study("baseline").tell(taken, 0.5)
         return waiting
 
-    monkeypatch.setattr(study, "get_trials", look_and_lose_the_first)
+    monkeypatch.setattr(store.storage, "waiting", look_and_lose_the_first)
     trial = store.claim("baseline")
     assert trial is not None
     assert trial.number == 1
@@ -381,16 +383,18 @@ def test_an_interrupted_trial_fails_and_runs_again_as_it_was(store: StudyStore) 
     trial.set_user_attr("sha256", "0" * 64)
     trial.set_user_attr("checkpoint", "gone")
     trial.set_constraint("accuracy", -1.0)
+    trial.set_user_attr("worker", DEAD)
     store.enqueue("search", {})
     assert store.requeue_interrupted() == 1
 
-    interrupted, waiting, again = store.records("search")
-    assert (interrupted.state, interrupted.failure) == ("failed", INTERRUPTED)
+    waiting, again = store.records("search")
     assert waiting.state == again.state == "waiting"
     assert again.seed == 10_003
-    frozen = store.optuna_study("search").get_trials(deepcopy=False)[2]
+    interrupted, _, frozen = store.optuna_study("search").get_trials(deepcopy=False)
+    assert interrupted.state == OptunaState.FAIL
+    assert DEAD in interrupted.user_attrs["failure"]
     assert frozen.system_attrs["fixed_params"] == params
-    assert set(frozen.user_attrs) == {"seed", "retry_of"}
+    assert set(frozen.user_attrs) == {"seed", "retry_of", "attempts", "ticket"}
     assert frozen.user_attrs["retry_of"] == 0
     assert not frozen.constraints
     assert store.requeue_interrupted() == 0, "once"
@@ -398,20 +402,66 @@ def test_an_interrupted_trial_fails_and_runs_again_as_it_was(store: StudyStore) 
 
 def test_a_trial_that_was_interrupted_before_it_chose_keeps_what_was_asked_for(store: StudyStore) -> None:
     asked = {"learning_rate": 0.01, "scale": 8.0, "margin": 0.1}
-    _claimed(store, "finalists", asked, seed=5, source_trial=17, fold=2)
+    _claimed(store, "finalists", asked, seed=5, source_trial=17, fold=2).set_user_attr("worker", DEAD)
     assert store.requeue_interrupted() == 1
-    again = store.records("finalists")[1]
+    again = _only(store, "finalists")
     assert (again.seed, again.source_trial, again.fold) == (5, 17, 2)
     frozen = store.optuna_study("finalists").get_trials(deepcopy=False)[1]
     assert frozen.system_attrs["fixed_params"] == asked
 
 
 def test_only_the_trials_of_the_dead_worker_are_queued_again(store: StudyStore) -> None:
-    for worker in ("here:1", "here:2"):
+    for worker in (worker_id(), DEAD):
         _claimed(store, "baseline", {"learning_rate": 0.1}).set_user_attr("worker", worker)
-    assert store.requeue_interrupted("here:2") == 1
-    assert [record.state for record in store.records("baseline")] == ["running", "failed", "waiting"]
-    assert store.requeue_interrupted("here:3") == 0
+    assert store.requeue_interrupted() == 1
+    assert [(record.number, record.state) for record in store.records("baseline")] == [(0, "running"), (2, "waiting")]
+
+
+@pytest.mark.parametrize("point", ["set_trial_state_values", "create_new_trial"])
+def test_whatever_ends_the_run_while_it_queues_again_the_next_does_the_rest(
+    point: str, store: StudyStore, config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once and not twice: killed before the lost trial has failed, and between that and its successor."""
+    _claimed(store, "search", {"scale": 8.0}).set_user_attr("worker", DEAD)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.storage if "state" in point else store.optuna_study("search")._storage, point, killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.requeue_interrupted()
+    again = StudyStore.existing(open_storage(storage_url(config)), "study")
+    assert again.requeue_interrupted() == 1
+    assert again.requeue_interrupted() == 0
+    assert _only(again, "search").state == "waiting"
+
+
+def test_a_trial_that_ends_its_worker_again_and_again_fails_with_that_reason(store: StudyStore) -> None:
+    store.enqueue("search", {"scale": 8.0})
+    for _ in range(MOST_ATTEMPTS):
+        trial = store.claim("search")
+        assert trial is not None
+        trial.set_user_attr("worker", DEAD)
+        store.requeue_interrupted()
+    assert store.claim("search") is None
+    record = _only(store, "search")
+    assert record.state == "failed"
+    assert record.failure == f"its worker died 5 times without getting further; the last was {DEAD}"
+
+
+def test_a_trial_that_gets_further_each_time_is_tried_for_ever(store: StudyStore, tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"state")
+    store.enqueue("search", {"scale": 8.0})
+    for epoch in range(MOST_ATTEMPTS + 3):
+        trial = store.claim("search")
+        assert trial is not None
+        trial.set_user_attr("resumed_at", epoch)
+        store.save_resume(trial, tmp_path / "state", epoch + 1)
+        trial.set_user_attr("worker", DEAD)
+        assert store.requeue_interrupted() == 1
+    assert _only(store, "search").state == "waiting"
+    assert len(list((tmp_path / "study" / "artifacts").glob("resume-*"))) == 1, "older states are removed"
 
 
 def test_finished_trials_are_never_queued_again(store: StudyStore) -> None:
@@ -430,7 +480,7 @@ def checkpoint(store: StudyStore, tmp_path: Path) -> Path:
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 10)
     store.save_checkpoint(_claimed(store, "baseline", {"learning_rate": 0.1}), path)
-    (artifact,) = (tmp_path / "study" / "artifacts").iterdir()
+    (artifact,) = (tmp_path / "study" / "artifacts").glob("[!.]*")
     return artifact
 
 
@@ -455,7 +505,7 @@ def test_a_damaged_checkpoint_is_not_given_out(
         case _:
             checkpoint.unlink()
     if damage == "folder removed":
-        checkpoint.parent.rmdir()
+        shutil.rmtree(checkpoint.parent)
     assert not store.fetch_checkpoint(_only(store, "baseline"), tmp_path / "copy")
 
 
@@ -614,9 +664,10 @@ def test_a_trial_that_fails_on_a_later_fold_fails(
         seen.append((training, validation, seed))
         if len(seen) == 3:
             raise RuntimeError("the third")
-        return object()
+        classifier = SimpleNamespace(state_dict=dict)
+        return SimpleNamespace(classifier=classifier, confusion=np.eye(10, dtype=np.int64))
 
-    monkeypatch.setattr("camri_tune.search.train", broken)
+    monkeypatch.setattr("camri_tune.trials.train", broken)
     run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits, floors=(0.05,) * 4), store)
     record = _only(store, "search")
     assert [(training, validation) for training, validation, _ in seen] == [digits.fold(fold) for fold in range(3)]
@@ -658,18 +709,17 @@ def test_whatever_goes_wrong_in_training_becomes_the_reason(
 
 
 @pytest.mark.usefixtures("no_threads_more")
-def test_a_checkpoint_that_cannot_be_kept_fails_the_trial_with_its_reason(
+def test_a_checkpoint_that_cannot_be_kept_gives_the_trial_back_and_says_why(
     store: StudyStore, config: StudyConfig, digits: Dataset
 ) -> None:
-    """A full disk or a folder that went away: the worker lives on, and the trial does not stay RUNNING."""
-    artifacts = config.folder / "artifacts"
-    artifacts.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.touch()
-    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits), store)
-    record = _only(store, "search")
-    assert record.state == "failed"
-    assert record.failure
-    assert record.constraint is None
+    """Here the folder has become a file: no setting is to blame for that, and none would do better."""
+    shutil.rmtree(config.folder / "artifacts")
+    (config.folder / "artifacts").touch()
+    with pytest.raises(WorkerError, match=r"a training could not be kept: \w+Error: "):
+        run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits), store)
+    assert store.records("search") == []
+    assert store.requeue_interrupted() == 1
+    assert _only(store, "search").state == "waiting"
 
 
 # --- what is searched -------------------------------------------------------------------------------------------------
@@ -843,7 +893,7 @@ def test_a_trial_trains_by_the_recipe_of_its_network(
         recipes.append(recipe)
         raise RuntimeError("caught")
 
-    monkeypatch.setattr("camri_tune.search.train", caught)
+    monkeypatch.setattr("camri_tune.trials.train", caught)
     plan = _plan(config.model_copy(update={"model": model, "epochs": 9}), digits)
     run_trial(_claimed(store, "search", {**PARAMS, "learning_rate": 2e-3}), "search", plan, store)
     assert recipes == [
@@ -1057,21 +1107,12 @@ def test_a_trial_on_folds_is_stopped_at_the_end_of_the_first_at_the_latest(
         assert confusion.sum() == sum(len(digits.fold(fold)[1]) for fold in range(folds))
 
 
-def test_the_floors_of_folds_weigh_as_much_as_their_images(
-    config: StudyConfig, digits: Dataset, create: Create
-) -> None:
+def test_the_floors_of_folds_weigh_as_much_as_their_images() -> None:
     """The accuracy over folds is that of all their images together: so is the floor that it must keep."""
-    store = create(config, digits)
     folds = {0: (None, [0] * 100), 1: (None, [0] * 300)}
-    data = SimpleNamespace(fold=folds.__getitem__)
-    plan = Plan(config, cast(Dataset, data), CPU, (3,), (0.9, 0.5))
-    confusion = np.diag([40] * 10)
-    confusion[0, 0], confusion[0, 1] = 0, 40  # accuracy 0.9
+    data = cast(Dataset, SimpleNamespace(fold=folds.__getitem__))
     for asked, floor in (([0, 1], 0.6), ([0], 0.9), ([1], 0.5)):
-        trial = _claimed(store, "search", PARAMS)
-        assert _set_scores(trial, confusion, plan, asked) == 1.0
-        store.optuna_study("search").tell(trial, 1.0)
-        assert store.records("search")[-1].constraint == pytest.approx(floor - 0.9)
+        assert pooled_floor((0.9, 0.5), data, asked) == pytest.approx(floor)
 
 
 @pytest.mark.usefixtures("no_threads_more")

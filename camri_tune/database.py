@@ -1,0 +1,214 @@
+"""The database through which a study's processes meet: SQLite, a database server, or Optuna's gRPC proxy before one.
+
+Optuna's storages do the work. Added here is what days on many machines ask for: transactions of SQLite that no other
+process can come between, patience with a server that restarts, and messages without passwords.
+"""
+
+import functools
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.storages import GrpcStorageProxy, RDBStorage
+from optuna.trial import TrialState as OptunaState
+
+from camri_tune.errors import InputError, StorageError
+
+STORAGE_VARIABLE = "CAMRI_STORAGE"  # a password in the URL must not stand on a command line
+PATIENCE_SECONDS = 600.0  # what a server may take to come back
+LONGEST_WAIT_SECONDS = 5.0  # between two tries
+_LOG = logging.getLogger(__name__)
+_METHODS = (  # all that Optuna's storages offer which talks to the database
+    "create_new_study",
+    "delete_study",
+    "set_study_user_attr",
+    "set_study_system_attr",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_study_user_attrs",
+    "get_study_system_attrs",
+    "get_all_studies",
+    "set_trial_param",
+    "set_trial_state_values",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "get_trial_id_from_study_id_trial_number",
+    "get_trial",
+    "get_all_trials",
+    "_get_trials",
+    "_set_trial_param",
+    "_get_best_trial_id",
+)
+# A trial that is added twice would be one too many: whoever adds one looks first whether it is there (StudyStore).
+Result = TypeVar("Result")
+_Class = TypeVar("_Class", bound=type)
+
+
+def masked(url: str) -> str:
+    """The URL without passwords, neither in its login nor in its query."""
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "(unreadable URL)"
+    query = {key: "***" if "pass" in key.lower() else value for key, value in parsed.query.items()}
+    return parsed.set(query=query).render_as_string(hide_password=True)
+
+
+def patiently(call: Callable[[], Result], url: str) -> Result:
+    """What `call` returns, once the database at `url` answers again should it not do so now.
+
+    Raises StorageError where it stays away for `PATIENCE_SECONDS`, or has no space left.
+    """
+    start, wait = time.monotonic(), 0.01
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            trouble = _trouble(error, url)
+            if trouble is None:
+                raise
+            temporary, reason = trouble
+            if not temporary:
+                raise StorageError(
+                    f"storage {masked(url)} cannot be used ({reason}): mend that, free space perhaps, and give the "
+                    f"same command, which resumes"
+                ) from None
+            if time.monotonic() - start > PATIENCE_SECONDS:
+                raise StorageError(
+                    f"storage {masked(url)} did not answer for {PATIENCE_SECONDS / 60:.0f} minutes ({reason}); the "
+                    f"same command resumes"
+                ) from None
+            if wait == 1.28:  # once, and not for a lock of milliseconds
+                _LOG.warning("storage %s does not answer (%s); trying again", masked(url), reason)
+        time.sleep(wait * random.uniform(0.5, 1.0))  # or those who collided would collide again
+        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def _trouble(error: BaseException, url: str) -> tuple[bool, str] | None:
+    """Whether trouble with the database may pass, and what it is; None where the error is another."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
+            reason = str(cause.orig).splitlines()[0].replace(url, masked(url))
+            full = getattr(cause.orig, "sqlstate", None) == "53100"  # PostgreSQL: disk full
+            sqlite = url.startswith("sqlite")
+            return (not full and (not sqlite or "locked" in reason), reason)
+        if isinstance(cause, sqlalchemy.exc.TimeoutError):  # all connections are in use
+            return True, "no free connection"
+        if type(cause).__module__.startswith("grpc") and hasattr(cause, "code"):
+            name = getattr(cause.code(), "name", "")
+            return (True, f"the proxy says {name}") if name in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED") else None
+    return None
+
+
+def _patient(storage: _Class) -> _Class:
+    """Let every method of a storage wait for its database."""
+
+    def waiting(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: Any, *arguments: Any, **options: Any) -> Any:
+            return patiently(lambda: method(self, *arguments, **options), self.url)
+
+        return call
+
+    for name in _METHODS:
+        if hasattr(storage, name):
+            setattr(storage, name, waiting(getattr(storage, name)))
+    return storage
+
+
+@_patient
+class SqlStorage(RDBStorage):
+    """A database that SQLAlchemy reaches. `url` is its address, which may hold a password."""
+
+    def waiting(self, study_ids: list[int]) -> list[tuple[int, int]]:
+        """Study and id of trials that wait, in the order in which they were queued: one small query for all studies."""
+        query = sqlalchemy.text(
+            "SELECT study_id, trial_id FROM trials WHERE state = :state AND study_id IN :studies ORDER BY trial_id"
+        ).bindparams(sqlalchemy.bindparam("studies", expanding=True))
+
+        def ask() -> list[tuple[int, int]]:
+            with self.engine.connect() as connection:
+                rows = connection.execute(query, {"state": OptunaState.WAITING.name, "studies": study_ids})
+                return [(study, trial) for study, trial in rows]
+
+        return patiently(ask, self.url)
+
+    def close(self) -> None:
+        """Let go of its connections."""
+        self.remove_session()
+        self.engine.dispose()
+
+
+@_patient
+class ProxyStorage(GrpcStorageProxy):
+    """Optuna's gRPC proxy, which should have a database server behind it. Nothing on its way is encrypted."""
+
+    def __init__(self, url: str) -> None:
+        parsed = sqlalchemy.engine.make_url(url)
+        if not parsed.host or not parsed.port or parsed.username or parsed.password or parsed.database:
+            raise ValueError("it must be grpc://HOST:PORT and no more")
+        self.url = url
+        super().__init__(host=parsed.host, port=parsed.port)
+        self.wait_server_ready(timeout=10)
+
+    def waiting(self, study_ids: list[int]) -> list[tuple[int, int]]:
+        """As of `SqlStorage`."""
+        return [
+            (study, trial._trial_id)
+            for study in study_ids
+            for trial in self.get_all_trials(study, deepcopy=False, states=(OptunaState.WAITING,))
+        ]
+
+
+Storage = SqlStorage | ProxyStorage
+
+
+def open_storage(url: str) -> Storage:
+    """Connect to the database at `url`, creating tables as needed. Raises InputError with the password masked.
+
+    Of a server each process takes one connection, at times two or three, and looks whether they still live.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        if url.startswith("grpc:"):
+            return ProxyStorage(url)
+        return _open_sql(url)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError, OSError, StorageError) as error:
+        reason = str(getattr(error, "orig", error)).splitlines()[0].replace(url, masked(url))
+        raise InputError(
+            f"storage {masked(url)} cannot be opened ({reason}); give a SQLAlchemy URL such as sqlite:///study.db"
+        ) from None
+
+
+def _open_sql(url: str) -> SqlStorage:
+    if not url.startswith("sqlite"):
+        return SqlStorage(url, engine_kwargs={"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True})
+    if sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
+        raise ValueError("a database in memory cannot be shared with worker processes")
+    # Workers of one study write at the same time: they wait for each other instead of failing.
+    storage = SqlStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    sqlalchemy.event.listen(storage.engine, "connect", _tune_sqlite)
+    # Optuna reads and then writes: within one transaction, which fails (and is tried again) where another process wrote
+    # in between. Python's driver by itself begins a transaction at the first writing only.
+    sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    storage.engine.dispose()  # connections made so far lack the settings
+    with storage.engine.connect():
+        pass
+    return storage
+
+
+def _tune_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by the listener above
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()

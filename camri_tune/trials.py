@@ -1,0 +1,330 @@
+"""One trial from its claim to its result: train, keep what an interruption would lose, score, tell."""
+
+import csv
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial
+from optuna.trial import TrialState as OptunaState
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from camri_tune.checkpoint import TrainingState
+from camri_tune.config import SEEDS_APART
+from camri_tune.datasets import Dataset
+from camri_tune.errors import OutOfMemoryError, StorageError, TrainingDivergedError, WorkerError
+from camri_tune.files import code_version
+from camri_tune.heartbeat import Heart
+from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
+from camri_tune.pruning import AccuracyFloorPruner
+from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
+from camri_tune.search import Plan, suggest
+from camri_tune.storage import Stage, StudyStore
+from camri_tune.training import Progress, Trained, is_out_of_memory, recipe_of, train
+
+# The seeds of each use are apart: what chose a setting is never what it is judged with.
+_SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
+# States are saved no more often than every so many seconds, and than costs a fiftieth of the training.
+SAVE_SECONDS, SAVE_SHARE = 2.0, 0.02
+_FIRST = "first."  # in a saved state: the weights of the first fold's model, the one that is kept
+
+
+class StoppedError(Exception):
+    """The worker was asked to end. Its trial has been given back, saved as of its last epoch."""
+
+
+def run_trial(
+    trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_to_stop: Callable[[], str | None] = lambda: None
+) -> None:
+    """Train, score and tell one claimed trial.
+
+    What goes wrong in training becomes its reason. What goes wrong around it (no space for a checkpoint) gives the
+    trial back and raises WorkerError or StorageError. When `asked_to_stop` gives a reason, at any step, the trial is
+    given back and StoppedError raised. A trial that was taken for abandoned meanwhile is left to whoever has it now.
+    """
+    try:
+        with Heart(store.storage, trial._trial_id) as heart:
+            _Run(trial, stage, plan, store, asked_to_stop, heart).carry_out()
+    except UpdateFinishedTrialError:
+        return
+
+
+class _Run:
+    """A trial at work, with what it has found out so far."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        stage: Stage,
+        plan: Plan,
+        store: StudyStore,
+        asked_to_stop: Callable[[], str | None],
+        heart: Heart,
+    ) -> None:
+        self.trial = trial
+        self.stage = stage
+        self.plan = plan
+        self.store = store
+        self.asked_to_stop = asked_to_stop
+        self.heart = heart
+        self.folds: Sequence[int] = range(len(plan.floors)) if stage == "search" else [trial.user_attrs.get("fold", 0)]
+        self.accuracies: dict[str, float] = {}
+        self.recalls: dict[str, list[float]] = {}
+        self.values: dict[str, float] = {}
+        self.confusions: list[IntArray] = []  # of the folds that are done
+        self.first: dict[str, Tensor] = {}  # weights of the first fold's model, once trained
+        self.state: TrainingState | None = None  # of the fold at hand, after its last epoch
+        self._started = self._saved_at = time.perf_counter()
+        self._save_seconds = 0.0
+        self._unsaved = False
+
+    def carry_out(self) -> None:
+        trial, study = self.trial, self.store.optuna_study(self.stage)
+        value: float | None = None
+        ended = OptunaState.COMPLETE
+        try:
+            trial.set_user_attr("device", str(self.plan.device))
+            confusion = self._train()
+            self._note_seconds()
+            value = self._set_scores(confusion, self.folds)
+        except optuna.TrialPruned:
+            ended = OptunaState.PRUNED
+            self._note_seconds()
+        except StoppedError as stopped:
+            self._give_back(str(stopped))
+            raise
+        except (UpdateFinishedTrialError, StorageError):
+            raise
+        except OSError as error:  # the settings are not to blame, nor would others do better
+            self.store.release(trial._trial_id, f"given back: {_reason(error)}")
+            raise WorkerError(f"a training could not be kept: {_reason(error)}") from None
+        except Exception as error:
+            ended = OptunaState.FAIL
+            told = isinstance(error, TrainingDivergedError | OutOfMemoryError)
+            trial.set_user_attr("failure", str(error) if told else _reason(error))
+            self._note_seconds()
+        study.tell(trial, value, state=ended)
+        self.store.drop_resume(trial)
+
+    def _note_seconds(self) -> None:
+        self.trial.set_user_attr("seconds", time.perf_counter() - self._started)
+
+    def _train(self) -> IntArray:
+        """Train a model on each of the folds, keep the first, and pool what they say of their validation parts."""
+        plan = self.plan
+        head, learning_rate = suggest(self.trial, self.stage, plan)
+        seed = self.trial.user_attrs.get("seed")
+        if seed is None:
+            seed = plan.config.seed * SEEDS_APART + _SEED_OFFSETS[self.stage] + self.trial.number
+            self.trial.set_user_attr("seed", seed)
+        self._resume()
+        for fold in self.folds[len(self.confusions) :]:
+            training, validation = plan.data.fold(fold)
+            recipe = recipe_of(
+                plan.config.model,
+                epochs=plan.epochs,
+                learning_rate=learning_rate,
+                augmentation=plan.data.augmentation,
+                images=len(training),
+            )
+
+            def train_with(parts: int) -> Trained:
+                return train(
+                    plan.config.model,
+                    head,
+                    training,  # noqa: B023  # called within this very turn of the loop
+                    validation,  # noqa: B023
+                    num_classes=len(plan.data.classes),
+                    recipe=replace(recipe, accumulation=parts),  # noqa: B023
+                    seed=seed,
+                    device=plan.device,
+                    on_epoch=self._on_epoch,
+                    on_step=self._on_step,
+                    resume=self.state,
+                )
+
+            trained = self._within_memory(train_with)
+            self.state = None
+            self.confusions.append(trained.confusion)
+            if not self.first:
+                self.first = {name: tensor.cpu() for name, tensor in trained.classifier.state_dict().items()}
+        self._keep_checkpoint()
+        pooled: IntArray = np.sum(self.confusions, axis=0)
+        self._keep_confusion(pooled)
+        return pooled
+
+    def _within_memory(self, train_with: Callable[[int], Trained]) -> Trained:
+        """Where memory runs out, go on once with half the batch at a time: the settings need not be bad."""
+        parts = self.trial.user_attrs.get("accumulation", 1)
+        try:
+            return train_with(parts)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = _reason(error)
+        # Only here, where the exception holds on to no tensor any more.
+        torch.cuda.empty_cache()
+        if parts == 1:
+            self.trial.set_user_attr("accumulation", 2)
+            try:
+                return train_with(2)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _reason(error)
+        raise OutOfMemoryError(
+            f"out of memory on {self.plan.device}, also with half the batch at a time ({reason}): fewer workers there, "
+            f"or a smaller --image-size"
+        )
+
+    def _on_step(self) -> None:
+        if self.heart.lost:
+            raise UpdateFinishedTrialError
+        if (reason := self.asked_to_stop()) is not None:
+            raise StoppedError(reason)
+
+    def _on_epoch(self, progress: Progress) -> None:
+        first_fold = not self.confusions
+        self.trial.set_user_attr("epoch", len(self.confusions) * progress.epochs + progress.epoch)
+        if progress.confusion is not None and first_fold:  # the first fold's curve is the trial's
+            self._keep_score(progress)
+        self.state, self._unsaved = progress.state, True
+        since = time.perf_counter() - self._saved_at
+        if progress.epoch < progress.epochs and since > max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE):
+            self._save_state()
+
+    def _keep_score(self, progress: Progress) -> None:
+        confusion, epoch = progress.confusion, str(progress.epoch)
+        assert confusion is not None, "an evaluated epoch"
+        self.accuracies[epoch] = accuracy(confusion)
+        self.recalls[epoch] = [round(float(r), 5) for r in recall_per_class(confusion)]
+        self.values[epoch] = _value(confusion, self.plan)
+        self._publish_curves()
+        self.trial.report(self.values[epoch], progress.epoch)
+        if self.stage != "search" or (progress.epoch == progress.epochs and len(self.folds) == 1):
+            return
+        study, pruner = self.trial.study, AccuracyFloorPruner(epochs=self.plan.epochs)
+        if pruner.prune(study, study._storage.get_trial(self.trial._trial_id)):
+            # Before pruning: a trial without constraint looks feasible.
+            self._keep_confusion(confusion)
+            self._set_scores(confusion, self.folds[:1])
+            raise optuna.TrialPruned
+
+    def _publish_curves(self) -> None:
+        self.trial.set_user_attr(ACCURACY_CURVE, self.accuracies)
+        self.trial.set_user_attr(RECALL_CURVE, self.recalls)
+
+    # --- interruptions ------------------------------------------------------------------------------------------------
+
+    def _save_state(self) -> None:
+        """Store what an interrupted trial goes on from."""
+        started = time.perf_counter()
+        state = self.state or TrainingState(0, {})  # a fold that has not done an epoch yet
+        first = {f"{_FIRST}{name}": tensor for name, tensor in self.first.items()}
+        note: Mapping[str, Any] = {
+            "code": code_version(),
+            "confusions": [confusion.tolist() for confusion in self.confusions],
+            "accuracies": self.accuracies,
+            "recalls": self.recalls,
+            "values": self.values,
+        }
+        with _scratch_file() as path:
+            replace(state, tensors={**state.tensors, **first}).save(path, note)
+            self.store.save_resume(self.trial, path, len(self.confusions) * self.plan.epochs + state.epoch)
+        self._unsaved, self._saved_at = False, time.perf_counter()
+        self._save_seconds = self._saved_at - started
+
+    def _resume(self) -> None:
+        """Go on from what an interrupted attempt at this trial stored, if it did, under this very code."""
+        with _scratch_file() as path:
+            found = TrainingState.load(path) if self.store.fetch_resume(self.trial, path) else None
+        if found is None or found[1]["code"] != code_version():
+            return
+        state, note = found
+        self.confusions = [np.asarray(confusion, dtype=np.int64) for confusion in note["confusions"]]
+        self.accuracies, self.recalls, self.values = note["accuracies"], note["recalls"], note["values"]
+        self.first = {k.removeprefix(_FIRST): v for k, v in state.tensors.items() if k.startswith(_FIRST)}
+        self.state = state if state.epoch > 0 else None
+        epochs = len(self.confusions) * self.plan.epochs + state.epoch
+        self.trial.set_user_attr("resumed_at", epochs)
+        self.trial.set_user_attr("epoch", epochs)
+        self._publish_curves()
+        for epoch, value in self.values.items():
+            self.trial.report(value, int(epoch))
+
+    def _give_back(self, reason: str) -> None:
+        try:
+            if self._unsaved:
+                self._save_state()
+        except OSError as error:
+            reason = f"{reason}; its state could not be saved: {_reason(error)}"
+        self.store.release(self.trial._trial_id, f"given back: {reason}")
+
+    # --- what is stored of a trial ------------------------------------------------------------------------------------
+
+    def _set_scores(self, confusion: IntArray, folds: Sequence[int]) -> float:
+        """Store what validation says of a trial on these folds; the constraint exactly once, last."""
+        trial, plan = self.trial, self.plan
+        trial.set_user_attr("accuracy", accuracy(confusion))
+        trial.set_user_attr("recall_per_class", [float(r) for r in recall_per_class(confusion)])
+        trial.set_user_attr("confusion", confusion.tolist())
+        value = _value(confusion, plan)
+        if plan.floors:
+            trial.set_user_attr("recall", value)
+            trial.set_constraint("accuracy", pooled_floor(plan.floors, plan.data, folds) - accuracy(confusion))
+        return value
+
+    def _keep_checkpoint(self) -> None:
+        with _scratch_file() as path:
+            save_file({name: tensor.contiguous() for name, tensor in self.first.items()}, path)
+            self.store.save_checkpoint(self.trial, path)
+
+    def _keep_confusion(self, confusion: IntArray) -> None:
+        """As a table that the dashboard shows: counts of validation images, rows true."""
+        # The dashboard would put columns that are called like numbers first.
+        classes = [f"class {name}" if name.isdecimal() else name for name in self.plan.data.classes]
+        with _scratch_file("confusion.csv") as path:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
+                table.writerow([r"true \ predicted", *classes])
+                table.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
+            self.store.save_artifact(self.trial, path)
+
+
+def pooled_floor(floors: Sequence[float], data: Dataset, folds: Sequence[int]) -> float:
+    """The accuracy to be kept on several folds together: each one's floor weighs as much as its validation images."""
+    if len(folds) == 1:
+        return floors[folds[0]]
+    sizes = {fold: len(data.fold(fold)[1]) for fold in folds}
+    return sum(floors[fold] * size for fold, size in sizes.items()) / sum(sizes.values())
+
+
+def _value(confusion: IntArray, plan: Plan) -> float:
+    return important_recall(confusion, list(plan.important)) if plan.important else accuracy(confusion)
+
+
+@contextmanager
+def _scratch_file(name: str = "model.safetensors") -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder) / name
+        except SafetensorError as error:  # a disk that is full, in the words of that library
+            raise OSError(str(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    # Libraries colour their messages, or break them into lines; this one is shown in tables.
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"

@@ -1,0 +1,169 @@
+"""The workers that a run starts and watches over: a dead one is replaced, one that keeps dying ends the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from camri_tune.config import StudyConfig
+from camri_tune.database import STORAGE_VARIABLE
+from camri_tune.errors import InputError, WorkerError
+from camri_tune.heartbeat import worker_id
+from camri_tune.storage import StudyStore
+from camri_tune.training import cpu_count
+
+MOST_FRUITLESS = 8  # deaths of one worker in a row without a finished training: more than one bad trial may cause
+PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before a worker is started again, by its fruitless deaths
+STOP_SECONDS = 30.0  # for the step at hand and for saving
+
+
+class Worker(Protocol):
+    """A started worker, wherever it runs."""
+
+    @property
+    def name(self) -> str:
+        """As in the attribute of the trials that it runs (heartbeat.py)."""
+
+    def ended(self) -> str | None:
+        """Why it has ended; None while it works. Raises InputError where another like it would end alike."""
+
+    def stop(self) -> None:
+        """Ask it to give its training back and end."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended; after so many seconds, end it."""
+
+
+Launch = Callable[[int], Worker]  # of the worker in this place
+
+
+class Workers:
+    """As many workers as a run has places for them, started by `launch`."""
+
+    def __init__(self, *, store: StudyStore, launch: Launch, places: int) -> None:
+        self._store = store
+        self._launch = launch
+        self._places = places
+        self._workers: dict[int, Worker] = {}
+        self._fruitless = dict.fromkeys(range(places), 0)
+        self._due: dict[int, float] = {}
+
+    def __enter__(self) -> Self:
+        for place in range(self._places):
+            self._workers[place] = self._launch(place)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+        end = time.monotonic() + STOP_SECONDS
+        for worker in self._workers.values():
+            worker.wait(max(0.0, end - time.monotonic()))
+
+    def wait(self, finished: Callable[[], bool], on_tick: Callable[[], None], seconds: float = 0.5) -> None:
+        """Wait until `finished()`, calling `on_tick` every `seconds` and replacing workers that died.
+
+        Trainings that died with a worker, here or elsewhere, are queued again.
+        """
+        while not finished():
+            self._replace_the_dead()
+            self._store.requeue_interrupted()
+            on_tick()
+            time.sleep(seconds)
+        on_tick()
+
+    def _replace_the_dead(self) -> None:
+        for place, worker in list(self._workers.items()):
+            if place not in self._due:
+                reason = worker.ended()
+                if reason is None:
+                    continue
+                fruitless = 0 if self._store.has_finished(worker.name) else self._fruitless[place] + 1
+                self._fruitless[place] = fruitless
+                if fruitless >= MOST_FRUITLESS:
+                    raise WorkerError(f"worker processes keep ending without a finished training ({reason})")
+                self._due[place] = time.monotonic() + PAUSES[min(fruitless, len(PAUSES)) - 1 if fruitless else 0]
+            if time.monotonic() >= self._due[place]:
+                del self._due[place]
+                self._workers[place] = self._launch(place)
+
+
+class LocalProcess:
+    """A worker process on this machine, its output in a file."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    @property
+    def name(self) -> str:
+        return worker_id(self._process.pid)
+
+    def ended(self) -> str | None:
+        code = self._process.poll()
+        if code is None:
+            return None
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        said = lines[-1].removeprefix("camri-tune: ") if lines else ""
+        if code == InputError.exit_code:
+            raise InputError(f"a worker cannot work here: {said}")
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {said}"
+        return f"{how}; its log is {self._log}"
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float) -> None:
+        try:
+            self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def local_launch(*, name: str, storage_url: str, devices: Sequence[str], log_folder: Path) -> Launch:
+    """Start workers as processes on this machine, on these devices. Those on a CPU share its cores."""
+    log_folder.mkdir(parents=True, exist_ok=True)
+    on_cpu = sum(device == "cpu" for device in devices)
+    threads = max(1, cpu_count() // on_cpu) if on_cpu else None
+
+    def launch(place: int) -> Worker:
+        arguments = [name, devices[place], str(place), str(threads or 0), str(os.getpid())]
+        environment = {**os.environ, STORAGE_VARIABLE: storage_url}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        path = log_folder / f"worker-{place}.log"
+        with path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "camri_tune.worker", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return LocalProcess(process, path)
+
+    return launch
+
+
+def places_for(config: StudyConfig, device: torch.device, gpus: int) -> list[str]:
+    """The device of each worker of a run on a machine with so many GPUs.
+
+    `auto`: on a CPU one single-threaded worker per core, which beats threads; `workers_per_gpu` on each GPU, on all of
+    them unless `device` names one.
+    """
+    if device.type == "cpu":
+        return ["cpu"] * (cpu_count() if config.workers == "auto" else config.workers)
+    own = [str(device)] if device.index is not None else [f"cuda:{index}" for index in range(gpus)]
+    count = len(own) * config.workers_per_gpu if config.workers == "auto" else config.workers
+    return [own[place % len(own)] for place in range(count)]
