@@ -45,7 +45,7 @@ SPACES: dict[Loss, dict[str, Range]] = {
     "cosface-i": {"scale": SCALE, "margin": MARGIN},
 }
 MIN_TRIALS_FOR_IMPORTANCE = 5
-MOST_TRIALS_OF_GP = 400  # 0.2 s a choice there, 4 s at 1,000 trials and 28 s at 2,000: benchmarks/load.py
+MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at 2,000: see README.md
 
 
 @dataclass(frozen=True)
