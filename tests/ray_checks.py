@@ -37,7 +37,7 @@ from tests.loopback import refusing_url
 MEMORY = 80 * 2**20  # for Ray's store of objects, of which there are none
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
 SMALL = ["--trials", "3", "--epochs", "1", "--finalists", "1", "--seeds", "1", "--tolerance", "100"]
-LONGER = [*SMALL, "--epochs", "6"]  # to be caught in the act
+LONGER = [*SMALL, "--epochs", "5"]  # to be caught in the act
 
 
 @dataclass
@@ -53,12 +53,23 @@ class Nodes:
 
     @contextmanager
     def one_more(self, *, cpus: int = 1, gpus: int = 0) -> Iterator[Any]:
-        node = self.cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=MEMORY)
+        with _keeping_sigterm():
+            node = self.cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=MEMORY)
         try:
             yield node
         finally:
             if node in self.cluster.worker_nodes:
                 self.cluster.remove_node(node)
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Ray's nodes would have a test fail by it, and the others go on without a cluster."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +82,10 @@ def nodes() -> Iterator[Nodes]:
     # Not pytest's own folder, whose long name the sockets could not have.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     head = {"num_cpus": 1, "object_store_memory": MEMORY, "temp_dir": str(folder), "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with _keeping_sigterm():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
+    try:
         yield Nodes(cluster, folder)
     finally:
         cluster.shutdown()
@@ -93,10 +105,11 @@ def _started(out: Path, *options: str) -> "Iterator[subprocess.Popen[str]]":
             process.kill()
 
 
-def _wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
-    """Poll until true; the bound only ends a test that would otherwise hang."""
+def _wait_for(condition: Callable[[], Any], run: "subprocess.Popen[str] | None" = None, seconds: float = 300) -> Any:
+    """Poll until true, while `run` goes on; the bound only ends a test that would otherwise hang."""
     end = time.monotonic() + seconds
     while not (found := condition()):
+        assert run is None or run.poll() is None, run.communicate()
         assert time.monotonic() < end, "what the test waits for never happened"
         time.sleep(0.05)
     return found
@@ -186,10 +199,10 @@ def test_what_ran_on_a_killed_actor_or_a_lost_node_runs_again(nodes: Nodes, tmp_
     url = f"sqlite:///{tmp_path / 'r' / 'study.db'}"
     place = ["--ray-address", nodes.address, "--workers", "3", "--json"]
     with nodes.one_more() as node, _started(tmp_path, *place) as process:
-        killed = _wait_for(lambda: _at_work(url))[0]
+        killed = _wait_for(lambda: _at_work(url), process)[0]
         assert Path(f"/proc/{killed}/cmdline").read_text().startswith("ray::CamriWorker")
         os.kill(killed, signal.SIGKILL)
-        (lost, *_) = _wait_for(lambda: [pid for pid in _at_work(url, [_raylet(node)]) if pid != killed])
+        (lost, *_) = _wait_for(lambda: [pid for pid in _at_work(url, [_raylet(node)]) if pid != killed], process)
         nodes.cluster.remove_node(node, allow_graceful=False)
         output, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -204,8 +217,8 @@ def test_a_run_that_is_killed_has_its_trainings_given_back_and_resumes_on_a_clus
     nodes: Nodes, tmp_path: Path
 ) -> None:
     url = f"sqlite:///{tmp_path / 'r' / 'study.db'}"
-    with _started(tmp_path, "--ray-address", nodes.address, "--workers", "2"):
-        _wait_for(lambda: _at_work(url))
+    with _started(tmp_path, "--ray-address", nodes.address, "--workers", "2") as process:
+        _wait_for(lambda: _at_work(url), process)
     _wait_for(lambda: all(t.state != OptunaState.RUNNING for found in _trials(url).values() for t in found))
     given_back = [t for found in _trials(url).values() for t in found if t.state == OptunaState.FAIL]
     assert {t.user_attrs["failure"] for t in given_back} == {"given back: the run asked for it"}
@@ -258,7 +271,7 @@ def test_a_password_is_nowhere_in_the_cluster(nodes: Nodes, postgres: str, tmp_p
 
     place = ["--ray-address", nodes.address, "--workers", "2", "--storage", postgres]
     with _started(tmp_path, *place) as process:
-        _wait_for(some_train)
+        _wait_for(some_train, process)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     assert process.returncode == 130, errors
@@ -339,15 +352,14 @@ def test_a_cluster_with_another_program_ends_the_run_with_one_line(
     assert_one_line_error(done, "a worker cannot work on ", *parts)
 
 
-def test_gpus_are_asked_for_where_the_cluster_has_some(nodes: Nodes, tmp_path: Path) -> None:
+def test_gpus_are_asked_for_where_the_cluster_has_some(nodes: Nodes, study: StudyConfig) -> None:
     """What its node calls a GPU is none, and the worker that is put there says so."""
-    with nodes.one_more(cpus=0, gpus=1):
-        place = ["--launcher", "ray", "--ray-address", nodes.address, "--gpus-per-trial", "0.5"]
-        done = camri_tune("run", "--out", tmp_path, *SMALL, *place)
-    assert done.returncode == 2
-    assert "2 worker(s) on Ray's cluster (cuda)" in done.stderr
-    assert "a worker cannot work on" in done.stderr.splitlines()[-1]
-    assert "cuda" in done.stderr.splitlines()[-1]
+    config = study.model_copy(update={"workers": "auto", "gpus_per_trial": 0.5})
+    with nodes.one_more(cpus=0, gpus=1), _launching(config) as (launch, devices):
+        assert devices == ["cuda", "cuda"]
+        actor = launch(0)
+        with pytest.raises(InputError, match=rf"cannot work on {socket.gethostname()}: .*cuda"):
+            _wait_for(actor.ended)
 
 
 def test_sqlite_does_not_serve_other_machines(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
