@@ -324,7 +324,7 @@ class StudyStore:
         with path.open("rb") as file:
             self.artifacts.write(identifier, file)
         trial.set_user_attr(RESUME, {"id": identifier, "sha256": sha256(path), "epochs": epochs})
-        self._remove(earlier)
+        self._drop(earlier)
 
     def fetch_resume(self, trial: Trial, path: Path) -> bool:
         """Copy the state that a training goes on from to `path`; False where there is none, or it was altered."""
@@ -332,12 +332,10 @@ class StudyStore:
         return kept is not None and self._fetch(kept["id"], kept["sha256"], path)
 
     def drop_resume(self, trial: Trial) -> None:
-        """Delete the state of a training that needs it no more."""
-        if (kept := trial.user_attrs.get(RESUME)) is not None:
-            trial.set_user_attr(RESUME, None)
-            self._remove(kept)
+        """Delete the state of a training that has ended. What the trial says of it stays: no word on it is taken now."""
+        self._drop(trial.user_attrs.get(RESUME))
 
-    def _remove(self, kept: Mapping[str, Any] | None) -> None:
+    def _drop(self, kept: Mapping[str, Any] | None) -> None:
         if kept is not None:
             with suppress(OSError, ArtifactNotFound):  # a file too many harms nobody
                 self.artifacts.remove(kept["id"])

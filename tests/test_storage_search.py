@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, Trial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from camri_tune import trials
 from camri_tune.bundle import load_classifier, save_weights
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.database import masked, open_storage
@@ -48,7 +49,7 @@ from camri_tune.search import (
 )
 from camri_tune.storage import MOST_ATTEMPTS, Stage, StudyStore, storage_url
 from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of
-from camri_tune.trials import pooled_floor, run_trial
+from camri_tune.trials import StoppedError, pooled_floor, run_trial
 from tests.conftest import MakeFolder
 
 CPU = torch.device("cpu")
@@ -720,6 +721,37 @@ def test_a_checkpoint_that_cannot_be_kept_gives_the_trial_back_and_says_why(
     assert store.records("search") == []
     assert store.requeue_interrupted() == 1
     assert _only(store, "search").state == "waiting"
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_training_that_was_given_back_goes_on_to_the_very_same_model(
+    store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves nothing of its saved states behind."""
+    monkeypatch.setattr(trials, "SAVE_SECONDS", 0.0)  # after each epoch
+    monkeypatch.setattr(trials, "SAVE_SHARE", math.inf)
+    plan = _plan(config.model_copy(update={"epochs": 3}), digits)
+    run_trial(_claimed(store, "search", PARAMS, seed=7), "search", plan, store)
+
+    steps = 0
+
+    def in_the_second_epoch() -> str | None:
+        nonlocal steps
+        steps += 1
+        return "SIGTERM" if steps > 1.5 * (len(digits.train) // 128) else None
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run_trial(_claimed(store, "search", PARAMS, seed=7), "search", plan, store, in_the_second_epoch)
+    assert store.requeue_interrupted() == 1
+    again = store.claim("search")
+    assert again is not None
+    run_trial(again, "search", plan, store)
+
+    whole, resumed = store.records("search")
+    assert store.optuna_study("search").trials[2].user_attrs["resumed_at"] == 1
+    assert (resumed.state, resumed.sha256, resumed.accuracy) == ("complete", whole.sha256, whole.accuracy)
+    assert (resumed.curve, resumed.confusion) == (whole.curve, whole.confusion)
+    assert not list((config.folder / "artifacts").glob("resume-*"))
 
 
 # --- what is searched -------------------------------------------------------------------------------------------------
