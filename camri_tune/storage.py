@@ -2,9 +2,11 @@
 
 A run is three Optuna studies in one storage: `NAME.baseline`, `NAME` (the search) and `NAME.finalists`. Each is a
 queue: whoever plans the work enqueues WAITING trials, workers claim them, and so the number of trials is exact however
-many workers there are. A fourth, `NAME.runs`, has a trial for each run: the one that is RUNNING may plan.
+many workers there are. A fourth, `NAME.runs`, has a trial for each run, whose value is the seconds it took: the one
+that is RUNNING may plan.
 """
 
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -270,16 +272,17 @@ class StudyStore:
     def held(self) -> Iterator[Heart]:
         """Hold the study as the one run that plans its work. Raises InputError where another does."""
         study = optuna.create_study(storage=self._storage, study_name=f"{self.name}.runs", load_if_exists=True)
-        mine = study.ask()
+        mine, started, seconds = study.ask(), time.monotonic(), None
         with Heart(self._storage, mine._trial_id) as heart:
             try:
+                seconds = time.monotonic() - started
                 for other in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
                     if other.number < mine.number:
                         self._take_over(other)
                 yield heart
             finally:
                 if not heart.lost:
-                    study.tell(mine, state=OptunaState.FAIL)  # it has no value
+                    study.tell(mine, seconds, state=OptunaState.FAIL if seconds is None else OptunaState.COMPLETE)
 
     def _take_over(self, other: FrozenTrial) -> None:
         if not is_gone(other.user_attrs, other.datetime_start):
@@ -332,7 +335,7 @@ class StudyStore:
         return kept is not None and self._fetch(kept["id"], kept["sha256"], path)
 
     def drop_resume(self, trial: Trial) -> None:
-        """Delete the state of a training that has ended. What the trial says of it stays: no word on it is taken now."""
+        """Delete the state of a training that has ended. What its trial says of it stays: it can be told no more."""
         self._drop(trial.user_attrs.get(RESUME))
 
     def _drop(self, kept: Mapping[str, Any] | None) -> None:

@@ -124,7 +124,10 @@ def _write_stripes(folder: Path, count: int, seed: int) -> None:
 def _trainings(folder: Path) -> tuple[list[str], float]:
     """The state of every training of all three queues, and when the last one ended."""
     with sqlite3.connect(folder / "study.db") as database:
-        rows = database.execute("select state, datetime_complete from trials order by trial_id").fetchall()
+        rows = database.execute(
+            "select state, datetime_complete from trials join studies using (study_id) "
+            "where study_name not like '%.runs' order by trial_id"
+        ).fetchall()
     return [state for state, _ in rows], max(datetime.fromisoformat(end).timestamp() for _, end in rows)
 
 

@@ -77,7 +77,7 @@ def digits() -> Dataset:
 
 
 def _trials(folder: Path) -> dict[str, list[tuple[int, str]]]:
-    """Number and state of every trial, by the name of its Optuna study."""
+    """Number and state of every training, by the name of its Optuna study."""
     path = folder / "compare-digits" / "study.db"
     if not path.exists():
         return {}
@@ -85,7 +85,8 @@ def _trials(folder: Path) -> dict[str, list[tuple[int, str]]]:
     try:
         with closing(sqlite3.connect(path)) as database:
             rows = database.execute(
-                "select study_name, number, state from studies left join trials using (study_id) order by number"
+                "select study_name, number, state from studies left join trials using (study_id) "
+                "where study_name not like '%.runs' order by number"
             ).fetchall()
     except sqlite3.OperationalError:  # not created yet
         return {}
