@@ -81,6 +81,7 @@ def nodes() -> Iterator[Nodes]:
 
     # Not pytest's own folder, whose long name the sockets could not have.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the cluster's address, and takes to be there
     head = {"num_cpus": 1, "object_store_memory": MEMORY, "temp_dir": str(folder), "include_dashboard": False}
     with _keeping_sigterm():
         cluster = Cluster(initialize_head=True, head_node_args=head)
