@@ -110,10 +110,9 @@ class Bundle:
         return self.config.spec.classes
 
 
-def save_weights(classifier: Classifier, path: Path) -> None:
-    """Write the weights alone. There is no margin among them."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    save_file(state, path)
+def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a classifier's `state_dict` alone. There is no margin in it."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
 
 
 def load_classifier(path: Path, spec: ModelSpec) -> Classifier:

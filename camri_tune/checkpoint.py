@@ -46,8 +46,7 @@ class TrainingState:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator, device: torch.device
     ) -> None:
         """Put a new training of the same settings into this state."""
-        weights = {k.removeprefix(_MODEL): v for k, v in self.tensors.items() if k.startswith(_MODEL)}
-        model.load_state_dict(weights)
+        model.load_state_dict(self.weights)
         for place, parameter in enumerate(_parameters(optimizer)):
             prefix = f"{_OPTIMIZER}{place}."
             # Moments lie in memory as their weights do (channels_last): the fused step walks through both alike.

@@ -225,8 +225,9 @@ class StudyConfig(BaseModel):
         """The same study with absolute paths, so that workers may run elsewhere on this machine."""
         known = self.dataset in BUILT_IN_DATASETS or not os.path.exists(self.dataset)
         dataset = self.dataset if known else str(Path(self.dataset).resolve())
-        here = self.artifacts is not None and "://" not in self.artifacts
-        artifacts = str(Path(self.artifacts).resolve()) if here and self.artifacts else self.artifacts
+        artifacts = self.artifacts
+        if artifacts is not None and "://" not in artifacts:
+            artifacts = str(Path(artifacts).resolve())
         places = {"data_dir": self.data_dir.resolve(), "out": self.out.resolve(), "artifacts": artifacts}
         return self.model_copy(update={"dataset": dataset, **places})
 

@@ -5,6 +5,7 @@ every trial of ours is drawn as feasible, and an infeasible one stands as the be
 """
 
 import errno
+import functools
 import math
 import os
 import socket
@@ -126,11 +127,12 @@ class StudyArtifacts:
 
     def __init__(self, store: StudyStore) -> None:
         self._store = store
+        self._open = functools.cache(open_artifacts)  # a page asks for several, and a client of S3 takes its time
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         for url in self._urls():
             try:
-                return open_artifacts(url).open_reader(artifact_id)
+                return self._open(url).open_reader(artifact_id)
             except (ArtifactNotFound, OSError, InputError):  # a place that is not ours to read is as good as none
                 continue
         raise ArtifactNotFound(f"{artifact_id} is in no place of artifacts that this machine reaches")

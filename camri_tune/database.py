@@ -22,7 +22,9 @@ STORAGE_VARIABLE = "CAMRI_STORAGE"  # a password in the URL must not stand on a 
 PATIENCE_SECONDS = 600.0  # what a server may take to come back
 LONGEST_WAIT_SECONDS = 5.0  # between two tries
 _LOG = logging.getLogger(__name__)
-_METHODS = (  # all that Optuna's storages offer which talks to the database
+# What Optuna's storages offer that talks to the database, but for adding a trial: done again it would be one too many,
+# and whoever adds one looks first whether it is there (StudyStore.enqueue).
+_METHODS = (
     "create_new_study",
     "delete_study",
     "set_study_user_attr",
@@ -45,7 +47,6 @@ _METHODS = (  # all that Optuna's storages offer which talks to the database
     "_set_trial_param",
     "_get_best_trial_id",
 )
-# A trial that is added twice would be one too many: whoever adds one looks first whether it is there (StudyStore).
 Result = TypeVar("Result")
 _Class = TypeVar("_Class", bound=type)
 
@@ -65,7 +66,7 @@ def patiently(call: Callable[[], Result], url: str) -> Result:
 
     Raises StorageError where it stays away for `PATIENCE_SECONDS`, or has no space left.
     """
-    start, wait = time.monotonic(), 0.01
+    start, wait, told = time.monotonic(), 0.01, False
     while True:
         try:
             return call()
@@ -84,10 +85,16 @@ def patiently(call: Callable[[], Result], url: str) -> Result:
                     f"storage {masked(url)} did not answer for {PATIENCE_SECONDS / 60:.0f} minutes ({reason}); the "
                     f"same command resumes"
                 ) from None
-            if wait == 1.28:  # once, and not for a lock of milliseconds
+            if not told and wait > 1:  # not for a lock of milliseconds
+                told = True
                 _LOG.warning("storage %s does not answer (%s); trying again", masked(url), reason)
         time.sleep(wait * random.uniform(0.5, 1.0))  # or those who collided would collide again
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def _reason(error: Exception, url: str) -> str:
+    """What a database's driver said, or whoever else complained, in a line without the password."""
+    return str(getattr(error, "orig", error)).splitlines()[0].replace(url, masked(url))
 
 
 def _trouble(error: BaseException, url: str) -> tuple[bool, str] | None:
@@ -97,7 +104,7 @@ def _trouble(error: BaseException, url: str) -> tuple[bool, str] | None:
         causes.append(cause)
     for cause in causes:
         if isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
-            reason = str(cause.orig).splitlines()[0].replace(url, masked(url))
+            reason = _reason(cause, url)
             full = getattr(cause.orig, "sqlstate", None) == "53100"  # PostgreSQL: disk full
             sqlite = url.startswith("sqlite")
             return (not full and (not sqlite or "locked" in reason), reason)
@@ -183,9 +190,8 @@ def open_storage(url: str) -> Storage:
             return ProxyStorage(url)
         return _open_sql(url)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError, OSError, StorageError) as error:
-        reason = str(getattr(error, "orig", error)).splitlines()[0].replace(url, masked(url))
         raise InputError(
-            f"storage {masked(url)} cannot be opened ({reason}); give a SQLAlchemy URL such as sqlite:///study.db"
+            f"storage {masked(url)} cannot be opened ({_reason(error, url)}); give a SQLAlchemy URL such as sqlite:///study.db"
         ) from None
 
 

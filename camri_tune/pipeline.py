@@ -128,7 +128,7 @@ def _judge(
     old = judge.entrant(measured, "ce")
     if old is None:
         raise CamriTuneError(
-            f"a checkpoint of the baseline is missing or altered under {config.folder / 'artifacts'}: move "
+            f"a checkpoint of the baseline is missing or altered under {stages.store.artifacts_url}: move "
             f"{config.folder} away and run again"
         )
     entrants: dict[int, Entrant] = {}

@@ -68,8 +68,6 @@ def claim(stores: Sequence["StudyStore"], stages: Sequence[Stage] = STAGES) -> C
     """Take the next waiting trial of these studies, earlier stages first; None where none waits."""
     queues = {store.study_id(stage): (store, stage) for stage in stages for store in stores}
     places = {study: place for place, study in enumerate(queues)}
-    if not stores:
-        return None
     storage = stores[0].storage
     for study, trial_id in sorted(storage.waiting(list(queues)), key=lambda found: places[found[0]]):
         try:
@@ -114,15 +112,13 @@ class StudyStore:
         else:
             _require_equal(stored, identity, config)
         store.set("config", config.model_dump(mode="json", exclude={"storage"}))
-        if (before := store.attributes.get("version")) not in (None, code_version()):
-            store.set("earlier_versions", [*store.attributes.get("earlier_versions", []), before])
         store.set("version", code_version())  # a worker must have the same
         if "id" not in store.attributes:
             store.set("id", uuid.uuid4().hex)
+        store.set("classes", list(data.classes))
         if within is None:
             store.artifacts.claim_for(store.attributes["id"])
-        store.set("classes", list(data.classes))
-        if within is not None:
+        else:
             within.set("cells", sorted({*within.attributes.get("cells", []), store.name}))
         return store
 
@@ -275,11 +271,11 @@ class StudyStore:
         mine, started, seconds = study.ask(), time.monotonic(), None
         with Heart(self._storage, mine._trial_id) as heart:
             try:
-                seconds = time.monotonic() - started
                 for other in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
                     if other.number < mine.number:
                         self._take_over(other)
                 yield heart
+                seconds = time.monotonic() - started
             finally:
                 if not heart.lost:
                     study.tell(mine, seconds, state=OptunaState.FAIL if seconds is None else OptunaState.COMPLETE)

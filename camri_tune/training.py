@@ -193,8 +193,9 @@ def train(
                 confusion = confusion_matrix(validation.labels.numpy(), logits.argmax(dim=1).numpy(), num_classes)
             elif epoch % evaluate_every == 0:
                 with _fast_precision(device):
-                    logits = predict_logits(classifier, validation.pixels, device, batch=evaluation_batch)
-                confusion = confusion_matrix(validation.labels.numpy(), logits.argmax(dim=1).numpy(), num_classes)
+                    confusion = evaluate(
+                        classifier, validation, num_classes=num_classes, device=device, batch=evaluation_batch
+                    )
             if on_epoch is not None:
                 state = TrainingState.of(epoch, classifier, optimizer, rng, device)
                 on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
@@ -202,9 +203,16 @@ def train(
     return Trained(classifier, confusion, time.perf_counter() - start)
 
 
-def evaluate(classifier: Classifier, images: Images, *, num_classes: int, device: torch.device) -> IntArray:
-    """Confusion matrix (C, C) of `classifier` on `images`."""
-    predictions = predict_logits(classifier, images.pixels, device).argmax(dim=1)
+def evaluate(
+    classifier: Classifier,
+    images: Images,
+    *,
+    num_classes: int,
+    device: torch.device,
+    batch: int = EVALUATION_BATCH,
+) -> IntArray:
+    """Confusion matrix (C, C) of `classifier` on `images`, so many at a time."""
+    predictions = predict_logits(classifier, images.pixels, device, batch=batch).argmax(dim=1)
     return confusion_matrix(images.labels.numpy(), predictions.numpy(), num_classes)
 
 

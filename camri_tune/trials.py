@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 from optuna.trial import TrialState as OptunaState
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from camri_tune.bundle import save_weights
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import SEEDS_APART
 from camri_tune.datasets import Dataset
@@ -31,7 +32,7 @@ from camri_tune.pruning import AccuracyFloorPruner
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
 from camri_tune.search import Plan, suggest
 from camri_tune.storage import Stage, StudyStore
-from camri_tune.training import Progress, Trained, is_out_of_memory, recipe_of, train
+from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train
 
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
@@ -40,13 +41,14 @@ SAVE_SECONDS, SAVE_SHARE = 2.0, 0.02
 _FIRST = "first."  # in a saved state: the weights of the first fold's model, the one that is kept
 
 
+Stop = Callable[[], str | None]  # says why a worker should end, if it should
+
+
 class StoppedError(Exception):
     """The worker was asked to end. Its trial has been given back, saved as of its last epoch."""
 
 
-def run_trial(
-    trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_to_stop: Callable[[], str | None] = lambda: None
-) -> None:
+def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_to_stop: Stop = lambda: None) -> None:
     """Train, score and tell one claimed trial.
 
     What goes wrong in training becomes its reason. What goes wrong around it (no space for a checkpoint) gives the
@@ -69,7 +71,7 @@ class _Run:
         stage: Stage,
         plan: Plan,
         store: StudyStore,
-        asked_to_stop: Callable[[], str | None],
+        asked_to_stop: Stop,
         heart: Heart,
     ) -> None:
         self.trial = trial
@@ -95,12 +97,9 @@ class _Run:
         ended = OptunaState.COMPLETE
         try:
             trial.set_user_attr("device", str(self.plan.device))
-            confusion = self._train()
-            self._note_seconds()
-            value = self._set_scores(confusion, self.folds)
+            value = self._set_scores(self._train(), self.folds)
         except optuna.TrialPruned:
             ended = OptunaState.PRUNED
-            self._note_seconds()
         except StoppedError as stopped:
             self._give_back(str(stopped))
             raise
@@ -113,12 +112,9 @@ class _Run:
             ended = OptunaState.FAIL
             told = isinstance(error, TrainingDivergedError | OutOfMemoryError)
             trial.set_user_attr("failure", str(error) if told else _reason(error))
-            self._note_seconds()
+        trial.set_user_attr("seconds", time.perf_counter() - self._started)
         study.tell(trial, value, state=ended)
         self.store.drop_resume(trial)
-
-    def _note_seconds(self) -> None:
-        self.trial.set_user_attr("seconds", time.perf_counter() - self._started)
 
     def _train(self) -> IntArray:
         """Train a model on each of the folds, keep the first, and pool what they say of their validation parts."""
@@ -138,23 +134,21 @@ class _Run:
                 augmentation=plan.data.augmentation,
                 images=len(training),
             )
-
-            def train_with(parts: int) -> Trained:
-                return train(
+            trained = self._within_memory(
+                partial(
+                    train,
                     plan.config.model,
                     head,
-                    training,  # noqa: B023  # called within this very turn of the loop
-                    validation,  # noqa: B023
+                    training,
+                    validation,
                     num_classes=len(plan.data.classes),
-                    recipe=replace(recipe, accumulation=parts),  # noqa: B023
                     seed=seed,
                     device=plan.device,
                     on_epoch=self._on_epoch,
                     on_step=self._on_step,
-                    resume=self.state,
-                )
-
-            trained = self._within_memory(train_with)
+                ),
+                recipe,
+            )
             self.state = None
             self.confusions.append(trained.confusion)
             if not self.first:
@@ -164,29 +158,24 @@ class _Run:
         self._keep_confusion(pooled)
         return pooled
 
-    def _within_memory(self, train_with: Callable[[int], Trained]) -> Trained:
+    def _within_memory(self, train_by: Callable[..., Trained], recipe: Recipe) -> Trained:
         """Where memory runs out, go on once with half the batch at a time: the settings need not be bad."""
-        parts = self.trial.user_attrs.get("accumulation", 1)
-        try:
-            return train_with(parts)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = _reason(error)
-        # Only here, where the exception holds on to no tensor any more.
-        torch.cuda.empty_cache()
-        if parts == 1:
-            self.trial.set_user_attr("accumulation", 2)
+        while True:
+            parts = self.trial.user_attrs.get("accumulation", 1)
             try:
-                return train_with(2)
+                return train_by(recipe=replace(recipe, accumulation=parts), resume=self.state)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = _reason(error)
-        raise OutOfMemoryError(
-            f"out of memory on {self.plan.device}, also with half the batch at a time ({reason}): fewer workers there, "
-            f"or a smaller --image-size"
-        )
+            # Only here, where the exception holds on to no tensor any more.
+            torch.cuda.empty_cache()
+            if parts > 1:
+                raise OutOfMemoryError(
+                    f"out of memory on {self.plan.device}, also with half the batch at a time ({reason}): fewer "
+                    f"workers there, or a smaller --image-size"
+                )
+            self.trial.set_user_attr("accumulation", 2)
 
     def _on_step(self) -> None:
         if self.heart.lost:
@@ -287,7 +276,7 @@ class _Run:
 
     def _keep_checkpoint(self) -> None:
         with _scratch_file() as path:
-            save_file({name: tensor.contiguous() for name, tensor in self.first.items()}, path)
+            save_weights(self.first, path)
             self.store.save_checkpoint(self.trial, path)
 
     def _keep_confusion(self, confusion: IntArray) -> None:

@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import torch
 
@@ -23,15 +22,9 @@ from camri_tune.files import code_version
 from camri_tune.search import Plan, make_sampler
 from camri_tune.storage import StudyStore, claim
 from camri_tune.training import pick_device
-from camri_tune.trials import StoppedError, run_trial
+from camri_tune.trials import Stop, StoppedError, run_trial
 
 IDLE_SECONDS = (0.2, 0.3, 0.5, 1.0, 2.0)  # between looks at empty queues, which a database far away should not feel
-
-
-class Stop(Protocol):
-    """Says why this worker should end, if it should."""
-
-    def __call__(self) -> str | None: ...
 
 
 def work(
@@ -162,7 +155,7 @@ def stopping_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _with_parent(parent: int, stop: Stop) -> Callable[[], str | None]:
+def _with_parent(parent: int, stop: Stop) -> Stop:
     """Also stop once process `parent` is gone: what nobody supervises would be in the way of the run that resumes."""
     return lambda: stop() or (None if os.getppid() == parent else "the run has ended")
 

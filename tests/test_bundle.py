@@ -67,7 +67,7 @@ def _classifier(loss: Loss = "camri", channels: int = 1, side: int = SIDE, model
 
 def _write(folder: Path, classifier: Classifier, config: BundleConfig, metrics: Any = None) -> None:
     weights = folder.parent / "weights-of-a-trial"
-    save_weights(classifier, weights)
+    save_weights(classifier.state_dict(), weights)
     write_bundle(folder, weights=weights, config=config, metrics=metrics or {"verdict": "certified"}, card="# Card\n")
 
 
@@ -144,8 +144,8 @@ def test_a_bundle_may_lie_anywhere(bundle: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("loss", ["camri", "arcface", "cosface-i"])
 def test_there_is_no_margin_among_the_weights(loss: Loss, tmp_path: Path) -> None:
     """Inference has none, so an exported model cannot even hold one."""
-    save_weights(_classifier(loss), tmp_path / "margin")
-    save_weights(_classifier("l2"), tmp_path / "none")
+    save_weights(_classifier(loss).state_dict(), tmp_path / "margin")
+    save_weights(_classifier("l2").state_dict(), tmp_path / "none")
     with safe_open(tmp_path / "margin", "pt") as margin, safe_open(tmp_path / "none", "pt") as none:
         names = set(margin.keys())
         assert names == set(none.keys())
@@ -155,8 +155,8 @@ def test_there_is_no_margin_among_the_weights(loss: Loss, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("loss", ["wce", "crwwce"])
 def test_there_is_no_weight_of_the_loss_among_the_weights(loss: Loss, tmp_path: Path) -> None:
-    save_weights(_classifier(loss), tmp_path / "weighted")
-    save_weights(_classifier("ce"), tmp_path / "plain")
+    save_weights(_classifier(loss).state_dict(), tmp_path / "weighted")
+    save_weights(_classifier("ce").state_dict(), tmp_path / "plain")
     with safe_open(tmp_path / "weighted", "pt") as weighted, safe_open(tmp_path / "plain", "pt") as plain:
         assert set(weighted.keys()) == set(plain.keys())
 
@@ -277,11 +277,11 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_executed(how: str, 
 
 
 def test_weights_of_another_network_are_refused(bundle: Path) -> None:
-    save_weights(_classifier("camri", channels=3), bundle / WEIGHTS)
+    save_weights(_classifier("camri", channels=3).state_dict(), bundle / WEIGHTS)
     assert WEIGHTS in _refusal(bundle)
-    save_weights(_classifier("ce"), bundle / WEIGHTS)  # has a bias that a cosine head has not
+    save_weights(_classifier("ce").state_dict(), bundle / WEIGHTS)  # has a bias that a cosine head has not
     assert WEIGHTS in _refusal(bundle)
-    save_weights(_classifier(model="paper-cnn"), bundle / WEIGHTS)
+    save_weights(_classifier(model="paper-cnn").state_dict(), bundle / WEIGHTS)
     assert WEIGHTS in _refusal(bundle)
 
 

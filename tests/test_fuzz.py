@@ -1,7 +1,6 @@
 """Ten thousand inputs that nobody would write: each is understood, or refused in one line; no traceback, no hang."""
 
 import contextlib
-import faulthandler
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from camri_tune.datasets import open_dataset
 from camri_tune.errors import BundleError, InputError
 from camri_tune.losses import NormFaceLoss
 from camri_tune.models import Classifier, build_body
+from tests.patience import ending_within
 
 # How many inputs each target gets.
 STUDY_BYTES, STUDY_VALUES, FOLDERS, BUNDLE_BYTES, BUNDLE_VALUES, COMMANDS = 1_500, 3_000, 2_000, 1_000, 1_500, 2_000
@@ -54,29 +53,11 @@ def _examine(count: int, inputs: st.SearchStrategy[Any], look: Callable[[Any], N
     def examine(value: Any) -> None:
         nonlocal seen
         seen += 1
-        with _patience():
+        with ending_within(PATIENCE):
             look(value)
 
     examine()
     assert seen >= count
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """What does not end becomes a failure; where it is inside C, which no signal interrupts, of the whole run."""
-
-    def stop(*_: object) -> None:
-        pytest.fail(f"nothing came of it in {PATIENCE} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PATIENCE)
-    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True, file=2)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _assert_one_line(error: InputError, part: str = "") -> None:
@@ -275,7 +256,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "best"
     torch.manual_seed(0)
     body = build_body("compact", channels=1, image_size=8)
-    save_weights(Classifier(body, NormFaceLoss(3, body.embedding_size, 12.5)), folder.parent / "weights")
+    classifier = Classifier(body, NormFaceLoss(3, body.embedding_size, 12.5))
+    save_weights(classifier.state_dict(), folder.parent / "weights")
     spec = ModelSpec(
         model="compact",
         channels=1,

@@ -6,12 +6,10 @@ and images that are links, works.
 
 import ast
 import errno
-import faulthandler
 import io
 import json
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -58,6 +56,7 @@ from camri_tune.sources import find_source
 from tests.command import assert_one_line_error, camri_tune
 from tests.conftest import MakeFolder
 from tests.opening import SIDE, build_config, open_data
+from tests.patience import ending_within
 
 CLASSES = ("go", "stop", "überholen verboten")
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"  # sets a terminal's title and clears it
@@ -68,18 +67,8 @@ PATIENCE = 60  # seconds
 
 @pytest.fixture(autouse=True)
 def _nothing_hangs() -> Iterator[None]:
-    """What waits for a pipe or reads a device for ever becomes a failure; where that is inside C, of the whole run."""
-
-    def stop(*_: object) -> None:
-        pytest.fail(f"nothing came of it in {PATIENCE} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PATIENCE)
-    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True, file=2)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with ending_within(PATIENCE):
+        yield
 
 
 def _refusal(function: Callable[..., object], *arguments: object, error: type[InputError] = InputError) -> str:
@@ -127,7 +116,8 @@ def good_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "best"
     torch.manual_seed(3)
     body = build_body("compact", channels=1, image_size=SIDE)
-    save_weights(Classifier(body, NormFaceLoss(len(CLASSES), body.embedding_size, 12.5)), folder.parent / "weights")
+    classifier = Classifier(body, NormFaceLoss(len(CLASSES), body.embedding_size, 12.5))
+    save_weights(classifier.state_dict(), folder.parent / "weights")
     spec = ModelSpec(model="compact", channels=1, image_size=SIDE, classes=CLASSES, head="cosine", scale=12.5)
     config = BundleConfig(
         schema=1,

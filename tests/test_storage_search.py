@@ -48,7 +48,7 @@ from camri_tune.search import (
     suggest,
 )
 from camri_tune.storage import MOST_ATTEMPTS, Stage, StudyStore, storage_url
-from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of
+from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of, train
 from camri_tune.trials import StoppedError, pooled_floor, run_trial
 from tests.conftest import MakeFolder
 
@@ -724,6 +724,33 @@ def test_a_checkpoint_that_cannot_be_kept_gives_the_trial_back_and_says_why(
 
 
 @pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize("enough", [True, False])
+def test_where_memory_runs_out_half_the_batch_is_tried_once(
+    enough: bool, store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch itself says so, asked for a petabyte."""
+    parts = []
+
+    def hungry(*arguments: Any, recipe: Recipe, **options: Any) -> Any:
+        parts.append(recipe.accumulation)
+        if not enough or recipe.accumulation == 1:
+            torch.empty(2**50)
+        return train(*arguments, recipe=recipe, **options)
+
+    monkeypatch.setattr(trials, "train", hungry)
+    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits), store)
+    assert parts == [1, 2]
+    record = _only(store, "search")
+    if enough:
+        assert (record.state, record.failure) == ("complete", None)
+    else:
+        assert record.state == "failed"
+        assert record.failure
+        assert record.failure.startswith("out of memory on cpu, also with half the batch at a time (RuntimeError: ")
+        assert record.failure.endswith("fewer workers there, or a smaller --image-size")
+
+
+@pytest.mark.usefixtures("no_threads_more")
 def test_a_training_that_was_given_back_goes_on_to_the_very_same_model(
     store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -888,7 +915,7 @@ def test_what_a_trial_trains_is_what_is_rebuilt_for_inference(
     trial, spec, _ = _suggested(loss, (3,), digits)
     body = build_body(model, channels=1, image_size=8)
     classifier = Classifier(body, spec.build(10, body.embedding_size)).eval()
-    save_weights(classifier, tmp_path / "weights")
+    save_weights(classifier.state_dict(), tmp_path / "weights")
     rebuilt = load_classifier(tmp_path / "weights", model_spec(digits, model, loss, trial.params))
     assert isinstance(rebuilt.head, NormFaceLoss if "scale" in trial.params else CrossEntropyLoss)
     pixels = digits.validation.pixels[:4]
