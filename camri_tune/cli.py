@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from camri_tune.config import StudyConfig, read_study_file
+from camri_tune.config import StudyConfig, printable, read_study_file
 from camri_tune.errors import CamriTuneError
 
 if TYPE_CHECKING:
@@ -380,6 +380,9 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a disk that is full, a folder that has gone: all that was finished is stored
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}: mend that and give the same command again, which resumes", 1)
     if code == INTERRUPTED_EXIT_CODE:  # Typer, too, turns an interrupt into this code
         _fail("interrupted; the same command resumes", INTERRUPTED_EXIT_CODE)
     sys.exit(code if isinstance(code, int) else 0)
@@ -439,7 +442,7 @@ def _result_console(as_json: bool) -> "RichConsole":
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"camri-tune: {' '.join(message.split())}", file=sys.stderr)
+    print(f"camri-tune: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 
