@@ -442,7 +442,7 @@ def _result_console(as_json: bool) -> "RichConsole":
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"camri-tune: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"camri-tune: {printable(' '.join(message.split()), 4000)}", file=sys.stderr)
     sys.exit(code)
 
 
