@@ -9,12 +9,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -250,14 +252,19 @@ class _Cache:
                 ) from None
             return resized(images, self._source.image_size)
         path = self._folder / f"{part}.safetensors"
-        try:
-            tensors = load_file(path)
-            skipped, images = _unpack(tensors)
-        except (OSError, SafetensorError, KeyError):  # not there yet, cut short or another's: decode (again)
-            tensors = self._decode(part)
-            _write_whole(path, tensors)
-            skipped, images = _unpack(tensors)
-        self._skipped[part] = skipped
+        found = _stored(path)
+        if found is None:
+            with ExitStack() as lock:
+                with suppress(OSError, NotImplementedError):  # a folder that takes none costs time and no more
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    # Many workers start at once: one decodes, and the others wait for it.
+                    lock.enter_context(FileLock(f"{path}.lock"))
+                found = _stored(path)
+                if found is None:
+                    tensors = self._decode(part)
+                    _write_whole(path, tensors)
+                    found = _unpack(tensors)
+        self._skipped[part], images = found
         return images
 
     def _decode(self, part: Part) -> dict[str, torch.Tensor]:
@@ -291,6 +298,14 @@ class _Cache:
             "groups": torch.tensor([item.group for item in items], dtype=torch.int64)[good],
             "skipped": torch.tensor(len(problems)),
         }
+
+
+def _stored(path: Path) -> tuple[int, Images] | None:
+    """Of a cache; None where there is none yet, or one that was cut short or is another's."""
+    try:
+        return _unpack(load_file(path))
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 def _unpack(tensors: dict[str, torch.Tensor]) -> tuple[int, Images]:

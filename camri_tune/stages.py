@@ -222,6 +222,8 @@ class Crew:
         config, data, store = study.config, study.data, study.store
         started = time.monotonic()
         with _launching(study, device, console) as (launch, places), store.held() as heart:
+            store.sign()
+            store.artifacts.sweep()
             store.set("stage", "running")
             again = store.requeue_interrupted()
             where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device

@@ -6,6 +6,7 @@ many workers there are. A fourth, `NAME.runs`, has a trial for each run, whose v
 that is RUNNING may plan.
 """
 
+import functools
 import time
 import uuid
 import warnings
@@ -88,17 +89,20 @@ class StudyStore:
         self.name = name
         self.config = config
         self._storage = storage
+        self._within = within
         shared = f"{name}.baseline" if within is None else within._names["baseline"]
         self._names: dict[Stage, str] = {"baseline": shared, "search": name, "finalists": f"{name}.finalists"}
         self.artifacts_url: str = config.artifacts_url if within is None else within.artifacts_url
-        self.artifacts: ArtifactStore = open_artifacts(self.artifacts_url) if within is None else within.artifacts
         self._studies: dict[Stage, Study] = {}
 
     @classmethod
     def create(
         cls, storage: Storage, config: StudyConfig, data: "Dataset", *, within: "StudyStore | None" = None
     ) -> "StudyStore":
-        """Open the study that `config` names, or make it. Raises StudyMismatchError, naming a field that differs."""
+        """Open the study that `config` names, or make it.
+
+        Raises StudyMismatchError, naming a field that differs, and InputError where its files cannot be kept.
+        """
         store = cls(storage, config.study_name, config, within=within)
         for stage, name in store._names.items():
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
@@ -106,19 +110,21 @@ class StudyStore:
                 study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
         # The content identifies a data set, not the path it lies at.
         identity = {**config.identity(), "dataset": f"{data.name} ({data.fingerprint})"}
-        stored = store.attributes.get("identity")
-        if stored is None:
+        attributes = store.attributes
+        if "identity" in attributes:
+            _require_equal(attributes["identity"], identity, config)
+        else:
             store.set("identity", identity)
-        else:
-            _require_equal(stored, identity, config)
-        store.set("config", config.model_dump(mode="json", exclude={"storage"}))
-        store.set("version", code_version())  # a worker must have the same
-        if "id" not in store.attributes:
+        if "id" not in attributes:
             store.set("id", uuid.uuid4().hex)
-        store.set("classes", list(data.classes))
         if within is None:
-            store.artifacts.claim_for(store.attributes["id"])
-        else:
+            store.artifacts.check()
+            if "config" in attributes:
+                store._require_its_files(attributes)
+        store.set("classes", list(data.classes))
+        if within is not None or "config" not in attributes:
+            store.sign()
+        if within is not None:
             within.set("cells", sorted({*within.attributes.get("cells", []), store.name}))
         return store
 
@@ -138,6 +144,21 @@ class StudyStore:
         config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
         return cls(storage, name, config)
 
+    def sign(self) -> None:
+        """Note with the study, for its workers, how it is carried out from now on. For the run that holds it alone."""
+        if self._within is None:
+            self.artifacts.claim_for(self.attributes["id"])
+        self.set("version", code_version())  # a worker must have the same
+        self.set("config", self.config.model_dump(mode="json", exclude={"storage"}))
+
+    def _require_its_files(self, attributes: Mapping[str, Any]) -> None:
+        if not self.artifacts.belongs_to(attributes["id"]):
+            before = StudyConfig.build(attributes["config"], source=f"study {self.name!r}").artifacts_url
+            raise StudyMismatchError(
+                f"study {self.name!r} keeps its checkpoints in {before!r}, and {self.artifacts_url!r} is not that "
+                f"place: repeat its --out or --artifacts, or start another study with --name"
+            )
+
     def cell(self, name: str) -> "StudyStore":
         """One of the studies within this one; `attributes["cells"]` names those that are there by now."""
         attributes = optuna.load_study(storage=self._storage, study_name=name).user_attrs
@@ -148,6 +169,11 @@ class StudyStore:
         """The same study with its files in `folder`, wherever it was when the study was made."""
         config = self.config.model_copy(update={"out": folder.parent, "name": folder.name})
         return StudyStore(self._storage, self.name, config)
+
+    @functools.cached_property
+    def artifacts(self) -> ArtifactStore:
+        """Where its files lie."""
+        return open_artifacts(self.artifacts_url) if self._within is None else self._within.artifacts
 
     @property
     def storage(self) -> Storage:
@@ -210,19 +236,19 @@ class StudyStore:
         self._storage.set_trial_user_attr(trial_id, INTERRUPTED, True)
         self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
 
-    def requeue_interrupted(self) -> int:
+    def requeue_interrupted(self, dead: str | None = None) -> int:
         """Give up trials whose worker is gone, and queue again what was interrupted; return how many.
 
-        Those of the studies within this one, too. For the run that holds the study alone: two would queue them twice.
-        Whatever ends it in the middle, the next call does the rest. A trial whose worker ended `MOST_ATTEMPTS` times
-        at one epoch fails.
+        Those of the studies within this one, too. `dead` is a worker that is known to be gone, on whatever machine.
+        For the run that holds the study alone: two would queue them twice. Whatever ends it in the middle, the next
+        call does the rest. A trial whose worker ended `MOST_ATTEMPTS` times at one epoch fails.
         """
-        count = sum(self._requeue_in(stage) for stage in STAGES)
-        return count + sum(self.cell(name).requeue_interrupted() for name in self.attributes.get("cells", []))
+        count = sum(self._requeue_in(stage, dead) for stage in STAGES)
+        return count + sum(self.cell(name).requeue_interrupted(dead) for name in self.attributes.get("cells", []))
 
-    def _requeue_in(self, stage: Stage) -> int:
+    def _requeue_in(self, stage: Stage, dead: str | None) -> int:
         trials = self.optuna_study(stage).get_trials(deepcopy=False)
-        lost = [t for t in trials if t.state == OptunaState.RUNNING and is_gone(t.user_attrs, t.datetime_start)]
+        lost = [t for t in trials if t.state == OptunaState.RUNNING and _is_lost(t, dead)]
         for trial in lost:
             self._give_up(trial)
         if lost:
@@ -313,7 +339,10 @@ class StudyStore:
         trial.set_user_attr("checkpoint", self.save_artifact(trial, path))
 
     def fetch_checkpoint(self, record: TrialRecord, path: Path) -> bool:
-        """Copy a trial's checkpoint to `path`; False where it is missing or not what the trial stored."""
+        """Copy a trial's checkpoint to `path`; False where it is missing or not what the trial stored.
+
+        Raises OSError.
+        """
         return record.checkpoint is not None and self._fetch(record.checkpoint, record.sha256, path)
 
     def save_resume(self, trial: Trial, path: Path, epochs: int) -> None:
@@ -326,7 +355,10 @@ class StudyStore:
         self._drop(earlier)
 
     def fetch_resume(self, trial: Trial, path: Path) -> bool:
-        """Copy the state that a training goes on from to `path`; False where there is none, or it was altered."""
+        """Copy the state that a training goes on from to `path`; False where there is none, or it was altered.
+
+        Raises OSError.
+        """
         kept = trial.user_attrs.get(RESUME)
         return kept is not None and self._fetch(kept["id"], kept["sha256"], path)
 
@@ -342,13 +374,18 @@ class StudyStore:
     def _fetch(self, identifier: str, digest: str | None, path: Path) -> bool:
         try:
             download_artifact(artifact_store=self.artifacts, file_path=str(path), artifact_id=identifier)
-        except (ArtifactNotFound, OSError):
+        except ArtifactNotFound:
             return False
         return sha256(path) == digest
 
 
 def _interrupted(trial: FrozenTrial) -> bool:
     return trial.state == OptunaState.FAIL and bool(trial.user_attrs.get(INTERRUPTED))
+
+
+def _is_lost(running: FrozenTrial, dead: str | None) -> bool:
+    worker = running.user_attrs.get(WORKER)
+    return (worker is not None and worker == dead) or is_gone(running.user_attrs, running.datetime_start)
 
 
 def _epochs_kept(resume: Mapping[str, Any] | None) -> int:

@@ -87,6 +87,7 @@ class Workers:
                 reason = worker.ended()
                 if reason is None:
                     continue
+                self._store.requeue_interrupted(dead=worker.name)
                 fruitless = 0 if self._store.has_finished(worker.name) else self._fruitless[place] + 1
                 self._fruitless[place] = fruitless
                 if fruitless >= MOST_FRUITLESS:

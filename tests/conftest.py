@@ -1,24 +1,18 @@
 """What several test modules share: a cache of their own, the real data sets, small image folders."""
 
-import getpass
 import os
-import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
-import sqlalchemy
 from filelock import FileLock
 from PIL import Image
 
 from camri_tune.database import open_storage
+from tests.database_server import DatabaseServer, database_server, find_server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -107,56 +101,33 @@ def browser() -> Iterator["Browser"]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """URL of an empty database, with a password, on a PostgreSQL server of the tests' own."""
-    server = shutil.which("postgres") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres")), None)
-    if server is None:
+def postgres_server() -> Iterator[DatabaseServer]:
+    """A PostgreSQL server of the tests' own. Whoever stops it starts it again."""
+    programs = find_server()
+    if programs is None:
         _not_here("no PostgreSQL server: apt-get install postgresql")
-    bin_folder = Path(server).resolve().parent
-    # PostgreSQL refuses to serve as root, and pytest's folders are closed to others: hence a folder of its own.
-    user = "nobody" if os.geteuid() == 0 else getpass.getuser()
-    folder = Path(tempfile.mkdtemp(prefix="camri-postgres-"))
-    password = secrets.token_hex(8)
+    with database_server(programs) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_server: DatabaseServer) -> str:
+    """URL of a database, with a password, on that server."""
+    return postgres_server.url
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
     try:
-        (folder / "password").write_text(password)
-        for path in (folder, folder / "password"):
-            shutil.chown(path, user)
-        make = "--pgdata data --username tester --pwfile password --auth scram-sha-256 --encoding UTF8 --no-locale"
-        initdb = [str(bin_folder / "initdb"), *make.split(), "--no-sync"]
-        subprocess.run(initdb, user=user, cwd=folder, check=True, capture_output=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        process = subprocess.Popen(
-            [str(bin_folder / "postgres"), *f"-D data -p {port} -h 127.0.0.1 -c fsync=off -k".split(), ""],
-            user=user,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            url = f"postgresql+psycopg://tester:{password}@127.0.0.1:{port}/postgres"
-            _wait_for_database(url, process)
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)  # ends it without waiting for those who are connected
-            process.wait(timeout=30)
-    finally:
-        shutil.rmtree(folder)
-
-
-def _wait_for_database(url: str, process: "subprocess.Popen[bytes]") -> None:
-    engine = sqlalchemy.create_engine(url)
-    for _ in range(300):
-        assert process.poll() is None, f"the database server ended with exit code {process.returncode}"
-        try:
-            with engine.connect():
-                break
-        except sqlalchemy.exc.OperationalError:
-            time.sleep(0.1)
-    else:
-        pytest.fail("the database server did not answer within 30 s")
-    engine.dispose()
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "camri-test", str(folder)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        _not_here(f"no small disk to fill: only root may mount one ({getattr(error, 'stderr', error)})")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

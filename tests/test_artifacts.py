@@ -27,7 +27,6 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 
 from camri_tune.artifacts import ArtifactStore, FolderStore, S3Store, describe, open_artifacts
 from camri_tune.errors import InputError
-from tests.conftest import _not_here
 
 KEY, SECRET, TOKEN = "AKQ0WX1YZ2", "qXz7/wVk9+Zj4@Yy8", "tQ5kZn6"
 HOSTILE = ["../x", "/etc/x", "a/b", "a\0b", "", ".", "..", "x\n", "ä", "a" * 300, ".x.partial", "x.partial"]
@@ -348,20 +347,6 @@ FolderStore(Path(sys.argv[1])).write("model", Slow())
     assert not partial.exists()
     assert _names(folder) == [".a.partial", ".partial", ".study-1f", "a", "a.partial", "partial"]
     assert FolderStore(tmp_path / "never made").sweep() == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "camri-test", str(folder)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        _not_here(f"no small disk to fill: only root may mount one ({getattr(error, 'stderr', error)})")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(small_disk: Path) -> None:
