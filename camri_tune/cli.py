@@ -223,7 +223,6 @@ def worker(
 ) -> None:
     """Join a study with one more process, on any machine that reaches its storage and its files."""
     from camri_tune.errors import InputError  # noqa: PLC0415
-    from camri_tune.trials import StoppedError  # noqa: PLC0415
     from camri_tune.worker import stopping_on_signals, work  # noqa: PLC0415
 
     if not storage:
@@ -231,20 +230,16 @@ def worker(
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
     index = int.from_bytes(os.urandom(3)) + 1_000
     with stopping_on_signals() as stop:
-        try:
-            work(
-                storage_url=storage,
-                name=study,
-                device=device,
-                threads=threads,
-                data_dir=data_dir,
-                index=index,
-                patience=wait,
-                asked_to_stop=stop,
-            )
-        except StoppedError as reason:
-            print(f"camri-tune: {reason}: the training at hand was saved and given back", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+        work(
+            storage_url=storage,
+            name=study,
+            device=device,
+            threads=threads,
+            data_dir=data_dir,
+            index=index,
+            patience=wait,
+            asked_to_stop=stop,
+        )
 
 
 @app.command()

@@ -32,7 +32,7 @@ from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
-from camri_tune.training import pick_device
+from camri_tune.workers import device_here
 
 Models = Sequence[TrialRecord]  # of one setting, one for each seed
 Logits = NDArray[np.float32]
@@ -89,7 +89,7 @@ def _one_dataset(
     tokens = config.important
     # What the baseline is does not depend on who is important: more classes may join later.
     config = config.model_copy(update={"important": ("worst1",)})
-    device = pick_device(config.device)
+    device = device_here(config)
     data = open_dataset(config, console.reading)
     config.folder.mkdir(exist_ok=True)
     storage = open_storage(storage_url(config))

@@ -112,9 +112,9 @@ class StudyConfig(BaseModel):
     def _workers_is_a_count(cls, value: Any) -> Any:
         if isinstance(value, str) and value.isascii() and value.isdigit():
             value = int(value)
-        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if value != "auto" and not counts:
-            raise ValueError("must be a whole number of at least 1, or 'auto'")
+            raise ValueError("must be a whole number, or 'auto'; 0 leaves the work to `camri-tune worker`s")
         return value
 
     @field_validator("folds", mode="before")

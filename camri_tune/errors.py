@@ -39,3 +39,13 @@ class WorkerError(CamriTuneError):
 
 class StorageError(CamriTuneError):
     """The study's database does not answer, or cannot be written to. What is in it stays; the same command resumes."""
+
+
+class StoppedError(CamriTuneError):
+    """A worker was asked to end, for `reason`. Its training has been given back, saved as of its last epoch."""
+
+    exit_code = 130
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped ({reason}); a training at hand was saved and given back")
+        self.reason = reason

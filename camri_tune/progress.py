@@ -13,7 +13,7 @@ Records = Mapping[str, Sequence[TrialRecord]]  # of each stage
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a run means to train: trainings `planned` for each stage, `epochs` each, by so many `workers` at a time.
+    """What a run means to train: trainings `planned` for each stage, `epochs` each, by so many `workers` of its own.
 
     A trial of the search is `folds` trainings.
     """
@@ -55,9 +55,13 @@ def current_stage(records: Records) -> str:
 
 
 def seconds_left(records: Records, schedule: Schedule) -> float | None:
-    """From the mean time of finished trainings; None before one has finished."""
+    """From the mean time of finished trainings; None before one has finished.
+
+    So many at a time as are at work now, since workers may have joined, or as the run has workers, if these are more.
+    """
     seconds: list[float] = []
     left = 0.0
+    at_work = sum(r.state == "running" for found in records.values() for r in found)
     stages = list(STAGE_TITLES)
     current = stages.index(current_stage(records))
     for place, stage in enumerate(stages):
@@ -67,7 +71,7 @@ def seconds_left(records: Records, schedule: Schedule) -> float | None:
             left += (total(found, stage, schedule) - done(found, stage, schedule)) * trainings
     if not seconds:
         return None
-    return max(left, 0.0) * sum(seconds) / len(seconds) / schedule.workers
+    return max(left, 0.0) * sum(seconds) / len(seconds) / max(schedule.workers, at_work, 1)
 
 
 def duration(seconds: float) -> str:

@@ -228,10 +228,8 @@ class Crew:
             again = store.requeue_interrupted()
             where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device
             epochs = config.epochs or data.epochs
-            console.say(
-                f"{config.study_name}: {data}; {epochs} epochs, {len(places)} worker(s) on {where}; files in "
-                f"{config.folder}"
-            )
+            at_hand = f"{len(places)} worker(s) on {where}" if places else "none of its own: see `camri-tune worker`"
+            console.say(f"{config.study_name}: {data}; {epochs} epochs, {at_hand}; files in {config.folder}")
             if again:
                 console.say(f"{again} interrupted training(s) queued again")
             for notice in data.notices():

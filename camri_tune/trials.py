@@ -24,7 +24,7 @@ from camri_tune.bundle import save_weights
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import SEEDS_APART
 from camri_tune.datasets import Dataset
-from camri_tune.errors import OutOfMemoryError, StorageError, TrainingDivergedError, WorkerError
+from camri_tune.errors import OutOfMemoryError, StoppedError, StorageError, TrainingDivergedError, WorkerError
 from camri_tune.files import code_version
 from camri_tune.heartbeat import Heart
 from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
@@ -42,10 +42,6 @@ _FIRST = "first."  # in a saved state: the weights of the first fold's model, th
 
 
 Stop = Callable[[], str | None]  # says why a worker should end, if it should
-
-
-class StoppedError(Exception):
-    """The worker was asked to end. Its trial has been given back, saved as of its last epoch."""
 
 
 def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_to_stop: Stop = lambda: None) -> None:
@@ -101,7 +97,7 @@ class _Run:
         except optuna.TrialPruned:
             ended = OptunaState.PRUNED
         except StoppedError as stopped:
-            self._give_back(str(stopped))
+            self._give_back(stopped.reason)
             raise
         except (UpdateFinishedTrialError, StorageError):
             raise

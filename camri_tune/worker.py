@@ -17,12 +17,12 @@ import torch
 
 from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
-from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
+from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version
 from camri_tune.search import Plan, make_sampler
 from camri_tune.storage import StudyStore, claim
 from camri_tune.training import pick_device
-from camri_tune.trials import Stop, StoppedError, run_trial
+from camri_tune.trials import Stop, run_trial
 
 IDLE_SECONDS = (0.2, 0.3, 0.5, 1.0, 2.0)  # between looks at empty queues, which a database far away should not feel
 
@@ -173,8 +173,6 @@ def main(arguments: list[str]) -> int:
                 threads=int(threads) or None,
                 asked_to_stop=_with_parent(int(parent), stop),
             )
-        except StoppedError:
-            return 130
         except CamriTuneError as error:
             print(f"camri-tune: {error}", file=sys.stderr)
             return error.exit_code

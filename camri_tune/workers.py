@@ -17,7 +17,7 @@ from camri_tune.database import STORAGE_VARIABLE
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.heartbeat import worker_id
 from camri_tune.storage import StudyStore
-from camri_tune.training import cpu_count
+from camri_tune.training import cpu_count, pick_device
 
 MOST_FRUITLESS = 8  # deaths of one worker in a row without a finished training: more than one bad trial may cause
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds before a worker is started again, by its fruitless deaths
@@ -155,6 +155,14 @@ def local_launch(*, name: str, storage_url: str, devices: Sequence[str], log_fol
         return LocalProcess(process, path)
 
     return launch
+
+
+def device_here(config: StudyConfig) -> torch.device:
+    """Where the run itself computes: workers elsewhere may have GPUs that this machine lacks. Raises InputError."""
+    elsewhere = config.launcher == "ray" or config.workers == 0
+    if elsewhere and config.device.startswith("cuda") and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return pick_device(config.device)
 
 
 def places_for(config: StudyConfig, device: torch.device, gpus: int) -> list[str]:

@@ -12,10 +12,11 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -643,6 +644,30 @@ def test_the_test_part_is_not_opened_before_it_is_asked_for(image_folder: MakeFo
     assert len(data.test()) == 4
     assert data.notices() == ["1 corrupt image file(s) were left out (--skip-corrupt)."]
     assert {path.name for path in own_cache.rglob("*")} >= {"train.safetensors", "test.safetensors"}
+
+
+def test_of_many_that_start_at_once_one_decodes(image_folder: MakeFolder, own_cache: Path) -> None:
+    config = build_config(image_folder({"a": 30, "b": 30}))
+    barrier, decoded = threading.Barrier(4), []
+
+    def start(_: int) -> Dataset:
+        barrier.wait()
+        return open_dataset(config, lambda done, total: decoded.append(done == total))
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(start, range(4))
+    assert all(same(first.train, other.train) for other in others)
+    assert decoded == [True]
+
+
+def test_a_cache_that_cannot_be_locked_is_only_slower(
+    image_folder: MakeFolder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> NoReturn:
+        raise NotImplementedError("this file system has no locks")
+
+    monkeypatch.setattr(datasets, "FileLock", refuse)
+    assert len(open_data(image_folder({"a": 6, "b": 6})).train) > 0
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "zeros", "other tensors"])

@@ -15,6 +15,7 @@ FLOORS = [
     {"pipeline", "comparison"},
     {"report", "stages", "figures"},
     {"study_page", "study_note", "console", "dashboard", "ray_workers"},
+    {"ray_foreman"},
     {"evaluation", "worker", "workers", "tables", "pages", "charts", "error_charts"},
     {"overview", "trials"},
     {"search", "selection", "claims", "table1"},

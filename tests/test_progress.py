@@ -15,6 +15,14 @@ def _record(state: TrialState, seconds: float | None = None, epoch: int = 0) -> 
     return TrialRecord(0, state, {}, seconds=seconds, epoch=epoch)
 
 
+def test_workers_that_joined_make_it_shorter() -> None:
+    """A run may even have none of its own."""
+    records = {"baseline": [_record("complete", seconds=60.0)] + [_record("running", epoch=0) for _ in range(4)]}
+    alone = Schedule({"baseline": 9, "search": 0, "finalists": 0}, epochs=10, workers=0)
+    assert seconds_left(records, alone) == pytest.approx(8 * 60 / 4)
+    assert seconds_left({"baseline": records["baseline"][:1]}, alone) == pytest.approx(8 * 60)
+
+
 def test_running_trials_count_by_their_epochs() -> None:
     records = [
         _record("complete"),

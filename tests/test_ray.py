@@ -22,13 +22,14 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState as OptunaState
 
-from camri_tune import ray_workers
+from camri_tune import ray_foreman, ray_workers
 from camri_tune.config import StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.heartbeat import WORKER
-from camri_tune.ray_workers import Node, RayActor, Secret, places_on, ray_launch
+from camri_tune.ray_foreman import Secret
+from camri_tune.ray_workers import Node, RayActor, places_on, ray_launch
 from camri_tune.storage import STAGES, StudyStore, storage_url
 from tests.command import COMMAND, assert_one_line_error, camri_tune
 from tests.conftest import _not_here
@@ -280,7 +281,7 @@ def test_a_password_is_nowhere_in_the_cluster(nodes: Nodes, postgres: str, tmp_p
     assert not [t for found in _trials(postgres).values() for t in found if t.state == OptunaState.RUNNING]
     assert any(command.startswith("ray::CamriWorker") for _, command in seen)
     assert {pid for pid, command in seen if password in command} == {process.pid}, "where the user put it"
-    assert "camri_tune.ray_workers" in (jobs := _jobs(nodes.address))
+    assert "camri_tune.ray_foreman" in (jobs := _jobs(nodes.address))
     assert password not in jobs + output + errors
     logs = [path for path in nodes.folder.rglob("*") if path.is_file()]
     assert any(path.name.startswith("gcs_server") for path in logs)
@@ -392,7 +393,7 @@ def test_a_cluster_that_wants_a_token_says_so() -> None:
     """As of Ray 2.60, where the reason stands in the text of the cause alone."""
     error = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
     error.__cause__ = RuntimeError("Last connection error: ray.exceptions.AuthenticationError: InvalidAuthToken: …")
-    assert "RAY_AUTH_MODE=token" in ray_workers._why_refused(error)
+    assert "RAY_AUTH_MODE=token" in ray_foreman._why_refused(error)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,7 @@ def test_a_cluster_that_wants_a_token_says_so() -> None:
     ],
 )
 def test_what_ray_says_becomes_one_line(text: str, line: str | None) -> None:
-    said = ray_workers._why_refused(ConnectionError(text))
+    said = ray_foreman._why_refused(ConnectionError(text))
     assert said.startswith(text if line is None else line)
     assert said.isprintable()
     assert "common causes" not in said
@@ -543,4 +544,4 @@ def test_a_lost_cluster_ends_the_run_in_one_line(study: StudyConfig) -> None:
 
 
 def _is_our_foreman(pid: int, command: str) -> bool:
-    return "camri_tune.ray_workers" in command and _parent(pid) == os.getpid()
+    return "camri_tune.ray_foreman" in command and _parent(pid) == os.getpid()

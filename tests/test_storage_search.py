@@ -1,5 +1,6 @@
 """Studies in a database, queues that hand each trial to one worker, trials that end as they should, and pruning."""
 
+import errno
 import math
 import re
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import numpy as np
 import optuna
@@ -28,7 +29,7 @@ from camri_tune.bundle import load_classifier, save_weights
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.database import masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
-from camri_tune.errors import InputError, StudyMismatchError, WorkerError
+from camri_tune.errors import InputError, StoppedError, StudyMismatchError, WorkerError
 from camri_tune.files import sha256
 from camri_tune.heartbeat import worker_id
 from camri_tune.images import Images
@@ -49,7 +50,7 @@ from camri_tune.search import (
 )
 from camri_tune.storage import MOST_ATTEMPTS, Stage, StudyStore, storage_url
 from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of, train
-from camri_tune.trials import StoppedError, pooled_floor, run_trial
+from camri_tune.trials import pooled_floor, run_trial
 from tests.conftest import MakeFolder
 
 CPU = torch.device("cpu")
@@ -230,6 +231,39 @@ def test_where_and_how_fast_a_study_runs_may_change(
     again = create(StudyConfig.build({**config.model_dump(), **changes}), digits)
     assert len(again.records("search")) == 1
     assert (again.config.trials, again.config.workers, again.config.device) == (99, 7, "cpu")
+
+
+def test_a_study_whose_files_lie_elsewhere_is_not_gone_on_with(
+    store: StudyStore, config: StudyConfig, digits: Dataset, tmp_path: Path
+) -> None:
+    elsewhere = config.model_copy(update={"out": tmp_path / "elsewhere"})
+    place = re.escape(config.artifacts_url)
+    with pytest.raises(
+        StudyMismatchError, match=f"keeps its checkpoints in '{place}'.* repeat its --out or --artifacts"
+    ):
+        StudyStore.create(store.storage, elsewhere, digits)
+    assert store.attributes["config"]["out"] == str(config.out)
+    moved = config.folder.rename(tmp_path / "moved")
+    again = StudyConfig.build({**config.model_dump(), "out": moved.parent, "artifacts": str(moved / "artifacts")})
+    StudyStore.create(store.storage, again, digits)
+
+
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_trained(
+    config: StudyConfig, digits: Dataset, tmp_path: Path, create: Create
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--artifacts .*file/folder' cannot be used: Not a directory"):
+        create(config.model_copy(update={"artifacts": str(tmp_path / "file" / "folder")}), digits)
+
+
+def test_what_workers_read_changes_with_the_run_that_holds_the_study(
+    store: StudyStore, config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    """And not with one that is refused."""
+    again = create(config.model_copy(update={"data_dir": Path("/elsewhere")}), digits)
+    assert store.attributes["config"]["data_dir"] == str(config.data_dir)
+    again.sign()
+    assert store.attributes["config"]["data_dir"] == "/elsewhere"
 
 
 def test_the_storage_is_not_stored_with_the_study(config: StudyConfig, digits: Dataset, tmp_path: Path) -> None:
@@ -418,6 +452,17 @@ def test_only_the_trials_of_the_dead_worker_are_queued_again(store: StudyStore) 
     assert [(record.number, record.state) for record in store.records("baseline")] == [(0, "running"), (2, "waiting")]
 
 
+def test_a_worker_that_is_known_to_be_dead_is_not_waited_for_on_whatever_machine(store: StudyStore) -> None:
+    theirs, others = "other-machine:4026531836:17", "other-machine:4026531836:18"
+    for worker in (theirs, others):
+        _claimed(store, "search", PARAMS).set_user_attr("worker", worker)
+    assert store.requeue_interrupted() == 0
+    assert store.requeue_interrupted(dead=theirs) == 1
+    states = [(trial.state, trial.user_attrs.get("failure")) for trial in store.optuna_study("search").trials]
+    assert states[0] == (OptunaState.FAIL, f"{theirs} died; queued again")
+    assert [state for state, _ in states[1:]] == [OptunaState.RUNNING, OptunaState.WAITING]
+
+
 @pytest.mark.parametrize("point", ["set_trial_state_values", "create_new_trial"])
 def test_whatever_ends_the_run_while_it_queues_again_the_next_does_the_rest(
     point: str, store: StudyStore, config: StudyConfig, monkeypatch: pytest.MonkeyPatch
@@ -508,6 +553,19 @@ def test_a_damaged_checkpoint_is_not_given_out(
     if damage == "folder removed":
         shutil.rmtree(checkpoint.parent)
     assert not store.fetch_checkpoint(_only(store, "baseline"), tmp_path / "copy")
+
+
+def test_a_store_that_does_not_answer_is_no_missing_checkpoint(
+    store: StudyStore, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or an outage of S3 would have a run pass over its best model."""
+
+    def broken(artifact_id: str) -> NoReturn:
+        raise OSError(errno.EIO, "nothing answers at its endpoint", artifact_id)
+
+    monkeypatch.setattr(store.artifacts, "open_reader", broken)
+    with pytest.raises(OSError, match="nothing answers"):
+        store.fetch_checkpoint(_only(store, "baseline"), tmp_path / "copy")
 
 
 def test_a_trial_without_checkpoint_has_none_to_give(store: StudyStore, tmp_path: Path) -> None:
