@@ -252,7 +252,7 @@ def test_a_place_that_takes_no_files_is_refused_before_anything_is_trained(
     config: StudyConfig, digits: Dataset, tmp_path: Path, create: Create
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="--artifacts .*file/folder' cannot be used: Not a directory"):
+    with pytest.raises(InputError, match=r"--artifacts .*file/folder' cannot be used: Not a directory"):
         create(config.model_copy(update={"artifacts": str(tmp_path / "file" / "folder")}), digits)
 
 
