@@ -100,7 +100,8 @@ def _reason(error: Exception, url: str) -> str:
 def _trouble(error: BaseException, url: str) -> tuple[bool, str] | None:
     """Whether trouble with the database may pass, and what it is; None where the error is another."""
     causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
+    # Optuna goes on with a connection that has just broken, and then speaks of a transaction: hence the context, too.
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     for cause in causes:
         if isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
