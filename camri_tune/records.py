@@ -57,7 +57,8 @@ class TrialRecord:
         """The same training with `recall` of these classes (the lowest), where both are known."""
         if self.recall is None or not self.recall_per_class or not important:
             return self
-        return replace(self, recall=min(self.recall_per_class[c] for c in important))
+        recall = min(self.recall_per_class[c] for c in important)
+        return self if recall == self.recall else replace(self, recall=recall)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ class StudyStore:
         self._names: dict[Stage, str] = {"baseline": shared, "search": name, "finalists": f"{name}.finalists"}
         self.artifacts_url: str = config.artifacts_url if within is None else within.artifacts_url
         self._studies: dict[Stage, Study] = {}
+        self._cells: dict[str, StudyStore] = {}
+        self._ended: dict[Stage, dict[int, TrialRecord]] = {stage: {} for stage in STAGES}  # which change no more
 
     @classmethod
     def create(
@@ -161,9 +163,11 @@ class StudyStore:
 
     def cell(self, name: str) -> "StudyStore":
         """One of the studies within this one; `attributes["cells"]` names those that are there by now."""
-        attributes = optuna.load_study(storage=self._storage, study_name=name).user_attrs
-        config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
-        return StudyStore(self._storage, name, config, within=self)
+        if name not in self._cells:  # a new one would read every trial again
+            attributes = optuna.load_study(storage=self._storage, study_name=name).user_attrs
+            config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
+            self._cells[name] = StudyStore(self._storage, name, config, within=self)
+        return self._cells[name]
 
     def at(self, folder: Path) -> "StudyStore":
         """The same study with its files in `folder`, wherever it was when the study was made."""
@@ -200,8 +204,24 @@ class StudyStore:
         return self.optuna_study(stage)._study_id
 
     def records(self, stage: Stage) -> list[TrialRecord]:
-        """Every trial of a queue that counts, in order of its number: an interrupted one lives on in its successor."""
-        return [_record(t) for t in self.optuna_study(stage).get_trials(deepcopy=False) if not _interrupted(t)]
+        """Every trial of a queue that counts, in order of its number.
+
+        An interrupted one lives on in its successor. Until that is queued it waits itself: whoever counts must not take
+        it for missing, or it would be replaced and queued again as well.
+        """
+        ended, found = self._ended[stage], []
+        trials = self.optuna_study(stage).get_trials(deepcopy=False)
+        replaced = {t.user_attrs.get("retry_of") for t in trials}
+        for trial in trials:
+            if (record := ended.get(trial.number)) is not None:
+                found.append(record)
+            elif not _interrupted(trial):
+                found.append(_record(trial))
+                if trial.state.is_finished():
+                    ended[trial.number] = found[-1]
+            elif trial.number not in replaced:
+                found.append(_waiting_again(_record(trial)))
+        return found
 
     def enqueue(self, stage: Stage, params: Mapping[str, float], **attributes: Any) -> None:
         """Add a trial to a queue. Parameters that are not given are the sampler's to choose."""
@@ -419,6 +439,18 @@ def _record(trial: FrozenTrial) -> TrialRecord:
             for epoch, recalls in curves.items()
             if epoch in accuracies
         ),
+    )
+
+
+def _waiting_again(record: TrialRecord) -> TrialRecord:
+    """An interrupted trial as its successor will be: what it is for, and nothing of what it came to."""
+    return TrialRecord(
+        number=record.number,
+        state="waiting",
+        params=record.params,
+        seed=record.seed,
+        source_trial=record.source_trial,
+        fold=record.fold,
     )
 
 
