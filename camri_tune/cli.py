@@ -3,8 +3,10 @@
 Heavy imports (torch, optuna) wait until a command needs them, so that help and usage errors come at once.
 """
 
+import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -13,9 +15,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 
-from camri_tune.config import StudyConfig, printable, read_study_file
-from camri_tune.errors import CamriTuneError
+from camri_tune.config import MOST_WORKERS, NAME_RULE, StudyConfig, is_name, printable, read_study_file, shown
+from camri_tune.errors import CamriTuneError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -70,6 +73,7 @@ StorageOption = Annotated[
 
 @app.command()
 def run(
+    context: typer.Context,
     study: Annotated[Path | None, typer.Argument(help="A study file (.toml); options given here win over it.")] = None,
     dataset: Annotated[str | None, typer.Option(help="digits, gtsrb, cifar10, mnist, awa2, or a folder.")] = None,
     data_dir: DataDirOption = None,
@@ -97,14 +101,16 @@ def run(
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
-    workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
+    ] = None,
     workers_per_gpu: WorkersPerGpuOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     launcher: LauncherOption = None,
     ray_address: RayAddressOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
     artifacts: ArtifactsOption = None,
-    storage: Annotated[str | None, typer.Option(help="Database URL (default: SQLite in the study's folder).")] = None,
+    storage: StorageOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the study and of its folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
     as_json: JsonOption = False,
@@ -112,10 +118,9 @@ def run(
 ) -> None:
     """Tune, select and export: the whole job. The same command again resumes."""
     options = dict(locals())
-    for key in ("study", "as_json", "quiet"):
+    for key in ("context", "study", "as_json", "quiet"):
         del options[key]
-    values = {key: value for key, value in options.items() if value is not None}
-    config = _config(study, values)
+    config = _config(context, study, options)
 
     from camri_tune.console import Console  # noqa: PLC0415
     from camri_tune.pipeline import run as run_study  # noqa: PLC0415
@@ -128,6 +133,7 @@ def run(
 
 @app.command()
 def compare(
+    context: typer.Context,
     dataset: Annotated[str, typer.Option(help="Data sets, separated by commas; see `run`.")] = "digits",
     data_dir: DataDirOption = None,
     important: Annotated[str, typer.Option(help="Classes, each a column of its own.")] = "worst1,worst2,median",
@@ -148,14 +154,16 @@ def compare(
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
-    workers: Annotated[str | None, typer.Option(help="Worker processes, or auto.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
+    ] = None,
     workers_per_gpu: WorkersPerGpuOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     launcher: LauncherOption = None,
     ray_address: RayAddressOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
     artifacts: ArtifactsOption = None,
-    storage: Annotated[str | None, typer.Option(help="Database URL (default: SQLite in the folder).")] = None,
+    storage: StorageOption = None,
     name: Annotated[str, typer.Option(help="Name of the comparison and of its folder.")] = "compare",
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
     as_json: JsonOption = False,
@@ -163,9 +171,9 @@ def compare(
 ) -> None:
     """Many methods under one protocol: the paper's Table 1. The same command again resumes."""
     options = dict(locals())
-    for key in ("dataset", "methods", "protocol", "as_json", "quiet"):
+    for key in ("context", "dataset", "methods", "protocol", "as_json", "quiet"):
         del options[key]
-    config = _config(None, {key: value for key, value in options.items() if value is not None})
+    config = _config(context, None, options)
 
     from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
 
@@ -214,19 +222,31 @@ def worker(
     study: Annotated[str, typer.Option(help="Name of the study to join.")],
     storage: Annotated[str | None, typer.Option(envvar="CAMRI_STORAGE", help="Its database URL.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU (default: PyTorch's own).")] = None,
-    data_dir: DataDirOption = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Threads on a CPU (default: PyTorch's own).")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where built-in data sets lie (default: the study's own folder if it is here, else $CAMRI_DATA)."
+        ),
+    ] = None,
     wait: Annotated[
         float,
         typer.Option(min=0.0, help="Seconds to wait for the study to be there, and for a run to go on with it."),
     ] = 0.0,
 ) -> None:
     """Join a study with one more process, on any machine that reaches its storage and its files."""
-    from camri_tune.errors import InputError  # noqa: PLC0415
+    from camri_tune.database import require_sense  # noqa: PLC0415
     from camri_tune.worker import stopping_on_signals, work  # noqa: PLC0415
 
     if not storage:
         raise InputError("no storage: give --storage URL, or set CAMRI_STORAGE")
+    # What no waiting mends is said at once.
+    require_sense(storage)
+    if not is_name(study):
+        raise InputError(f"--study is {shown(study)}, but should be {NAME_RULE}; give the name that its run printed")
+    StudyConfig.build({"device": device} | ({} if data_dir is None else {"data_dir": data_dir}))
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
     index = int.from_bytes(os.urandom(3)) + 1_000
     with stopping_on_signals() as stop:
@@ -277,7 +297,7 @@ def evaluate(
     from camri_tune.evaluation import evaluate_bundle  # noqa: PLC0415
     from camri_tune.records import named  # noqa: PLC0415
 
-    figures = evaluate_bundle(bundle, data, data_dir=data_dir or _default_data_dir(), skip_corrupt=skip_corrupt)
+    figures = evaluate_bundle(bundle, data, data_dir=_data_dir(data_dir), skip_corrupt=skip_corrupt)
     if as_json:
         print(json.dumps(figures, indent=2))
         return
@@ -320,7 +340,7 @@ def figures(
     for path in write_figures(
         which.split(","),
         out=out,
-        data_dir=data_dir or _default_data_dir(),
+        data_dir=_data_dir(data_dir),
         margin=margin,
         scale=scale,
         epochs=epochs,
@@ -364,10 +384,13 @@ def doctor() -> None:
 def main() -> NoReturn:
     """Entry point. Errors made on purpose are one line; an interrupt says how to resume."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _mend_streams()
     try:
+        _require_text()
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # a full disk is told of here
     except typer.TyperException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(_usage(error), error.exit_code)
     except CamriTuneError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -383,19 +406,62 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _config(study: Path | None, options: dict[str, Any]) -> StudyConfig:
-    options.setdefault("data_dir", _default_data_dir())
-    if study is None:
-        return StudyConfig.build(options)
-    values = read_study_file(study)
-    StudyConfig.build(values, source=f"study file {str(study)!r}")  # an error names the file it stands in
-    if "data_dir" in values and options["data_dir"] == _default_data_dir():
-        del options["data_dir"]
-    return StudyConfig.build({**values, **options})
+def _mend_streams() -> None:
+    """A stream that was closed is one that nobody reads; what its encoding lacks is written as an escape."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
-def _default_data_dir() -> Path:
-    return Path(os.environ.get("CAMRI_DATA", "data"))
+def _require_text() -> None:
+    """Bytes that are no text can be in no name, path or URL: neither a database nor a page could hold them."""
+    try:
+        texts = [("current folder", os.getcwd())]
+    except OSError:  # PyTorch would end the process, and say something else
+        raise InputError("the current folder is gone; change to one that is there") from None
+    texts += [("argument", text) for text in sys.argv[1:]]
+    texts += [(f"${name}", os.environ.get(name, "")) for name in ("CAMRI_STORAGE", "CAMRI_DATA", "CAMRI_CACHE")]
+    for what, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            value = shown(re.sub("//.*@", "//***@", text))
+            raise InputError(f"{what} {value} has bytes that are not UTF-8; give it in UTF-8, or rename it") from None
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What Typer says of an argument, and the value, which it leaves out."""
+    message, cause = error.format_message(), error.__cause__
+    if not isinstance(cause, ValidationError):
+        return message
+    return f"{message}, which {shown(cause.errors()[0]['input'])} is not"
+
+
+def _config(context: typer.Context, study: Path | None, options: Mapping[str, Any]) -> StudyConfig:
+    """What the options say, where they are silent the study file, and then the environment."""
+    given = {key: value for key, value in options.items() if value is not None}
+    environment, values = {}, {}
+    source = context.get_parameter_source("storage")
+    if source is not None and source.name == "ENVIRONMENT":
+        environment["storage"] = given.pop("storage")
+    if study is not None:
+        values = read_study_file(study)
+        StudyConfig.build(values, source=f"study file {str(study)!r}")  # an error names the file it stands in
+    merged = {**environment, **values, **given}
+    if "data_dir" not in merged:
+        merged["data_dir"] = _data_dir(None)
+    return StudyConfig.build(merged)
+
+
+def _data_dir(given: Path | None) -> Path:
+    """`--data-dir`, else $CAMRI_DATA, else ./data."""
+    named = os.environ.get("CAMRI_DATA")
+    if given is None and named:
+        return StudyConfig.build({"data_dir": named}, source="$CAMRI_DATA").data_dir
+    return StudyConfig.build({"data_dir": given or "data"}).data_dir
 
 
 def _show(result: "Result", as_json: bool) -> None:

@@ -20,10 +20,13 @@ BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 
 MOST_FINALISTS = 5
 MOST_FOLDS = 5
+MOST_WORKERS = 1_024  # on one machine
+NAME_RULE = "letters, digits, '.', '_' and '-', and start with a letter or digit"
 STAGE_SUFFIXES = (".baseline", ".finalists", ".runs")  # what else a run keeps in its storage, named after the study
 
 # Seeds that no two studies and no two uses share: what chose a setting is never what it is judged with.
 SEEDS_APART, TUNING_SEED_OFFSET = 100_000, 20_000
+MOST_TRIALS, MOST_SEEDS = 50_000, 1_000  # each takes one of the SEEDS_APART
 
 MOST_STUDY_FILE = 2**14  # bytes: a study has some twenty keys, and to parse 64 KiB of hostile TOML takes 10 s
 MOST_SHOWN = 300  # characters of foreign text in a message
@@ -54,17 +57,17 @@ class StudyConfig(BaseModel):
     important: tuple[str, ...] = Field(("worst1",), min_length=1)
     loss: Loss = "camri"
     model: Model = "compact"
-    trials: int = Field(20, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    seeds: int = Field(3, ge=1)
+    trials: int = Field(20, ge=1, le=MOST_TRIALS)
+    epochs: int | None = Field(None, ge=1, le=100_000)
+    seeds: int = Field(3, ge=1, le=MOST_SEEDS)
     tolerance: float = Field(0.0, ge=0.0, le=100.0)
     epsilon: float = Field(0.5, ge=0.0, le=100.0)
     finalists: int | None = Field(None, ge=1, le=MOST_FINALISTS)
     folds: int | Literal["auto"] = "auto"
     calibrate: bool = False
     image_size: int | None = Field(None, ge=8, le=512)
-    limit: int | None = Field(None, ge=1)
-    per_group: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, lt=2**31)
+    per_group: int | None = Field(None, ge=1, lt=2**31)
     skip_corrupt: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int | Literal["auto"] = "auto"
@@ -73,7 +76,7 @@ class StudyConfig(BaseModel):
     launcher: Launcher = "local"
     ray_address: str | None = None
     gpus_per_trial: float = Field(1.0, gt=0.0, le=1.0, allow_inf_nan=False)
-    storage: str | None = None
+    storage: str | None = Field(None, min_length=1)
     artifacts: str | None = Field(None, min_length=1)
     name: str | None = None
     out: Path = Path("runs")
@@ -110,35 +113,25 @@ class StudyConfig(BaseModel):
     @field_validator("workers", mode="before")
     @classmethod
     def _workers_is_a_count(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value)
-        counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if value != "auto" and not counts:
-            raise ValueError("must be a whole number, or 'auto'; 0 leaves the work to `camri-tune worker`s")
-        return value
+        return _count_or_auto(value, 0, MOST_WORKERS)
 
     @field_validator("folds", mode="before")
     @classmethod
     def _folds_is_a_small_count(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value)
-        counts = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_FOLDS
-        if value != "auto" and not counts:
-            raise ValueError(f"must be a whole number from 1 to {MOST_FOLDS}, or 'auto'")
-        return value
+        return _count_or_auto(value, 1, MOST_FOLDS)
 
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", value):  # PyTorch takes cuda:255 for cuda:-1
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
 
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-            raise ValueError("must be letters, digits, '.', '_' and '-', and start with a letter or digit")
+        if value is not None and not (is_name(value) and len(value) <= 100):
+            raise ValueError(f"must be {NAME_RULE}, and no longer than 100 characters")
         if value is not None and value.endswith(STAGE_SUFFIXES):
             raise ValueError(f"must not end in {' or '.join(STAGE_SUFFIXES)}, which name parts of a study")
         return value
@@ -195,14 +188,19 @@ class StudyConfig(BaseModel):
     def build(cls, values: dict[str, Any], source: str = "command line") -> Self:
         """Check `values`; an error is one line that names the key, the value, the rule and where it stands."""
         try:
-            config = cls(**values)
+            config = cls.model_validate(values)
         except ValidationError as error:
             raise InputError(_one_line(error, cls, source)) from None
         for key in ("dataset", "data_dir", "out", "artifacts"):
             path = str(getattr(config, key))
-            if reason := _why_no_path(path):
+            if reason := why_no_path(path):
                 rule = f"be a path that can be opened, which this one cannot: {reason}"
-                raise InputError(f"{_place(key, source)} is {_shown(path)}, but should {rule}")
+                raise InputError(f"{_place(key, source)} is {shown(path)}, but should {rule}")
+        if reason := why_no_path(str(config.folder)):  # both of its parts may be right
+            raise InputError(
+                f"{_place('name', source)} is {shown(config.study_name)}, but no folder of that name can be in "
+                f"{shown(str(config.out))}: {reason}; give another"
+            )
         return config
 
     def command(self, *, with_places: bool = False) -> str:
@@ -264,7 +262,9 @@ def read_study_file(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         if not all(map(_is_plain, value if isinstance(value, list) else [value])):
             rule = "plain text, true or false, a number of at most 64 bits, or a list of such values"
-            raise InputError(f"{name}: {_shown(key)} is {_shown(value)}, but should be {rule}")
+            raise InputError(
+                f"{name}: {shown(key)} is {'***' if key == 'storage' else shown(value)}, but should be {rule}"
+            )
     return values
 
 
@@ -276,8 +276,21 @@ def is_printable(text: str) -> bool:
 def printable(text: str, most: int = MOST_SHOWN) -> str:
     """`text` from elsewhere as a message may hold it: in one line, with escapes in the place of what acts on a
     terminal, and no more than `most` characters of it."""
-    shown = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text[: most + 1])
-    return shown if len(shown) <= most else f"{shown[:most]}…"
+    escaped = _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text[: most + 1])
+    return escaped if len(escaped) <= most else f"{escaped[:most]}…"
+
+
+def shown(value: object) -> str:
+    """Any value from elsewhere, as a message may hold it."""
+    try:
+        return printable(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
+        return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def is_name(text: str) -> bool:
+    """Whether a study can be called so. Those of a comparison may be long: `NAME-DATASET.CLASS.LOSS`."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
 
 
 def _is_plain(value: Any) -> bool:
@@ -288,7 +301,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, float)
 
 
-def _why_no_path(path: str) -> str | None:
+def why_no_path(path: str) -> str | None:
     """Why no file can be at `path`, whatever is made there."""
     try:
         path.encode()
@@ -306,18 +319,21 @@ def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> st
     key = str(first["loc"][0]) if first["loc"] else "?"
     if first["type"] == "extra_forbidden":
         where = f"{source}: " if source != "command line" else ""
-        return f"{where}unknown key {_shown(key)}; the keys are {', '.join(sorted(model.model_fields))}"
+        return f"{where}unknown key {shown(key)}; the keys are {', '.join(sorted(model.model_fields))}"
     rule = re.sub(r"^(Value error, must|\w+ should) ", "", first["msg"])
     rule = re.sub(r"^Input is not (a valid path) .*", r"be \1", rule)
-    return f"{_place(key, source)} is {_shown(first['input'])}, but should {printable(rule)}"
+    secret = key == "storage" and first["input"]  # it may hold a password
+    return f"{_place(key, source)} is {'***' if secret else shown(first['input'])}, but should {printable(rule)}"
 
 
 def _place(key: str, source: str) -> str:
     return f"--{key.replace('_', '-')}" if source == "command line" else f"{source}: {key}"
 
 
-def _shown(value: object) -> str:
-    try:
-        return printable(repr(value))
-    except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
-        return f"a value of type {type(value).__name__} that is too large to show"
+def _count_or_auto(value: Any, least: int, most: int) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        value = int(value)
+    counts = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    if value != "auto" and not counts:
+        raise ValueError(f"must be a whole number from {least} to {most:,}, or 'auto'")
+    return value

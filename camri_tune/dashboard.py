@@ -256,6 +256,8 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 def _listen(host: str, port: int) -> _Server:
+    if not host:  # which the system takes for every address there is
+        raise InputError("--host is '', but must be an address; give 127.0.0.1 for this machine alone")
     try:
         return (_ServerOfIPv6 if ":" in host else _Server)((host, port), _QuietHandler)
     except (OSError, UnicodeError) as error:  # the latter from a name that no machine can have

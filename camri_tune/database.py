@@ -6,9 +6,11 @@ process can come between, patience with a server that restarts, and messages wit
 
 import functools
 import logging
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import optuna
@@ -53,9 +55,13 @@ _Class = TypeVar("_Class", bound=type)
 
 def masked(url: str) -> str:
     """The URL without passwords, neither in its login nor in its query."""
+    if not url:
+        return "''"
     try:
         parsed = sqlalchemy.engine.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "(unreadable URL)"
+    if "@" in (parsed.host or ""):  # the rest of a password, taken for a host
         return "(unreadable URL)"
     query = {key: "***" if "pass" in key.lower() else value for key, value in parsed.query.items()}
     return parsed.set(query=query).render_as_string(hide_password=True)
@@ -94,7 +100,8 @@ def patiently(call: Callable[[], Result], url: str) -> Result:
 
 def _reason(error: Exception, url: str) -> str:
     """What a database's driver said, or whoever else complained, in a line without the password."""
-    return str(getattr(error, "orig", error)).splitlines()[0].replace(url, masked(url))
+    said = str(getattr(error, "orig", error)).splitlines()[0]
+    return said.replace(url, masked(url)) if url else said
 
 
 def _trouble(error: BaseException, url: str) -> tuple[bool, str] | None:
@@ -161,9 +168,9 @@ class ProxyStorage(GrpcStorageProxy):
     """Optuna's gRPC proxy, which should have a database server behind it. Nothing on its way is encrypted."""
 
     def __init__(self, url: str) -> None:
-        parsed = sqlalchemy.engine.make_url(url)
-        if not parsed.host or not parsed.port or parsed.username or parsed.password or parsed.database:
-            raise ValueError("it must be grpc://HOST:PORT and no more")
+        parsed = _understood(url)
+        assert parsed.host is not None
+        assert parsed.port is not None
         self.url = url
         super().__init__(host=parsed.host, port=parsed.port)
         self.wait_server_ready(timeout=10)
@@ -180,27 +187,63 @@ class ProxyStorage(GrpcStorageProxy):
 Storage = SqlStorage | ProxyStorage
 
 
-def open_storage(url: str) -> Storage:
+def open_storage(url: str, *, existing: bool = False) -> Storage:
     """Connect to the database at `url`, creating tables as needed. Raises InputError with the password masked.
 
-    Of a server each process takes one connection, at times two or three, and looks whether they still live.
+    Of a server each process takes one connection, at times two or three, and looks whether they still live. Where
+    an `existing` one is asked for, no file is made.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with _one_line_for(url):
+        parsed = _understood(url)
         if url.startswith("grpc:"):
             return ProxyStorage(url)
-        return _open_sql(url)
+        path = parsed.database or ""
+        if existing and url.startswith("sqlite") and not (path.startswith("file:") or os.path.exists(path)):
+            raise ValueError("there is no such file")
+        try:
+            return _open_sql(url)
+        except sqlalchemy.exc.DBAPIError as error:
+            if not isinstance(error, sqlalchemy.exc.IntegrityError) and "already exists" not in str(error.orig):
+                raise
+            time.sleep(random.uniform(1.0, 2.0))  # another process is making the tables at this very moment
+            return _open_sql(url)
+
+
+def require_sense(url: str) -> None:
+    """Raise InputError where no database can be at `url`, however long one waits for it."""
+    with _one_line_for(url):
+        _understood(url)
+
+
+@contextmanager
+def _one_line_for(url: str) -> Iterator[None]:
+    try:
+        yield
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError, OSError, StorageError) as error:
         raise InputError(
             f"storage {masked(url)} cannot be opened ({_reason(error, url)}); give a SQLAlchemy URL such as sqlite:///study.db"
         ) from None
 
 
+def _understood(url: str) -> sqlalchemy.URL:
+    """The parts of a URL that leads somewhere, with a driver that is installed here."""
+    parsed = sqlalchemy.engine.make_url(url)
+    if "@" in (parsed.host or ""):
+        raise ValueError("an @ in its password must be written as %40")
+    if url.startswith("grpc:"):
+        if not parsed.host or not parsed.port or parsed.username or parsed.password or parsed.database:
+            raise ValueError("it must be grpc://HOST:PORT and no more")
+        return parsed
+    parsed.get_dialect().import_dbapi()
+    if url.startswith("sqlite") and parsed.database in (None, "", ":memory:"):
+        raise ValueError("a database in memory cannot be shared with worker processes")
+    return parsed
+
+
 def _open_sql(url: str) -> SqlStorage:
     if not url.startswith("sqlite"):
         return SqlStorage(url, engine_kwargs={"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True})
-    if sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
-        raise ValueError("a database in memory cannot be shared with worker processes")
     # Workers of one study write at the same time: they wait for each other instead of failing.
     storage = SqlStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
     sqlalchemy.event.listen(storage.engine, "connect", _tune_sqlite)

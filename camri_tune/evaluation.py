@@ -251,6 +251,8 @@ class _Tracks:
 
 def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> dict[str, Any]:
     """Measure an exported model on a data set, from its files alone. Figures as JSON values; see `open_test_images`."""
+    if where == "":  # as of a variable that is not set; a path would take it for the current folder
+        raise InputError("--data is '', but must be a folder or a data set's name; leave it out for the study's own")
     bundle = read_bundle(folder)
     config = bundle.config
     trained_on = StudyConfig(
@@ -307,10 +309,12 @@ def _hidden(unseen: Unseen, metrics: Mapping[str, Any], c: int | None) -> Hidden
         try:
             shares = metrics["study"]["best"]["exported"]["test"]
             share = shares["accuracy"] if c is None else shares["recall"][str(c)]
-            effect = float(share["hidden_groups"]["design_effect"])
-        except (KeyError, TypeError, ValueError):  # a model of before this was measured
-            pass
-    return Hidden(size, min(max(effect, 1.0), size))
+            stored = share["hidden_groups"]["design_effect"]
+        except (KeyError, TypeError):  # a model of before this was measured
+            stored = None
+        if isinstance(stored, int | float) and not isinstance(stored, bool) and math.isfinite(stored):
+            effect = min(max(float(stored), 1.0), effect)
+    return Hidden(size, effect)
 
 
 def versions() -> dict[str, str]:

@@ -21,9 +21,10 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-from camri_tune.config import StudyConfig
+from camri_tune.config import StudyConfig, shown
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import InputError
+from camri_tune.files import is_writable_folder, write_text
 from camri_tune.losses import NormFaceLoss
 from camri_tune.plane import (
     HALF_WIDTH,
@@ -48,6 +49,7 @@ from camri_tune.training import HeadSpec, pick_device
 
 Where = Mapping[str, int]  # a subplot: row and column, from 1
 
+MOST_SCALE = 1_000  # far above any that trains; exp of much more is no number
 CAP = 5.0  # figure 2's colours end here
 DIGIT = 3  # the important class of figure 3
 DRAWN = 3000  # test images that figure 3 draws; it measures all 10,000
@@ -82,11 +84,16 @@ def write_figures(
     Raises InputError in one line for a value out of range, and DataError where MNIST is missing.
     """
     if not which or not set(which) <= {"2", "3"}:
-        raise InputError(f"--which is {','.join(which)!r}, but must be 2, 3 or 2,3")
+        raise InputError(f"--which is {shown(','.join(which))}, but must be 2, 3 or 2,3")
     if not 0 < margin < math.pi:
         raise InputError(f"--margin is {margin}, but must be above 0 and below pi, in radians")
-    if not (math.isfinite(scale) and scale > 0):
-        raise InputError(f"--scale is {scale}, but must be a finite number above 0")
+    if not 0 < scale <= MOST_SCALE:
+        raise InputError(f"--scale is {scale}, but must be above 0 and at most {MOST_SCALE:,}")
+    options = {"epochs": epochs, "seed": seed, "device": device, "limit": limit}
+    config = StudyConfig.build({"dataset": "mnist", "data_dir": data_dir, "out": out, **options})
+    where = pick_device(device)
+    if not is_writable_folder(out):
+        raise InputError(f"--out {str(out)!r} is not a folder that can be written to; name another with --out")
     paths = []
     if "2" in which:
         paths.append(_write(figure2(margin), out / "figure2.html"))
@@ -96,8 +103,8 @@ def write_figures(
             "L2 (NormFace)": HeadSpec("l2", scale),
             f"CAMRI, margin {margin:g} for {DIGIT}": HeadSpec("camri", scale, {DIGIT: margin}),
         }
-        data = open_dataset(StudyConfig(dataset="mnist", data_dir=data_dir, seed=seed, limit=limit))
-        where, test, panels = pick_device(device), data.test(), {}
+        data = open_dataset(config)
+        test, panels = data.test(), {}
         for title, spec in specs.items():
             say(f"figure 3: training {title} on {len(data.train):,} images for {epochs} epochs")
             trained = train_plane(spec, data.train, num_classes=10, epochs=epochs, seed=seed, device=where)
@@ -121,7 +128,7 @@ def write_figures(
             ],
         }
         paths += [_write(figure3(panels, recipe), out / "figure3.html"), out / "figure3.json"]
-        paths[-1].write_text(json.dumps(record, indent=2) + "\n")
+        write_text(paths[-1], json.dumps(record, indent=2) + "\n")
     return paths
 
 
@@ -301,6 +308,5 @@ def _arrow(
 
 def _write(figure: go.Figure, path: Path) -> Path:
     """One HTML file that needs no network: plotly.js is part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs=True)
+    write_text(path, figure.to_html(include_plotlyjs=True))
     return path

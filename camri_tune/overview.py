@@ -4,26 +4,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from camri_tune.config import StudyConfig
+from camri_tune.config import StudyConfig, shown, why_no_path
 from camri_tune.database import masked, open_storage
 from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
 from camri_tune.records import Baseline, TrialRecord, named
+from camri_tune.result import Verdict
 from camri_tune.selection import finalists
 from camri_tune.storage import STAGES, StudyStore, storage_url
 
-_KEYS = {
-    "verdict",
-    "sentence",
-    "best",
-    "baseline",
-    "finalists",
-    "images",
-    "notices",
-    "provenance",
-    "accuracy_difference",
+_KINDS = {
+    "verdict": str,
+    "sentence": str,
+    "best": dict | None,
+    "baseline": dict,
+    "finalists": list,
+    "images": dict,
+    "notices": list,
+    "provenance": list,
+    "accuracy_difference": dict | None,
 }
 _WRITE_ANEW = "run the study's command again, which trains nothing anew and writes the file"
 RESULT, EVIDENCE, REPORT = "result.json", "evidence.safetensors", "report.html"
@@ -150,6 +151,8 @@ class Overview:
 def read_overview(store: StudyStore) -> Overview:
     """The study as it stands, its files looked for in the folder that its configuration names."""
     attributes, folder = store.attributes, store.config.folder
+    if not attributes.keys() >= {"identity", "classes"}:  # its run is at the very start, or ended there
+        raise InputError(f"study {store.name!r} is not all there yet; wait a moment, or give its run's command again")
     baseline = attributes.get("baseline") or {}
     important = tuple(baseline.get("important", ()))
     schedule = attributes.get("schedule")
@@ -174,12 +177,14 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
 
     Without a name, the one in `out` that was worked on last. Raises InputError, naming the studies that are there.
     """
+    if reason := why_no_path(str(out)):
+        raise InputError(f"--out is {shown(str(out))}, where no folder can be: {reason}; name another")
     if storage is not None:
         if name is None:
             raise InputError(
                 "--storage (or $CAMRI_STORAGE) needs the NAME of a study in it; without, the last one in --out is taken"
             )
-        store = StudyStore.existing(open_storage(storage), name)
+        store = StudyStore.existing(open_storage(storage, existing=True), name)
         if store.config.folder.is_dir():
             return store
         # Its files are on another machine. A folder of that name here may be another study's.
@@ -187,7 +192,7 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
             raise InputError(f"folder {str(out / name)!r} is of another study of that name; give another --out")
         return store.at(out.resolve() / name)
     folder = _folder_of(name, out)
-    config = StudyConfig(name=folder.name, out=folder.parent)
+    config = StudyConfig().model_copy(update={"name": folder.name, "out": folder.parent})
     return StudyStore.existing(open_storage(storage_url(config)), folder.name).at(folder)
 
 
@@ -202,13 +207,13 @@ def _folder_of(name: str | None, out: Path) -> Path:
         if not known:
             raise InputError(f"--out {str(out)!r} has no studies; start one with camri-tune run, or name its --out")
         return known[-1].resolve()
+    there = f"--out {str(out)!r}, which has {', '.join(folder.name for folder in known[-5:]) or 'no studies'}"
     for folder in (out / name, Path(name)):
+        if reason := why_no_path(str(folder)):
+            raise InputError(f"study {shown(name)} is no folder that can be opened: {reason}; give one in {there}")
         if (folder / "study.db").is_file():
             return folder.resolve()
-    names = ", ".join(folder.name for folder in known[-5:]) or "no studies"
-    raise InputError(
-        f"study {name!r} is not in --out {str(out)!r}, which has {names}; name another --out, or the study's --storage"
-    )
+    raise InputError(f"study {name!r} is not in {there}; name another --out, or the study's --storage")
 
 
 def _changed(database: Path) -> float:
@@ -220,11 +225,15 @@ def _changed(database: Path) -> float:
 def _read_result(path: Path) -> Mapping[str, Any] | None:
     """`result.json`; None where there is none. Raises InputError where it is no result of this version."""
     try:
-        result = json.loads(path.read_text())
+        result: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({error}); {_WRITE_ANEW}") from None
-    if not (isinstance(result, dict) and result.keys() >= _KEYS):
+    if not (
+        isinstance(result, dict)
+        and all(key in result and isinstance(result[key], kind) for key, kind in _KINDS.items())
+        and result["verdict"] in get_args(Verdict)
+    ):
         raise InputError(f"{str(path)!r} is no result of this version of camri-tune; {_WRITE_ANEW}")
     return result

@@ -1,12 +1,19 @@
 """Usage and input errors through the installed command: one clear line, exit code 2, nothing written."""
 
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from PIL import Image
 
+from camri_tune import cli
+from camri_tune.config import StudyConfig, read_study_file
+from camri_tune.errors import InputError
 from tests.command import assert_one_line_error, camri_tune
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,17 +31,20 @@ REPOSITORY = Path(__file__).parents[1]
         (["--device", "tpu"], ["--device", "'tpu'", "cpu"]),
         (["--device", "cuda:99"], ["--device cuda:99", "not on this machine", "cpu"]),
         (["--trials", "0"], ["--trials", "0", "greater than or equal to 1"]),
-        (["--trials", "abc"], ["--trials", "integer"]),
+        (["--trials", "abc"], ["--trials", "integer", "'abc'"]),
+        (["--trials", "50001"], ["--trials", "50001", "less than or equal to 50000"]),
         (["--tolerance", "-1"], ["--tolerance", "-1", "greater than or equal to 0"]),
         (["--tolerance", "nan"], ["--tolerance", "nan"]),
         (["--finalists", "6"], ["--finalists", "6", "less than or equal to 5"]),
         (["--folds", "6"], ["--folds", "'6'", "from 1 to 5", "auto"]),
         (["--folds", "many"], ["--folds", "'many'", "from 1 to 5", "auto"]),
         (["--workers", "0"], ["--workers", "0", "auto"]),
+        (["--workers", "1025"], ["--workers", "'1025'", "1,024", "auto"]),
         (["--workers", "many"], ["--workers", "'many'", "auto"]),
         (["--name", "../x"], ["--name", "'../x'", "letters"]),
         (["--limit", "5"], ["--limit 5", "at least 10"]),
         (["--storage", "nonsense"], ["storage", "sqlite:///study.db"]),
+        (["--storage", ""], ["--storage", "''", "at least 1 character"]),
         (["--bogus"], ["--bogus"]),
     ],
 )
@@ -110,6 +120,104 @@ def test_joining_needs_a_storage_and_a_study(tmp_path: Path) -> None:
     assert_one_line_error(camri_tune("worker", "--study", "x", "--storage", url), "'x'", "no studies")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--storage", "nonsense"], ["storage", "sqlite:///study.db"]),
+        (["--storage", "sqlite://"], ["sqlite://", "in memory"]),
+        (["--storage", "postgresql+nodriver://u:hunter2@127.0.0.1:1/d"], ["nodriver"]),
+        (["--storage", "grpc://somewhere"], ["grpc://HOST:PORT"]),
+        (["--study", ""], ["--study is ''", "letters", "its run"]),
+        (["--study", "a\nb"], ["--study is 'a\\nb'", "letters"]),
+        (["--device", "tpu"], ["--device is 'tpu'", "cpu"]),
+        (["--threads", "1025"], ["--threads", "1025", "less than or equal to 1024"]),
+        (["--data-dir", "x" * 300], ["--data-dir", "File name too long"]),
+        (["--wait", "nan"], ["--wait", "'nan'", "greater than or equal to 0"]),
+        (["--wait", "-1"], ["--wait", "'-1'", "greater than or equal to 0"]),
+    ],
+)
+def test_a_worker_waits_for_nothing_that_cannot_come(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
+    """Of an option that is given twice the last one counts."""
+    usual = ["--study", "x", "--storage", f"sqlite:///{tmp_path}/study.db", "--wait", "inf"]
+    done = camri_tune("worker", *usual, *arguments)
+    assert_one_line_error(done, *parts)
+    assert "hunter2" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command would do its work with: storage and data folder, as `STORAGE in FOLDER`."""
+
+    def tell(config: StudyConfig, *_: object, **__: object) -> NoReturn:
+        raise InputError(f"{config.storage} in {config.data_dir}")
+
+    monkeypatch.setattr("camri_tune.pipeline.run", tell)
+    monkeypatch.setattr("camri_tune.comparison.compare", tell)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def asked(*arguments: object, **environment: str) -> str:
+        with monkeypatch.context() as patch:
+            for name in ("CAMRI_STORAGE", "CAMRI_DATA"):
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["camri-tune", *map(str, arguments)])
+            with pytest.raises(SystemExit):
+                cli.main()
+        return capsys.readouterr().err.removeprefix("camri-tune: ").rstrip("\n")
+
+    return asked
+
+
+def test_an_option_wins_over_the_study_file_and_the_file_over_the_environment(
+    asked: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text('storage = "sqlite:///file.db"\ndata_dir = "file"\n')
+    around = {"CAMRI_STORAGE": "sqlite:///env.db", "CAMRI_DATA": "env"}
+    options = ["--storage", "sqlite:///option.db", "--data-dir", "option"]
+    for command in ("run", "compare"):
+        assert asked(command) == "None in data"
+        assert asked(command, **around) == "sqlite:///env.db in env"
+        assert asked(command, *options, **around) == "sqlite:///option.db in option"
+    assert asked("run", path, **around) == "sqlite:///file.db in file"
+    assert asked("run", path, *options, **around) == "sqlite:///option.db in option"
+    same = ["--storage", "sqlite:///env.db", "--data-dir", "env"]
+    assert asked("run", path, *same, **around) == "sqlite:///env.db in env", "also where it says what is around"
+    assert asked("run", CAMRI_STORAGE="", CAMRI_DATA="") == "None in data", "empty is not set"
+    assert "$CAMRI_DATA: data_dir is 'xxx" in asked("run", CAMRI_DATA="x" * 300)
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "status", "report", "dashboard", "worker"])
+def test_help_names_the_variable_of_the_storage_and_not_what_is_in_it(command: str) -> None:
+    done = camri_tune(command, "--help", CAMRI_STORAGE="postgresql://somebody:hunter2@host/database")
+    assert done.returncode == 0
+    assert "[env var: CAMRI_STORAGE]" in " ".join(done.stdout.split())
+    assert not {"somebody", "hunter2"} & set(re.findall("[a-z0-9]+", done.stdout))
+
+
+@pytest.mark.parametrize("command", ["status", "report", "dashboard"])
+def test_a_study_that_no_folder_can_be_called_gets_one_line(command: str, tmp_path: Path) -> None:
+    long = "x" * 300
+    done = camri_tune(command, long, "--out", tmp_path)
+    assert_one_line_error(done, long[:200], "File name too long", str(tmp_path), "no studies")
+    assert_one_line_error(camri_tune(command, "--out", tmp_path / long), "--out", "File name too long")
+
+
+def test_to_look_for_a_study_makes_no_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/none.db"
+    assert_one_line_error(camri_tune("status", "x", "--storage", url), url, "no such file")
+    assert_one_line_error(camri_tune("status", "x", "--storage", ""), "storage ''", "sqlite:///study.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_with_an_at_sign_is_explained_and_not_shown(tmp_path: Path) -> None:
+    done = camri_tune("status", "x", "--storage", "postgresql+psycopg://user:hun@ter2@127.0.0.1:1/db")
+    assert_one_line_error(done, "%40")
+    assert "ter2" not in done.stderr
+
+
 def test_the_checkout_has_the_same_command() -> None:
     here = subprocess.run(
         [sys.executable, "cli.py", "run", "--help"], capture_output=True, text=True, cwd=REPOSITORY, check=True
@@ -134,8 +242,6 @@ def test_doctor_and_datasets_say_what_is_there() -> None:
 
 
 def test_study_files_of_the_house_are_valid() -> None:
-    from camri_tune.config import StudyConfig, read_study_file  # noqa: PLC0415
-
     files = list((REPOSITORY / "studies").glob("*.toml"))
     assert files
     for path in files:

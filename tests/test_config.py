@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camri_tune.config import BUILT_IN_DATASETS, EXECUTION_FIELDS, StudyConfig, read_study_file
+from camri_tune.config import (
+    BUILT_IN_DATASETS,
+    EXECUTION_FIELDS,
+    MOST_SEEDS,
+    MOST_TRIALS,
+    SEEDS_APART,
+    StudyConfig,
+    read_study_file,
+)
 from camri_tune.errors import InputError
 
 # Key, value, and a word of the rule.
@@ -19,11 +27,14 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("loss", "foo", "'camri'"),
     ("model", "foo", "'compact'"),
     ("trials", 0, "greater than or equal to 1"),
+    ("trials", 50_001, "less than or equal to 50000"),
     ("trials", 2.5, "integer"),
     ("trials", "many", "integer"),
     ("trials", True, "integer"),
     ("epochs", 0, "greater than or equal to 1"),
+    ("epochs", 100_001, "less than or equal to 100000"),
     ("seeds", 0, "greater than or equal to 1"),
+    ("seeds", 1_001, "less than or equal to 1000"),
     ("tolerance", -0.1, "greater than or equal to 0"),
     ("tolerance", 100.5, "less than or equal to 100"),
     ("tolerance", float("nan"), "0"),
@@ -40,23 +51,25 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("image_size", 7, "greater than or equal to 8"),
     ("image_size", 513, "less than or equal to 512"),
     ("limit", 0, "greater than or equal to 1"),
+    ("limit", 2**31, "less than 2147483648"),
     ("per_group", 0, "greater than or equal to 1"),
+    ("per_group", 2**31, "less than 2147483648"),
     ("skip_corrupt", "perhaps", "boolean"),
     ("calibrate", "perhaps", "boolean"),
     ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**31, "less than"),
-    ("workers", 0, "at least 1"),
-    ("workers", "many", "auto"),
-    ("workers", "0", "at least 1"),
-    ("workers", 1.5, "whole number"),
-    ("workers", True, "whole number"),
+    *(("workers", value, "whole number from 0 to 1,024, or 'auto'") for value in (-1, "many", "-1", 1.5, True, "²")),
+    *(("workers", value, "whole number from 0 to 1,024, or 'auto'") for value in (1_025, "1025", "9" * 100)),
+    ("workers_per_gpu", 65, "less than or equal to 64"),
+    ("storage", "", "at least 1 character"),
     ("device", "tpu", "cuda"),
     ("device", "cuda:x", "cuda:N"),
+    ("device", "cuda:255", "cuda:N"),
     ("name", "", "letters"),
     ("name", "..", "start with a letter or digit"),
     ("name", "a/b", "letters"),
     ("name", "a\nb", "letters"),
-    ("name", "x" * 101, "letters"),
+    ("name", "x" * 101, "no longer than 100 characters"),
     ("out", 3, "path"),
     ("data_dir", [], "path"),
 ]
@@ -83,6 +96,25 @@ def test_something_empty_is_refused_in_a_sentence_a_user_can_read(key: str, valu
     assert repr(value) in str(raised.value)
     assert str(raised.value).count("should") == 1
     assert "Tuple" not in str(raised.value)
+
+
+def test_a_storage_that_is_none_is_not_shown_for_it_may_hold_a_password() -> None:
+    with pytest.raises(InputError, match=r"^--storage is \*\*\*, but should be a valid string$"):
+        StudyConfig.build({"storage": ["postgresql://user:hunter2@host/database"]})
+
+
+@pytest.mark.parametrize("text", ["9" * 5_000, "0" * 5_000])
+def test_a_count_of_any_length_is_refused_by_its_rule(text: str) -> None:
+    for key in ("workers", "folds"):
+        with pytest.raises(
+            InputError, match=rf"^--{key} is '[09]*…, but should be a whole number from 1 to [0-9,]+, or"
+        ):
+            StudyConfig.build({key: text})
+
+
+def test_the_seeds_of_the_largest_study_are_its_own() -> None:
+    """Those of the search begin at 10,000 and the next study's base at SEEDS_APART."""
+    assert MOST_SEEDS <= 10_000 <= SEEDS_APART - MOST_TRIALS
 
 
 def test_an_unknown_key_is_named_with_the_known_ones() -> None:

@@ -386,10 +386,10 @@ def place(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 # No path that leads out of the folder, no data set that is there, and no zero byte, which no argument can hold.
 THINGS = [
-    "loop", "loop/x", "folder", "study.toml", "bad.toml", "bundle", "bundle/config.json", "pipe", "nowhere", "x" * 200
+    "loop", "loop/x", "folder", "study.toml", "bad.toml", "bundle", "bundle/config.json", "pipe", "nowhere", "x" * 400
 ]  # fmt: skip
 ODD = [
-    "", "-", ",", "a,b", "\n", "\x1b[2J", "\udcff", "9" * 200, "-1", "0", "nan", "inf", "1e999", "²", "auto", "cuda:9"
+    "", "-", ",", "a,b", "\n", "\x1b[2J", "\udcff", "9" * 400, "-1", "0", "nan", "inf", "1e999", "²", "auto", "cuda:9"
 ]  # fmt: skip
 ARGUMENTS = st.one_of(
     st.sampled_from(THINGS),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -32,7 +33,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from camri_tune import bundle as bundles
-from camri_tune import cli, images
+from camri_tune import cli, evaluation, images, overview
 from camri_tune.bundle import (
     CONFIG,
     METRICS,
@@ -46,14 +47,18 @@ from camri_tune.bundle import (
     write_bundle,
 )
 from camri_tune.config import MOST_STUDY_FILE, StudyConfig, is_printable, printable, read_study_file
+from camri_tune.database import open_storage
+from camri_tune.datasets import Unseen
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.evaluation import evaluate_bundle
 from camri_tune.evidence import Evidence
-from camri_tune.images import MOST_BYTES, MOST_PIXELS, MOST_SCANS, is_image_file, read_image
+from camri_tune.figures import write_figures
+from camri_tune.images import MOST_BYTES, MOST_PIXELS, MOST_SCANS, Images, is_image_file, read_image
 from camri_tune.losses import NormFaceLoss
 from camri_tune.models import Classifier, build_body
+from camri_tune.overview import find_study, read_overview
 from camri_tune.sources import find_source
-from tests.command import assert_one_line_error, camri_tune
+from tests.command import COMMAND, assert_one_line_error, camri_tune
 from tests.conftest import MakeFolder
 from tests.opening import SIDE, build_config, open_data
 from tests.patience import ending_within
@@ -229,6 +234,11 @@ def test_a_data_set_of_any_name_gets_one_line(
     assert "unknown data set" in _refusal(lambda: evaluate_bundle(bundle, None, data_dir=tmp_path), error=DataError)
 
 
+def test_no_data_set_is_not_the_current_folder(bundle: Path, tmp_path: Path) -> None:
+    """As in `--data "$PHOTOS"` where that is not set."""
+    assert "--data is ''" in _refusal(lambda: evaluate_bundle(bundle, "", data_dir=tmp_path))
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, METRICS])
 def test_a_link_that_leads_out_of_the_bundle_is_not_followed(name: str, bundle: Path, tmp_path: Path) -> None:
     (bundle / name).rename(tmp_path / name)
@@ -324,6 +334,22 @@ def test_a_shape_that_is_not_the_models_is_refused(shape: list[int], bundle: Pat
     header = json.dumps({"head.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
     (bundle / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     assert WEIGHTS in _refused(bundle)
+
+
+@pytest.mark.parametrize("stored", ["nan", "inf", "5", None, [], {}, True, float("inf"), float("nan")])
+def test_a_design_effect_that_is_no_number_counts_as_the_worst(stored: object) -> None:
+    effect = {"hidden_groups": {"design_effect": stored}}
+    metrics = {"study": {"best": {"exported": {"test": {"accuracy": effect, "recall": {"1": effect}}}}}}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    unseen = Unseen(Images(nothing, nothing, nothing), "", 30, own=True)
+    for c in (None, 1):
+        assert evaluation._hidden(unseen, metrics, c) == (30, 30.0)
+    studies: list[Any] = ["x", [], {"best": "x"}, {"best": {"exported": []}}]
+    for study in studies:
+        assert evaluation._hidden(unseen, {"study": study}, None) == (30, 30.0)
+    for number, expected in ((5, 5.0), (0.1, 1.0), (-3, 1.0), (10**19, 30.0)):
+        effect["hidden_groups"]["design_effect"] = number
+        assert evaluation._hidden(unseen, metrics, None) == (30, expected)
 
 
 # --- writing a bundle -------------------------------------------------------------------------------------------------
@@ -520,6 +546,162 @@ def test_the_command_refuses_such_a_path_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cuda:٣", "cuda:" + "9" * 30, "cpu:0", "CPU", "cuda:-1", "cuda:1\n"])
 def test_a_device_that_pytorch_cannot_read_is_refused(device: str) -> None:
     assert "--device" in _refusal(StudyConfig.build, {"device": device})
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run", "--\x1b[31mx"], "--\\x1b[31mx"),
+        (["\x1b]0;owned\x07"], "'\\x1b]0;owned\\x07'"),
+        (["run", "--trials", "\x1b[2J"], "'\\x1b[2J'"),
+        (["status", "\x1b[2J"], "'\\x1b[2J'"),
+        (["status", "\u202egnp"], "'\\u202egnp'"),
+        (["status", "x" * 10_000], "File name too long"),
+        (["status", "--storage", "\x1b[2J", "x"], "storage"),
+        (["dashboard", "--port", "9" * 5_000], "'999"),
+    ],
+)
+def test_an_argument_cannot_act_on_a_terminal(arguments: list[str], part: str, tmp_path: Path) -> None:
+    done = camri_tune(*arguments, cwd=tmp_path)
+    assert_one_line_error(done, part)
+    assert is_printable(done.stderr.rstrip("\n")), ascii(done.stderr)
+    assert len(done.stderr) < 5_000
+
+
+def _run(arguments: list[bytes], cwd: bytes, **environment: bytes) -> "subprocess.CompletedProcess[str]":
+    """The installed command with bytes that may be no text."""
+    around = {**os.environb, **{os.fsencode(name): value for name, value in environment.items()}}
+    line = [os.fsencode(COMMAND), *arguments]
+    return subprocess.run(line, cwd=cwd, env=around, capture_output=True, text=True, check=False)
+
+
+def test_bytes_that_are_no_text_get_one_line_wherever_they_stand(tmp_path: Path) -> None:
+    here = os.fsencode(tmp_path)
+    for arguments in ([b"status", b"\xff"], [b"worker", b"--study", b"\xff"], [b"run", b"--trials=\xff"], [b"\xff"]):
+        assert_one_line_error(_run(arguments, here), "argument", "\\udcff", "UTF-8")
+    for name in ("CAMRI_STORAGE", "CAMRI_DATA", "CAMRI_CACHE"):
+        done = _run([b"status", b"x"], here, **{name: b"postgresql://user:hunter2@host/\xff"})
+        assert_one_line_error(done, f"${name}", "\\udcff", "UTF-8")
+        assert "hunter2" not in done.stderr
+    os.mkdir(here + b"/\xff")
+    assert_one_line_error(_run([b"run"], here + b"/\xff"), "current folder", "\\udcff", "rename it")
+
+
+@pytest.mark.parametrize("config", [3, "x", [], None, {}, {"name": ESCAPE}, {"trials": 10**9}, {"out": "x" * 300}])
+def test_a_database_with_anything_in_it_gets_one_line(config: object, empty_database: Path, tmp_path: Path) -> None:
+    """Also one that a run had only begun to fill when it ended."""
+    (tmp_path / "s").mkdir()
+    shutil.copy(empty_database, tmp_path / "s" / "study.db")
+    storage = open_storage(f"sqlite:///{tmp_path}/s/study.db")
+    optuna.create_study(storage=storage, study_name="s").set_user_attr("config", config)
+    storage.close()
+    assert "'s'" in _refusal(lambda: read_overview(find_study("s", out=tmp_path, storage=None)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"verdict": 3},
+        {"verdict": "perhaps"},
+        {"sentence": [ESCAPE]},
+        {"best": "x"},
+        {"baseline": []},
+        {"finalists": {"a": 1}},
+        {"images": None},
+        {"notices": 3},
+        {"accuracy_difference": "x"},
+    ],
+)
+def test_a_result_of_other_kinds_is_none(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    right: dict[str, Any] = {
+        "verdict": "none",
+        "sentence": "x",
+        "best": None,
+        "baseline": {},
+        "images": {},
+        "accuracy_difference": None,
+    }
+    right |= {"finalists": [], "notices": [], "provenance": []}
+    path.write_text(json.dumps(right))
+    assert overview._read_result(path) == right
+    for text in (json.dumps(right | changes), "[" * 10**6):
+        path.write_text(text)
+        assert str(path) in _refusal(overview._read_result, path)
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///study.db"])
+def test_a_folder_of_studies_that_is_a_circle_of_links_gets_one_line(storage: str | None, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert "--out" in _refusal(lambda: find_study("x", out=tmp_path / "loop", storage=storage))
+    assert "'loop'" in _refusal(lambda: find_study("loop", out=tmp_path, storage=None))
+    assert "--name is 'loop'" in _refusal(StudyConfig.build, {"out": tmp_path, "name": "loop"})
+
+
+def test_a_folder_that_is_gone_gets_one_line(tmp_path: Path) -> None:
+    line = f"mkdir gone && cd gone && rmdir ../gone && {COMMAND} figures --which 2"
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert_one_line_error(done, "current folder is gone")
+
+
+def test_output_that_goes_nowhere_or_lacks_letters_is_no_trouble(tmp_path: Path) -> None:
+    for redirected, code in ((">&-", 0), (">&- 2>&-", 0), (">/dev/full", 1)):
+        line = f"{COMMAND} datasets {redirected}"
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert done.stderr.count("\n") == code, done.stderr
+    (tmp_path / "überholen").mkdir()
+    done = camri_tune("figures", "--which", "2", "--out", tmp_path / "überholen", PYTHONIOENCODING="ascii")
+    assert done.stdout == f"{tmp_path}/\\xfcberholen/figure2.html\n"
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("which", value) for value in (["nonsense"], ["2", ""], [""], [ESCAPE], ["2", "3", "x" * 10_000])),
+        *(("margin", value) for value in (float("nan"), float("inf"), -0.4, 0.0, 3.2, 1e308)),
+        *(("scale", value) for value in (float("nan"), float("inf"), -16.0, 0.0, 1e308)),
+        *(("seed", value) for value in (-1, 2**31, 2**32, 2**64)),
+        *(("device", value) for value in ("tpu", "", "cuda:x", "cuda:999", ESCAPE)),
+        *(("epochs", value) for value in (0, 10**9)),
+        *(("limit", value) for value in (0, 2**64)),
+        *(("out", value) for value in ("file", "file/x", "loop", "x" * 300, "/proc/x", "/dev/null/x")),
+        ("data_dir", "x" * 300),
+    ],
+)
+def test_figures_of_any_values_are_refused_before_anything_is_drawn(
+    option: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    usual = {"margin": 0.4, "scale": 16.0, "epochs": 1, "seed": 0, "device": "cpu", "data_dir": Path("d")}
+    given: dict[str, Any] = {"which": ["2"], "out": Path("figures"), **usual}
+    given[option] = Path(str(value)) if option in ("out", "data_dir") else value
+    message = _refusal(lambda: write_figures(given.pop("which"), **given))
+    assert f"--{option.replace('_', '-')}" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "figure2.html").write_text("mine")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    usual = {"margin": 0.4, "scale": 16.0, "epochs": 1, "seed": 0, "device": "cpu"}
+    with pytest.raises(OSError, match="No space"):
+        write_figures(["2"], out=tmp_path, data_dir=tmp_path, **usual)  # type: ignore[arg-type]
+    assert (tmp_path / "figure2.html").read_text() == "mine"
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

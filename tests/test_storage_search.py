@@ -452,6 +452,28 @@ def test_only_the_trials_of_the_dead_worker_are_queued_again(store: StudyStore) 
     assert [(record.number, record.state) for record in store.records("baseline")] == [(0, "running"), (2, "waiting")]
 
 
+def test_a_trial_that_was_given_back_counts_until_it_is_queued_again(store: StudyStore) -> None:
+    """Or whoever plans would find one too few, and queue another as well."""
+    trial = _claimed(store, "search", PARAMS, seed=7)
+    trial.suggest_float("margin", 0.0, 0.6)
+    trial.set_user_attr("accuracy", 0.5)
+    store.release(trial._trial_id, "given back: SIGTERM")
+    record = _only(store, "search")
+    assert (record.number, record.state, record.seed, record.accuracy, record.failure) == (0, "waiting", 7, None, None)
+    assert store.requeue_interrupted() == 1
+    again = _only(store, "search")
+    assert (again.number, again.state, again.seed, again.params) == (1, "waiting", 7, record.params)
+
+
+def test_records_of_ended_trials_are_read_once(store: StudyStore) -> None:
+    trial = _claimed(store, "search", PARAMS)
+    assert _only(store, "search").state == "running"
+    store.optuna_study("search").tell(trial, 0.5)
+    first, again = (_only(store, "search") for _ in range(2))
+    assert first.state == "complete"
+    assert again is first
+
+
 def test_a_worker_that_is_known_to_be_dead_is_not_waited_for_on_whatever_machine(store: StudyStore) -> None:
     theirs, others = "other-machine:4026531836:17", "other-machine:4026531836:18"
     for worker in (theirs, others):
