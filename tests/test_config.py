@@ -107,7 +107,7 @@ def test_a_storage_that_is_none_is_not_shown_for_it_may_hold_a_password() -> Non
 def test_a_count_of_any_length_is_refused_by_its_rule(text: str) -> None:
     for key in ("workers", "folds"):
         with pytest.raises(
-            InputError, match=rf"^--{key} is '[09]*…, but should be a whole number from 1 to [0-9,]+, or"
+            InputError, match=rf"^--{key} is '[09]*…, but should be a whole number from [01] to [0-9,]+, or"
         ):
             StudyConfig.build({key: text})
 

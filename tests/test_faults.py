@@ -418,7 +418,7 @@ def test_a_second_run_changes_nothing_for_the_workers_of_the_first(tmp_path: Pat
 
 def test_a_run_without_workers_leaves_the_work_to_those_that_join(tmp_path: Path) -> None:
     with _run(tmp_path, "--workers", "0", "--device", "cuda", "--json") as process:
-        joined = command("worker", "--study", "f", "--storage", _sqlite(tmp_path), "--wait", "60", "--device", "cpu")
+        joined = command("worker", "--study", "f", "--storage", _sqlite(tmp_path), "--wait", "60", "--threads", "1")
         output, errors = process.communicate()
     assert (joined.returncode, process.returncode) == (0, 0), joined.stderr + errors
     assert "none of its own: see `camri-tune worker`" in errors
