@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from scipy import stats
+from scipy import special
 
 from camri_tune.differences import PairedDifference, Share
 from camri_tune.records import named
@@ -103,7 +103,7 @@ def images_needed(difference: PairedDifference, epsilon: float) -> int | None:
     b = -gained - lost + (2 - gained + lost) * delta
     q = (math.sqrt(max(b * b + 8 * lost * delta * (1 - delta), 0.0)) - b) / 4
     at_limit, as_it_is = 2 * q + delta * (1 - delta), gained + lost - (gained - lost) ** 2
-    z, more = float(stats.norm.ppf(difference.confidence)), float(stats.norm.ppf(POWER))
+    z, more = float(special.ndtri(difference.confidence)), float(special.ndtri(POWER))
     effective = (z * math.sqrt(at_limit) + more * math.sqrt(as_it_is)) ** 2 / room**2
     return math.ceil(effective * difference.n / difference.effective_n)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from scipy import stats
+from scipy import special
 
 from camri_tune.differences import CONFIDENCE, PairedDifference
 from camri_tune.records import Figure, TrialRecord
@@ -64,7 +64,7 @@ def recall_bounds(retrained: Mapping[int, Sequence[TrialRecord]]) -> dict[int, f
         own = len(figure.values) - 1
         freedom = own + SHARED_FREEDOM
         variance = (own * variances.get(number, 0.0) + SHARED_FREEDOM * shared) / freedom
-        bounds[number] = figure.mean - float(stats.t.ppf(CONFIDENCE, freedom)) * math.sqrt(variance / (own + 1))
+        bounds[number] = figure.mean - float(special.stdtrit(freedom, CONFIDENCE)) * math.sqrt(variance / (own + 1))
     return bounds
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special  # not scipy.stats, whose import takes a worker a second
 
 
 class Interval(NamedTuple):
@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         return None
     mean = sum(values) / n
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * sd / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * sd / math.sqrt(n)
     return Interval(mean - half, mean + half)
 
 
@@ -75,7 +75,7 @@ def crossed_interval(
     if variance < 1e-24:  # none but rounding's
         return None
     freedom = variance**2 / (by_seed**2 / (seeds - 1) + by_image**2 / (count - 1))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    half = float(special.stdtrit(freedom, (1 + confidence) / 2)) * math.sqrt(variance)
     return Interval(mean - half, mean + half)
 
 
@@ -122,7 +122,7 @@ def hidden_size(n: int, hidden: Hidden, confidence: float = 0.95) -> float:
 
 def _few(count: float, confidence: float) -> float:
     """By how much fewer images count where a variance is known from so many groups only, in place of for certain."""
-    return float(stats.norm.ppf(confidence) / stats.t.ppf(confidence, count - 1)) ** 2
+    return float(special.ndtri(confidence) / special.stdtrit(count - 1, confidence)) ** 2
 
 
 def _variance_over_groups(values: NDArray[np.float64], members: NDArray[np.int64]) -> float:
@@ -136,8 +136,8 @@ def binomial_interval(successes: float, n: float, confidence: float = 0.95) -> I
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n} is not a share; both must be counts with successes <= n")
     tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, n - successes + 1))
-    high = 1.0 if successes == n else float(stats.beta.ppf(1 - tail, successes + 1, n - successes))
+    low = 0.0 if successes == 0 else float(special.betaincinv(successes, n - successes + 1, tail))
+    high = 1.0 if successes == n else float(special.betaincinv(successes + 1, n - successes, 1 - tail))
     return Interval(low, high)
 
 
@@ -149,7 +149,7 @@ def tango_interval(gained: float, lost: float, n: float, confidence: float = 0.9
     """
     if min(gained, lost) < 0 or gained + lost > n * (1 + 1e-9) or n < 1:
         raise ValueError(f"gained {gained}, lost {lost} of {n}: discordant counts must be >= 0 and at most n together")
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = float(special.ndtri((1 + confidence) / 2))
     estimate = (gained - lost) / n
 
     def score(delta: float) -> float:
