@@ -96,7 +96,8 @@ def log_complement(logits: Tensor) -> Tensor:
     # The largest at 0: what all logits have in common would only be rounded.
     logits = logits - logits.detach().amax(dim=1, keepdim=True)
     everything = logits.logsumexp(dim=1, keepdim=True)
-    top = F.one_hot(logits.argmax(dim=1), logits.shape[1]).bool()
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    top = logits.argmax(dim=1, keepdim=True) == classes  # one_hot would read its largest value back in every step
     # Only the largest h can come near 1, and for it alone is 1 - h the sum of the others; all others are at most 1/2.
     others = logits.masked_fill(top, -math.inf)
     return torch.where(

@@ -21,7 +21,7 @@ from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMis
 from camri_tune.files import code_version
 from camri_tune.search import Plan, make_sampler
 from camri_tune.storage import StudyStore, claim
-from camri_tune.training import pick_device
+from camri_tune.training import keep_freed_memory, pick_device
 from camri_tune.trials import Stop, run_trial
 
 IDLE_SECONDS = (0.2, 0.3, 0.5, 1.0, 2.0)  # between looks at empty queues, which a database far away should not feel
@@ -50,6 +50,7 @@ def work(
     _require_same_program(store)
     _require_same_files(store)
     torch.set_flush_denormal(True)  # tiny activations late in training would slow a CPU down
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     data = open_dataset(config)

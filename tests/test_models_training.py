@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from camri_tune.augmentation import Augmentation, augment
+from camri_tune.augmentation import Augmentation, augment, draw
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, TrainingDivergedError
@@ -190,6 +190,55 @@ def test_a_blank_image_stays_quiet() -> None:
 def test_whole_numbers_and_fractions_are_normalised_alike() -> None:
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(ContrastNormalisation()(images), ContrastNormalisation()(images.float()))
+
+
+def test_contrast_is_the_standard_deviation_with_a_floor() -> None:
+    images = _scene(3).double() / 255
+    expected = (images - images.mean((1, 2, 3), keepdim=True)) / (images.std((1, 2, 3), keepdim=True) + 0.03)
+    torch.testing.assert_close(ContrastNormalisation()(images.float() * 255).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 16, 24, 32])
+def test_the_largest_is_taken_before_relu_to_the_same_effect(side: int) -> None:
+    """Values and gradients are those of ReLU before each pool, ties among zeros included."""
+    torch.manual_seed(0)
+    features = CompactCNN(3, side).features.eval()
+    layers = list(features)
+    pools = [place for place, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d | nn.AdaptiveMaxPool2d)]
+    for place in pools:
+        layers[place : place + 2] = layers[place + 1], layers[place]
+    other = nn.Sequential(*layers)
+    assert [type(layer) for layer in other] != [type(layer) for layer in features]
+    image = torch.randn(4, 3, side, side)
+    results = []
+    for network in (features, other):
+        x = image.clone().requires_grad_()
+        maps = network(x)
+        (slope,) = torch.autograd.grad(maps.square().sum(), x)
+        results.append((maps, slope))
+    for one, same in zip(*results, strict=True):
+        assert torch.equal(one, same)
+    assert (results[0][0] == 0).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 1_001])
+def test_dropout_is_torchs_but_for_which_values(count: int) -> None:
+    dropout = next(layer for layer in CompactCNN(1, 8).embed if isinstance(layer, nn.Dropout))
+    assert dropout.p == 0.3
+    x = torch.full((3, count), 2.0, requires_grad=True)
+    assert torch.equal(dropout.eval()(x), x)
+    torch.manual_seed(0)
+    seen = torch.cat([dropout.train()(x) for _ in range(max(1, 20_000 // count))])
+    kept = seen != 0
+    torch.testing.assert_close(seen[kept], torch.full_like(seen[kept], 2 / 0.7))
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)
+    y = dropout(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(slope, y.detach() / 2)
+    torch.manual_seed(1)
+    first = dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, dropout(x))
 
 
 def test_the_compact_network_evens_out_light_before_all_else() -> None:
@@ -397,7 +446,11 @@ def _varied(n: int = 64, channels: int = 3, side: int = 16) -> Tensor:
 
 
 def _augmented(images: Tensor, how: Augmentation, seed: int = 0) -> Tensor:
-    return augment(images, how, torch.Generator().manual_seed(seed))
+    return _next_changed(images, how, torch.Generator().manual_seed(seed))
+
+
+def _next_changed(images: Tensor, how: Augmentation, rng: torch.Generator) -> Tensor:
+    return augment(images, how, draw(len(images), images.shape[1], how, rng))
 
 
 def _leans_left(images: Tensor) -> Tensor:
@@ -430,7 +483,7 @@ def test_augmentation_is_the_generators_alone() -> None:
 
 def test_the_next_batch_is_changed_differently() -> None:
     rng, images = torch.Generator().manual_seed(0), _varied()
-    assert not torch.equal(augment(images, STRONG, rng), augment(images, STRONG, rng))
+    assert not torch.equal(_next_changed(images, STRONG, rng), _next_changed(images, STRONG, rng))
 
 
 def test_each_image_is_changed_in_its_own_way() -> None:
@@ -489,6 +542,31 @@ def test_blur_takes_its_share_of_images_and_keeps_their_brightness() -> None:
     assert 60 < touched.sum() < 140
     assert (changed[touched].std((1, 2, 3)) < images[touched].float().std((1, 2, 3))).all()
     torch.testing.assert_close(changed.mean(), images.float().mean(), rtol=0.01, atol=0)
+
+
+def test_augmentation_computes_what_is_written_here() -> None:
+    """Every kind at once, image by image, in float64, with the same random numbers."""
+    how, side = replace(STRONG, mirror=True), 12
+    images = torch.randint(0, 256, (6, 3, side, side), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    drawn = draw(len(images), 3, how, torch.Generator().manual_seed(1))
+    ramp = torch.linspace(-1, 1, side).double()
+    for image, numbers, changed in zip(images.double(), drawn.double(), augment(images, how, drawn), strict=True):
+        u = numbers * 2 - 1
+        angle, size = u[0] * math.radians(how.rotate), 1 + u[1] * how.zoom
+        matrix = torch.stack([size * (1 + u[2] * how.zoom / 2) * angle.cos(), u[3] * how.shear - size * angle.sin()])
+        matrix = torch.stack([matrix, torch.stack([size * angle.sin(), size * angle.cos()])])
+        if u[6] < 0:
+            matrix[:, 0] *= -1
+        affine = torch.cat([matrix, (u[4:6] * 2 * how.shift)[:, None]], dim=1)
+        grid = F.affine_grid(affine[None], [1, 3, side, side], align_corners=False)
+        x = F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+        contrast, brightness = (u[7:9] * how.light).exp()
+        colour = (u[11:14] * how.light * 0.3).exp()[:, None, None]
+        x = (((x - x.mean()) * contrast + x.mean() * brightness) * colour).clamp(0, 255)
+        x = x * (1 + u[9] * how.light * ramp + u[10] * how.light * ramp[:, None]).clamp(min=0.1)
+        blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        x = x + ((how.blur - numbers[14]) / how.blur).clamp(min=0) * (blurred - x)
+        torch.testing.assert_close(changed.double(), x, rtol=1e-4, atol=0.05)
 
 
 def test_light_changes_contrast_and_brightness_in_both_directions() -> None:
@@ -774,9 +852,9 @@ def test_the_papers_network_learns_by_the_papers_recipe(digits: Dataset, monkeyp
     heard: list[Progress] = []
     step = torch.optim.AdamW.step
 
-    def seen(batch: Tensor, how: Augmentation, rng: torch.Generator) -> Tensor:
+    def seen(batch: Tensor, how: Augmentation, drawn: Tensor) -> Tensor:
         batches.append(batch)
-        changed = augment(batch, how, rng)
+        changed = augment(batch, how, drawn)
         assert torch.equal(changed, batch.float())
         return changed
 

@@ -1,0 +1,519 @@
+"""How fast does a network train here, beside a careful PyTorch loop and Lightning, and to which accuracy?
+
+Claim: TO BE FILLED
+`python benchmarks/training.py speed [--dataset gtsrb|cifar10]` times the contenders in turn, a process each, several
+rounds; `accuracy` trains ours and the plain loop from the same initial weights for as many epochs over several seeds;
+`goals` times trainings to 94 % on CIFAR-10, beside `airbench` 0.1.8 (`train94`), and to 98.9 % on GTSRB, which wants a
+CUDA device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can run one by one.
+
+All train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same optimizer, schedule,
+batch size and changes to images. The plain loop is that of PyTorch's own examples: a data set of PIL images in memory
+(as torchvision's CIFAR10 has them: to decode files would take longer), transforms v2, a DataLoader with two workers
+that persist, float32, as many threads as there are cores. Lightning has the same loader. Where v2 has no equal: shear
+is along x alone as here, but each pixel beyond the edge is grey instead of the edge's, zoom does not stretch, colour
+is ColorJitter's brightness, contrast and saturation, no side lies in the shade, and the blur is a Gaussian's.
+Timed is training alone, without start-up, evaluation and each contender's first steps.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from camri_tune import datasets
+from camri_tune.augmentation import Augmentation
+from camri_tune.config import StudyConfig
+from camri_tune.images import Images
+from camri_tune.metrics import accuracy
+from camri_tune.models import Classifier, CompactCNN
+from camri_tune.training import (
+    HeadSpec,
+    Recipe,
+    _optimizer,
+    _schedule,
+    cpu_count,
+    evaluate,
+    has_fast_bfloat16,
+    keep_freed_memory,
+    pick_device,
+    recipe_of,
+    train,
+)
+
+FIGURES = Path(__file__).with_suffix(".json")
+RATE = 8e-3
+WARM_IMAGES = 512
+GOAL = {"gtsrb": 0.989, "cifar10": 0.94}
+
+
+def open_data(name: str, **subset: int) -> datasets.Dataset:
+    """The data set under CAMRI_DATA, or below the working directory."""
+    folder = Path(os.environ.get("CAMRI_DATA", "data"))
+    return datasets.open_dataset(StudyConfig.model_validate({"dataset": name, "data_dir": folder, **subset}))
+
+
+def some(images: Images, count: int) -> Images:
+    """As many, again and again where there are fewer."""
+    rows: NDArray[np.int64] = np.random.default_rng(0).permutation(max(count, len(images)))[:count] % len(images)
+    return images[rows]
+
+
+def recipe_for(data: datasets.Dataset, epochs: int, rate: float = RATE) -> Recipe:
+    """For a full-sized training set's batches, whatever part of it is timed."""
+    return recipe_of("compact", epochs=epochs, learning_rate=rate, augmentation=data.augmentation, images=20_000)
+
+
+# --- the contenders ---------------------------------------------------------------------------------------------------
+
+
+def train_ours(
+    images: Images, validation: Images, classes: int, recipe: Recipe, device: torch.device, seed: int = 0
+) -> tuple[float, Classifier]:
+    """Seconds of training, from the first step to the last epoch's end without its evaluation."""
+    marks: list[float] = []
+
+    def step() -> None:
+        marks.append(time.perf_counter())
+
+    trained = train(
+        "compact",
+        HeadSpec("ce"),
+        images,
+        validation,
+        num_classes=classes,
+        recipe=recipe,
+        seed=seed,
+        device=device,
+        on_step=step,
+    )
+    # The last step's own time is not marked: it counts as the mean of the others.
+    return (marks[-1] - marks[0]) * len(marks) / (len(marks) - 1), trained.classifier
+
+
+class InMemory(Dataset[tuple[Tensor, int]]):
+    """PIL images and labels, as torchvision's data sets give them."""
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._arrays = images.pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        self._labels = images.labels.tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._arrays[index])), self._labels[index]
+
+
+def transform_of(how: Augmentation) -> Callable[[Image.Image], Tensor]:
+    from torchvision.transforms import v2  # noqa: PLC0415 - two seconds that our own processes need not pay
+
+    steps: list[nn.Module] = []
+    if how.mirror:
+        steps.append(v2.RandomHorizontalFlip())
+    shear = math.degrees(math.atan(how.shear))
+    steps.append(
+        v2.RandomAffine(
+            how.rotate,
+            (how.shift, how.shift),
+            (1 - how.zoom, 1 + how.zoom),
+            shear or None,
+            interpolation=v2.InterpolationMode.BILINEAR,
+            fill=128,
+        )
+    )
+    if how.light:
+        steps.append(v2.ColorJitter(how.light, how.light, how.light * 0.3))
+    # Each step on what it is faster with: up to here PIL images, by half.
+    steps.append(v2.PILToTensor())
+    if how.blur:
+        steps.append(v2.RandomApply([v2.GaussianBlur(3)], p=how.blur))
+    steps.append(v2.ToDtype(torch.float32))  # of range 0 to 255, as the network takes them
+    return cast(Callable[[Image.Image], Tensor], v2.Compose(steps))
+
+
+def loader_of(images: Images, recipe: Recipe, device: torch.device) -> DataLoader[tuple[Tensor, int]]:
+    return DataLoader(
+        InMemory(images, transform_of(recipe.augmentation)),
+        batch_size=recipe.batch_size,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def plain_parts(
+    images: Images, classes: int, recipe: Recipe
+) -> tuple[Classifier, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Network, optimizer and schedule, all as ours has them, but the optimizer not fused."""
+    body = CompactCNN(images.pixels.shape[1], images.pixels.shape[2])
+    classifier = Classifier(body, HeadSpec("ce").build(classes, body.embedding_size))
+    groups = _optimizer(classifier, recipe, torch.device("cpu")).param_groups
+    kept = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+    optimizer = torch.optim.AdamW(kept, lr=recipe.learning_rate, betas=recipe.betas)
+    factor = _schedule(len(images) // recipe.batch_size * recipe.epochs, recipe)
+    return classifier, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_plain(
+    images: Images, classes: int, recipe: Recipe, device: torch.device, seed: int = 0
+) -> tuple[float, Classifier]:
+    torch.manual_seed(seed)
+    classifier, optimizer, schedule = plain_parts(images, classes, recipe)
+    classifier.to(device).train()
+    loader = loader_of(images, recipe, device)
+    first = iter(loader)  # starts the workers, which is not timed
+    start = time.perf_counter()
+    for epoch in range(recipe.epochs):
+        for pixels, labels in first if epoch == 0 else loader:
+            x, y = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            optimizer.zero_grad()
+            loss = classifier.head(classifier.embed(x), y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, classifier
+
+
+def train_lightning(images: Images, classes: int, recipe: Recipe, device: torch.device) -> float:
+    import lightning  # noqa: PLC0415 - for this benchmark alone
+
+    class Module(lightning.LightningModule):
+        started = ended = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier, self._optimizer, self._schedule = plain_parts(images, classes, recipe)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            loss: Tensor = self.classifier.head(self.classifier.embed(batch[0]), batch[1])
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            schedule = {"scheduler": self._schedule, "interval": "step"}
+            return {"optimizer": self._optimizer, "lr_scheduler": schedule}
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.started = self.started or time.perf_counter()  # with the workers running and a batch at hand
+
+        def on_train_end(self) -> None:
+            self.ended = time.perf_counter()
+
+    trainer = lightning.Trainer(
+        max_epochs=recipe.epochs,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module()
+    trainer.fit(module, loader_of(images, recipe, device))
+    return module.ended - module.started
+
+
+# --- images per second ------------------------------------------------------------------------------------------------
+
+
+def rate_of(contender: str, dataset: str, count: int, device: torch.device) -> float:
+    """Images per second of one contender in this process."""
+    data = open_data(dataset)
+    images, classes, recipe = some(data.train, count), len(data.classes), recipe_for(data, 1)
+    warm = some(data.train, WARM_IMAGES)
+    if contender == "Lightning":
+        train_lightning(warm, classes, recipe, device)
+        seconds = train_lightning(images, classes, recipe, device)
+    elif contender == "plain loop":
+        train_plain(warm, classes, recipe, device)
+        seconds, _ = train_plain(images, classes, recipe, device)
+    else:
+        seconds = _ours_in(1, images, data, device)
+    return count // recipe.batch_size * recipe.batch_size / seconds
+
+
+def _ours_in(processes: int, images: Images, data: datasets.Dataset, device: torch.device) -> float:
+    """Seconds of a training in each of so many processes at once, the slowest's."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.SimpleQueue()
+    threads = max(1, cpu_count() // processes)
+    recipe, few = recipe_for(data, 1), some(data.validation, 64)
+    arguments = (images, few, len(data.classes), recipe, str(device), threads, barrier, results)
+    running = [context.Process(target=_ours, args=arguments) for _ in range(processes)]
+    for process in running:
+        process.start()
+    seconds: float = max(results.get() for _ in running)
+    for process in running:
+        process.join()
+    return seconds
+
+
+def _ours(
+    images: Images,
+    validation: Images,
+    classes: int,
+    recipe: Recipe,
+    device: str,
+    threads: int,
+    barrier: Barrier,
+    results: "multiprocessing.SimpleQueue[float]",
+) -> None:
+    _as_a_worker(threads)
+    train_ours(some(images, WARM_IMAGES), validation, classes, recipe, torch.device(device))
+    barrier.wait()
+    seconds, _ = train_ours(images, validation, classes, recipe, torch.device(device))
+    barrier.wait()  # none has the machine to itself at the end
+    results.put(seconds)
+
+
+def _as_a_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    keep_freed_memory()
+
+
+def contenders(device: torch.device) -> list[str]:
+    ours = ["ours"] if device.type == "cuda" or cpu_count() == 1 else ["ours", f"ours, {cpu_count()} processes"]
+    others = ["plain loop"]
+    if importlib.util.find_spec("lightning") is None:
+        print("Lightning is not installed and left out: pip install lightning", file=sys.stderr)
+    else:
+        others.append("Lightning")
+    return ours + others
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Every contender once a round, in turn, so that what else the machine does falls on all."""
+    device = pick_device(options.device)
+    names = contenders(device)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    open_data(options.dataset)  # decoded before anything is timed
+    for _ in range(options.repeats):
+        for name in names:
+            rates[name].append(_measured(name, options))
+            print(f"{name}: {rates[name][-1]:,.0f} images/s", file=sys.stderr, flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    base = medians["plain loop"]
+    keep(
+        f"speed, {options.dataset}, {device.type}",
+        {
+            "images": options.images,
+            "rounds": options.repeats,
+            "images per second": {
+                name: {
+                    "median": round(medians[name]),
+                    "least": round(min(values)),
+                    "most": round(max(values)),
+                    "times the plain loop": round(medians[name] / base, 2),
+                }
+                for name, values in rates.items()
+            },
+        },
+        device,
+    )
+
+
+def _measured(name: str, options: argparse.Namespace) -> float:
+    """In a process of its own."""
+    settings = ["--dataset", options.dataset, "--images", str(options.images), "--device", options.device]
+    command = [sys.executable, "-m", "benchmarks.training", "one", "--contender", name, *settings]
+    done = subprocess.run(command, cwd=FIGURES.parents[1], check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def one(options: argparse.Namespace) -> None:
+    """What `speed` starts for each contender."""
+    warnings.filterwarnings("ignore")
+    device = pick_device(options.device)
+    name = options.contender
+    if name.startswith("ours, "):
+        data, count = open_data(options.dataset), cpu_count()
+        recipe = recipe_for(data, 1)
+        seconds = _ours_in(count, some(data.train, options.images), data, device)
+        print(count * (options.images // recipe.batch_size * recipe.batch_size) / seconds)
+    else:
+        print(rate_of(name, options.dataset, options.images, device))
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy_of_both(options: argparse.Namespace) -> None:
+    """Ours and the plain loop from the same initial weights, for as many epochs, on part of the training images."""
+    device = pick_device(options.device)
+    data = open_data(options.dataset, **({"per_group": 5} if options.dataset == "gtsrb" else {"limit": 5_000}))
+    classes, recipe = len(data.classes), recipe_for(data, options.epochs)
+    shown = device.type == "cuda" or cpu_count() == 1
+    found: dict[str, list[tuple[float, float]]] = {"ours": [], "plain loop": []}
+    _as_a_worker(1 if shown else cpu_count())
+    for seed in range(options.seeds):
+        for name, rows in found.items():
+            if name == "ours":
+                seconds, classifier = train_ours(data.train, some(data.validation, 64), classes, recipe, device, seed)
+            else:
+                seconds, classifier = train_plain(data.train, classes, recipe, device, seed)
+            right = accuracy(evaluate(classifier, data.validation, num_classes=classes, device=device))
+            rows.append((float(right), seconds))
+            print(f"seed {seed}, {name}: {right:.4f} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    figures: dict[str, Any] = {"training images": len(data.train), "epochs": options.epochs, "seeds": options.seeds}
+    for name, rows in found.items():
+        values = [right for right, _ in rows]
+        figures[name] = {
+            "validation accuracy": round(statistics.mean(values), 4),
+            "sd": round(statistics.stdev(values), 4),
+            "seconds, median": round(statistics.median(seconds for _, seconds in rows), 1),
+        }
+    apart = [mine - theirs for (mine, _), (theirs, _) in zip(*found.values(), strict=True)]
+    half = stats.t.ppf(0.975, len(apart) - 1) * statistics.stdev(apart) / math.sqrt(len(apart))
+    middle = statistics.mean(apart)
+    figures["ours less plain, 95 % t interval over paired seeds"] = [
+        round(float(middle + sign * half), 4) for sign in (-1, 0, 1)
+    ]
+    keep(f"accuracy, {options.dataset}, {device.type}", figures, device)
+
+
+# --- seconds to an accuracy, on a GPU ---------------------------------------------------------------------------------
+
+
+def goals(options: argparse.Namespace) -> None:
+    """Seconds of trainings that end at an accuracy on test, and airbench's own on the same GPU."""
+    device = pick_device(options.device)
+    if device.type != "cuda":
+        sys.exit("goals wants a CUDA device: airbench has no other")
+    data = open_data(options.dataset)
+    pool = Images(
+        *(torch.cat([getattr(i, n) for i in (data.train, data.validation)]) for n in ("pixels", "labels", "groups"))
+    )
+    test, classes = data.test(), len(data.classes)
+    rows = []
+    for seed in range(-1, options.seeds):  # the first warms up
+        recipe = recipe_for(data, options.epochs)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _, classifier = train_ours(pool, some(test, 64), classes, recipe, device, max(0, seed))
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        right = float(accuracy(evaluate(classifier, test, num_classes=classes, device=device)))
+        rows.append((right, seconds))
+        print(f"seed {seed}: {right:.4f} in {seconds:.2f} s", file=sys.stderr, flush=True)
+    figures = {
+        "goal": GOAL[options.dataset],
+        "epochs": options.epochs,
+        "seeds": options.seeds,
+        "ours": _summary(rows[1:]),
+    }
+    if options.dataset == "cifar10":
+        figures["airbench 0.1.8, train94"] = _summary(list(_airbench(pool, test, options.seeds)))
+    keep(f"goal, {options.dataset}, {device.type}", figures, device)
+
+
+def _airbench(training: Images, test: Images, seeds: int) -> Iterator[tuple[float, float]]:
+    """Its own trainings, in a folder that holds the images in its format."""
+    if importlib.util.find_spec("airbench") is None:
+        sys.exit("airbench is not installed: pip install airbench==0.1.8")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "cifar10").mkdir()
+        for name, images in (("train", training), ("test", test)):
+            stored = {"images": images.pixels.permute(0, 2, 3, 1).contiguous(), "labels": images.labels}
+            torch.save({**stored, "classes": [str(c) for c in range(10)]}, Path(folder) / "cifar10" / f"{name}.pt")
+        here = Path.cwd()
+        os.chdir(folder)
+        try:
+            airbench = importlib.import_module("airbench")
+            airbench.warmup94(verbose=False)
+            for _ in range(seeds):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                net = airbench.train94(verbose=False)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                yield float(airbench.evaluate(net, airbench.CifarLoader("cifar10", train=False))), seconds
+        finally:
+            os.chdir(here)
+
+
+def _summary(rows: list[tuple[float, float]]) -> dict[str, float]:
+    return {
+        "test accuracy": round(statistics.mean(right for right, _ in rows), 4),
+        "seconds, median": round(statistics.median(seconds for _, seconds in rows), 2),
+    }
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def keep(name: str, figures: dict[str, Any], device: torch.device) -> None:
+    """Add to what is recorded, with where it was measured, and print it."""
+    recorded = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    versions = {
+        package: importlib.metadata.version(package)
+        for package in ("torch", "torchvision", "lightning", "airbench")
+        if importlib.util.find_spec(package) is not None
+    }
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    machine = {"device": where, "cores": cpu_count(), "bfloat16": has_fast_bfloat16(device), **versions}
+    recorded[name] = {**figures, "machine": machine}
+    FIGURES.write_text(json.dumps(recorded, indent=2) + "\n")
+    print(json.dumps({name: recorded[name]}, indent=2))
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def report(_: argparse.Namespace) -> None:
+    """Print the recorded figures."""
+    print(FIGURES.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        "speed": speed,
+        "accuracy": accuracy_of_both,
+        "goals": goals,
+        "report": report,
+        "one": one,
+    }
+    parser.add_argument("command", nargs="?", choices=commands, default="report")
+    parser.add_argument("--dataset", choices=sorted(GOAL), default="gtsrb")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--images", type=int, default=6_144, help="images of an epoch that is timed")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--contender", default="ours")
+    options = parser.parse_args()
+    commands[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
