@@ -1,6 +1,14 @@
 """Does a study survive its workers, and does a trial cost more the more trials there are?
 
-Claim: TO BE WRITTEN
+Claim: it does, and hardly. 32 workers, 1,000 trials on PostgreSQL and 8 workers, 400 trials on SQLite (n = 1 soak each;
+110 workers killed in each, and the run once and twice): trials lost 0, duplicated 0, left waiting or running 0,
+checkpoints missing or altered 0. Each training of 0.2 to 0.3 CPU seconds by itself cost 0.8 and 0.9 more around it,
+and 1.2 and 1.9 with the starts of workers, nearly all of them made by the kills. From 100 to 10,000 finished trials
+(medians of 9) claim + report + tell go from 41 to 44 ms on SQLite and from 78 to 90 on PostgreSQL; a choice from 0.6 s
+(GPSampler, up to 400 trials) to 0.1 and 0.2 (TPE); a look of the run that plans, twice a second, from 44 to 86 ms and
+from 60 to 127; its note and figures from 0.1 to 1.4 and 3.2 s, for at most a twentieth of the time.
+Measured on 2 cores of a Xeon with AMX, torch 2.14, PostgreSQL 15; the soak on PostgreSQL while tests ran beside it for
+its first minutes.
 
 `soak` is the installed command: `camri-tune run` with its own workers, on a database, and beside it a process that
 ends random workers with SIGKILL at random moments, and now and then the run itself, whose command is then given again.

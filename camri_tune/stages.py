@@ -33,7 +33,7 @@ from camri_tune.workers import Launch, Workers, local_launch, places_for
 ROUNDS_OF_FINALISTS = 2
 LOCK = ".lock"  # held by the run that works on a folder
 MOST_WAITING = 64  # and more than there are workers, mostly
-PUBLISH_SECONDS = 20.0  # between two writings of a study's note and figures
+PUBLISH_SECONDS, PUBLISH_SHARE = 20.0, 0.05  # between two writings of a study's note and figures; at most, of the time
 # An important class with fewer in validation is ranked on folds: those of `benchmarks/folds.py` have 2 groups.
 FEW_IMAGES, FEW_GROUPS = 20, 3
 Planned = TypeVar("Planned")
@@ -201,7 +201,7 @@ class Crew:
         self._heart = heart
         self._console = console
         self._store = store
-        self._published = -math.inf
+        self._publish_at = -math.inf
         self._plan(schedule)
 
     def on_folds(self, folds: int, more_baselines: int) -> None:
@@ -265,7 +265,8 @@ class Crew:
             if self._heart.lost:
                 raise WorkerError(f"study {self._store.name!r} was taken over by another run while this one hung")
             self._console.update(stage, records)
-            self._publish(studies, PUBLISH_SECONDS * len(studies))
+            if time.monotonic() >= self._publish_at:
+                self._publish(studies)
 
         self._workers.wait(finished, on_tick)
         self._publish(studies)
@@ -277,13 +278,13 @@ class Crew:
             if (planned := plan()) is not None:
                 return planned
 
-    def _publish(self, studies: Mapping[str, Stages], seconds: float = 0.0) -> None:
-        """Keep the dashboard's note and figures fresh, where the last ones are older than so many seconds."""
-        if time.monotonic() - self._published < seconds:
-            return
-        self._published = time.monotonic()
+    def _publish(self, studies: Mapping[str, Stages]) -> None:
+        """Write the dashboard's note and figures anew."""
+        started = time.monotonic()
         for study in studies.values():
             show(study.store, self._console)
+        took = time.monotonic() - started
+        self._publish_at = started + max(PUBLISH_SECONDS * len(studies), took / PUBLISH_SHARE)
 
 
 @contextmanager
