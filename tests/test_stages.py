@@ -10,6 +10,7 @@ import optuna
 import pytest
 import torch
 
+from camri_tune import stages as stages_module
 from camri_tune.baseline import START_FACTORS
 from camri_tune.config import MOST_FOLDS, Loss, StudyConfig
 from camri_tune.console import Console
@@ -685,6 +686,32 @@ def test_a_crew_carries_out_every_stage(make: Callable[..., Stages]) -> None:
     models = _whole_run(stages, hands.crew())
     assert list(models) == [4, 1, 3, 0]
     assert hands.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
+
+
+def test_a_dashboards_note_is_written_for_a_small_share_of_the_time(
+    make: Callable[..., Stages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer the more trials there are."""
+    clock, written = [0.0], []
+
+    def look(_store: StudyStore, _console: Console) -> None:
+        written.append(clock[0])
+        clock[0] += 3.0
+
+    monkeypatch.setattr(stages_module, "show", look)
+    monkeypatch.setattr(stages_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    stages = make()
+    crew = _Hands(stages, _by_stage).crew()
+    stages.store.enqueue("search", {})
+
+    def wait(_finished: Callable[[], bool], on_tick: Callable[[], None]) -> None:
+        while clock[0] < 130:
+            on_tick()
+            clock[0] += 1.0
+
+    monkeypatch.setattr(crew, "_workers", SimpleNamespace(wait=wait))
+    crew.finish("search", {"": stages})
+    assert written == [0.0, 60.0, 120.0, clock[0] - 3.0], "every twentieth of the time, and at the end"
 
 
 @pytest.mark.parametrize(
