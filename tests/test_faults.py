@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -424,6 +425,37 @@ def test_a_run_without_workers_leaves_the_work_to_those_that_join(tmp_path: Path
     assert "none of its own: see `camri-tune worker`" in errors
     _assert_finished(json.loads(output), _sqlite(tmp_path), _Counts([]))
     assert len({t.attributes[WORKER] for t in _counts(_sqlite(tmp_path)).trials}) == 1
+
+
+def test_optunas_proxy_serves_a_study_and_may_go_away_for_a_moment(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path / 'behind.db'}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = (
+        "import sys; from optuna.storages import RDBStorage, run_grpc_proxy_server as serve; "
+        "serve(RDBStorage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
+    )
+
+    def proxy() -> "subprocess.Popen[bytes]":
+        arguments = [sys.executable, "-W", "ignore", "-c", program, database, str(port)]
+        return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    server = proxy()
+    try:
+        with _run(tmp_path, "--storage", f"grpc://127.0.0.1:{port}", "--json") as process:
+            before = _wait_for(lambda: _in_the_search(database), process)
+            server.kill()
+            server.wait()
+            time.sleep(3)
+            server = proxy()
+            output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        _assert_finished(json.loads(output), database, before)
+    finally:
+        server.kill()
+        server.wait()
 
 
 # --- full disks -------------------------------------------------------------------------------------------------------
