@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).parents[1]
         (["--finalists", "6"], ["--finalists", "6", "less than or equal to 5"]),
         (["--folds", "6"], ["--folds", "'6'", "from 1 to 5", "auto"]),
         (["--folds", "many"], ["--folds", "'many'", "from 1 to 5", "auto"]),
-        (["--workers", "0"], ["--workers", "0", "auto"]),
+        (["--workers", "-1"], ["--workers", "-1", "from 0", "auto"]),
         (["--workers", "1025"], ["--workers", "'1025'", "1,024", "auto"]),
         (["--workers", "many"], ["--workers", "'many'", "auto"]),
         (["--name", "../x"], ["--name", "'../x'", "letters"]),

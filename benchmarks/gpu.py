@@ -1,0 +1,200 @@
+"""Everything that needs a GPU, as one command for one sitting: correctness first, then speed, packing and studies.
+
+Claim: none yet. Nothing of it has run on a GPU; on a CPU, as a rehearsal, it says nothing of one.
+
+    python benchmarks/gpu.py                 # every part that is not recorded yet, each within ten minutes
+    python benchmarks/gpu.py packing         # these parts, anew
+    python benchmarks/gpu.py --device cpu correct packing   # a rehearsal, printed and not recorded
+
+What is finished is kept in benchmarks/gpu.json (speed and goals in benchmarks/training.json), and a study goes on where
+it was: the same command again does what is left. It stops at a part that fails. $CAMRI_DATA says where the data lie.
+
+correct   the same seed gives the same weights, also where a training is interrupted; accuracy is the CPU's (digits, 5
+          seeds); PyTorch's refusal of memory is known for what it is
+speed-*   `training.py speed`: images a second, beside a plain loop and Lightning; -gtsrb and -cifar10, as below
+goal-*    `training.py goals`: seconds to 98.9 % on GTSRB and 94 % on CIFAR-10, there beside airbench 0.1.8
+packing   trainings an hour with so many processes on the GPU at once (GTSRB)
+study-*   `camri-tune run`, with as many workers as packing found best
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training import _ours_in, open_data
+from camri_tune.checkpoint import TrainingState
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import open_dataset
+from camri_tune.metrics import accuracy
+from camri_tune.training import HeadSpec, Progress, Trained, is_out_of_memory, pick_device, recipe_of, train
+
+HERE = Path(__file__).parent
+FIGURES = HERE / "gpu.json"
+RUNS = HERE.parent / "runs" / "gpu"
+SECONDS = 600  # of a part
+PACKS = (1, 2, 3, 4, 6, 8, 12, 16)  # processes on one GPU
+SEEDS = 5
+
+
+def correct(device: torch.device) -> dict[str, Any]:
+    """What must hold before any figure counts."""
+    data = open_dataset(StudyConfig())
+    recipe = recipe_of("compact", epochs=4, learning_rate=4e-3, augmentation=data.augmentation, images=len(data.train))
+    states: list[TrainingState] = []
+
+    def trained(where: torch.device, seed: int, resume: TrainingState | None = None) -> Trained:
+        def keep(progress: Progress) -> None:
+            states.append(progress.state)
+
+        head = HeadSpec("camri", margins={8: 0.2})
+        parts = data.train, data.validation
+        return train(
+            "compact",
+            head,
+            *parts,
+            num_classes=10,
+            recipe=recipe,
+            seed=seed,
+            device=where,
+            on_epoch=keep,
+            resume=resume,
+        )
+
+    first = trained(device, 0)
+    middle = states[1]
+    again, resumed = trained(device, 0), trained(device, 0, middle)
+    here, there = (
+        statistics.mean(float(accuracy(trained(where, seed).confusion)) for seed in range(SEEDS))
+        for where in (device, torch.device("cpu"))
+    )
+    refused = None
+    try:
+        torch.empty(2**50, device=device)
+    except Exception as error:
+        refused = is_out_of_memory(error)
+    repeated, interrupted = _apart(first, again), _apart(first, resumed)
+    figures = {
+        "same seed, largest difference of weights": repeated,
+        "interrupted, largest difference of weights": interrupted,
+        "validation accuracy, means over seeds, here and on the CPU": [here, there],
+        "refusal of memory is known": refused,
+    }
+    if not refused or abs(here - there) > 0.02 or (repeated == 0.0 and interrupted > 0.0):
+        raise SystemExit(f"not correct here: {json.dumps(figures, indent=2)}")
+    return figures
+
+
+def _apart(one: Trained, other: Trained) -> float:
+    theirs = other.classifier.state_dict()
+    pairs = [(a.float(), theirs[name].float()) for name, a in one.classifier.state_dict().items()]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def packing(device: torch.device) -> dict[str, Any]:
+    """Each size in turn, one epoch in each process, all of them started together."""
+    data = open_data("gtsrb")
+    images = data.train
+    rows: dict[str, dict[str, Any]] = {}
+    if device.type == "cpu":  # a rehearsal
+        images = images[torch.arange(2_048).numpy()]
+    for count in PACKS if device.type == "cuda" else PACKS[:2]:
+        try:
+            seconds = _ours_in(count, images, data, device)
+        except Exception as error:
+            rows[str(count)] = {"failed": str(error)[:200]}
+            break
+        rows[str(count)] = {
+            "images per second": round(count * len(images) / seconds),
+            "trainings of the usual epochs an hour": round(3600 * count / (seconds * data.epochs), 1),
+        }
+        print(f"{count} at once: {rows[str(count)]}", file=sys.stderr, flush=True)
+    return rows
+
+
+def _best_pack() -> int:
+    rows = _recorded().get("packing", {}).get("figures", {})
+    rates = {int(count): row.get("images per second", 0) for count, row in rows.items()}
+    return max(rates, key=lambda count: rates[count]) if rates else 1
+
+
+def study(dataset: str, device: torch.device) -> dict[str, Any]:
+    """The main job; the same command goes on where the time was too short."""
+    options = ["--dataset", dataset, "--important", "worst1", "--trials", "30", "--out", str(RUNS), "--json"]
+    options += ["--name", dataset, "--device", str(device), "--workers-per-gpu", str(_best_pack())]
+    result = json.loads(_command("camri-tune", "run", *options))
+    keys = ("verdict", "sentence", "baseline", "best", "trials", "wall_seconds", "accuracy_difference")
+    return {key: result[key] for key in keys}
+
+
+def of_training(command: str, dataset: str, device: torch.device) -> dict[str, Any]:
+    """A command of training.py, which records its own figures."""
+    _command("python", "-m", "benchmarks.training", command, "--dataset", dataset, "--device", str(device))
+    return {"recorded in": "training.json"}
+
+
+def _command(name: str, *arguments: str) -> str:
+    """Run a program of this environment and return what it prints; end with it where it fails or takes too long."""
+    program = [str(Path(sys.executable).with_name(name)), *arguments]
+    with subprocess.Popen(program, cwd=HERE.parent, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=SECONDS - 30)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a study saves what it is at
+            process.communicate()
+            sys.exit(f"not done in {SECONDS} s; the same command goes on")
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(program)}: exit code {process.returncode}")
+    return output
+
+
+def _recorded() -> dict[str, Any]:
+    return json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+
+
+PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
+    "correct": correct,
+    "speed-gtsrb": partial(of_training, "speed", "gtsrb"),
+    "speed-cifar10": partial(of_training, "speed", "cifar10"),
+    "goal-gtsrb": partial(of_training, "goals", "gtsrb"),
+    "goal-cifar10": partial(of_training, "goals", "cifar10"),
+    "packing": packing,
+    "study-gtsrb": partial(study, "gtsrb"),
+    "study-cifar10": partial(study, "cifar10"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; all that are left")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this very process
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"{', '.join(sorted(unknown))}: no such part; there are {', '.join(PARTS)}")
+    if options.here:
+        device = pick_device(options.device)
+        (part,) = options.parts
+        figures = PARTS[part](device)
+        print(json.dumps(figures, indent=2))
+        if device.type == "cuda":
+            entry = {"figures": figures, "device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+            FIGURES.write_text(json.dumps({**_recorded(), part: entry}, indent=2) + "\n")
+        return
+    for part in options.parts or [part for part in PARTS if part not in _recorded()]:
+        print(f"--- {part}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.gpu", part, "--here", "--device", options.device]
+        code = subprocess.run(command, cwd=HERE.parent, check=False).returncode  # memory of a GPU is freed with it
+        if code != 0:
+            sys.exit(f"{part} is not done (exit code {code})")
+
+
+if __name__ == "__main__":
+    main()
