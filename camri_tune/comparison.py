@@ -79,7 +79,7 @@ def compare(
 def _study_of(dataset: str, config: StudyConfig, folder: Path) -> StudyConfig:
     """The study of one data set, whose folder lies in the comparison's and whose name holds both."""
     study = config.model_copy(update={"dataset": dataset, "out": folder, "loss": "ce", "folds": 1})
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{folder.name}-{study.source_name}")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{folder.name}-{study.source_name}")[:70]  # and .CLASS.LOSS
     return study.model_copy(update={"name": name}).absolute()
 
 

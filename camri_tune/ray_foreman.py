@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from camri_tune.config import printable
@@ -122,7 +121,6 @@ class _Supervision:
             device=device,
             threads=None if gpus else 1,
             index=place,
-            data_dir=self._order["data_dir"],
         )
         self._actors[number] = _Started(handle, handle.name.remote(), outcome)
 
@@ -222,9 +220,7 @@ class CamriWorker:
         """Have the training at hand saved and given back."""
         self._asked_to_stop = True
 
-    def run(
-        self, storage: Secret, *, name: str, device: str, threads: int | None, index: int, data_dir: str
-    ) -> tuple[str, str]:
+    def run(self, storage: Secret, *, name: str, device: str, threads: int | None, index: int) -> tuple[str, str]:
         """Work until the study is done. Returns how it ended ("input": all would end like this) and what to say of it.
 
         Nothing is raised: Ray would make a traceback of it, here and in the run.
@@ -240,7 +236,6 @@ class CamriWorker:
                 device=device,
                 threads=threads,
                 index=index,
-                data_dir=_data_here(data_dir),
                 asked_to_stop=lambda: "the run asked for it" if self._asked_to_stop else None,
             )
         except StoppedError as stopped:
@@ -259,12 +254,6 @@ class CamriWorker:
 
 def _not_installed(reason: str) -> str:
     return f"{printable(reason)}: install camri-tune and what it needs on every node"
-
-
-def _data_here(run_has: str) -> Path | None:
-    """Where this machine's data lie, if not where they are on the run's: what CAMRI_DATA says here."""
-    named = os.environ.get("CAMRI_DATA")
-    return Path(named) if named and not Path(run_has).is_dir() else None
 
 
 if __name__ == "__main__":

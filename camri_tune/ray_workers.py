@@ -66,7 +66,7 @@ def ray_launch(
         path = url.database or ""
         url = url.set(database=path if path.startswith("file:") else os.path.abspath(path))
         storage_url = url.render_as_string(hide_password=False)
-    order = {"address": config.ray_address, "storage": storage_url, "name": name, "data_dir": str(config.data_dir)}
+    order = {"address": config.ray_address, "storage": storage_url, "name": name}
     foreman = _Foreman(config.folder / "logs" / LOG, say)
     try:
         nodes = foreman.connect(order, _called(config.ray_address or os.environ.get("RAY_ADDRESS")))

@@ -168,8 +168,8 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
 def make_sampler(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler of the search: `benchmarks/search.py` has what was measured to choose it."""
     return _Relay(
-        optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=False),
-        optuna.samplers.TPESampler(seed=seed),
+        optuna.samplers.GPSampler(seed=seed % 2**32, n_startup_trials=6, deterministic_objective=False),
+        optuna.samplers.TPESampler(seed=seed % 2**32),  # more is no seed to NumPy
     )
 
 

@@ -46,7 +46,9 @@ def work(
     program or files are not the study's.
     """
     store = _find(storage_url, name, patience, asked_to_stop)
-    config = store.config if data_dir is None else store.config.model_copy(update={"data_dir": data_dir})
+    config = store.config
+    if (here := data_dir or _data_here(config.data_dir)) is not None:
+        config = config.model_copy(update={"data_dir": here})
     _require_same_program(store)
     _require_same_files(store)
     torch.set_flush_denormal(True)  # tiny activations late in training would slow a CPU down
@@ -97,6 +99,12 @@ def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: St
             raise StoppedError(reason)
         time.sleep(IDLE_SECONDS[-1])
     raise AssertionError("the loop above does not end by itself")
+
+
+def _data_here(run_has: Path) -> Path | None:
+    """Where this machine's data lie, if not where they are on the run's: what CAMRI_DATA says here."""
+    named = os.environ.get("CAMRI_DATA")
+    return Path(named) if named and not run_has.is_dir() else None
 
 
 def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:

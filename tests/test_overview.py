@@ -31,7 +31,7 @@ SEARCH = [
     trial(0.84, 0.91),
     trial(state=OptunaState.FAIL, failure="ValueError: no (x.py:1)"),
     trial(state=OptunaState.FAIL, interrupted=True),
-    trial(0.99, None),
+    trial(0.99, None, retry_of=4),
     trial(state=OptunaState.RUNNING, epoch=1),
     trial(state=OptunaState.WAITING),
 ]

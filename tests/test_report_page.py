@@ -191,7 +191,7 @@ def test_the_verdict_stands_at_the_top(finished: tuple[Path, dict[str, Any]], br
         assert box is not None
         assert box["y"] < 300
         mean = result["best"]["test"]["recall"]["mean"]
-        assert page.locator(".card").first.get_by_text(f"{100 * mean:.2f} %").is_visible()
+        assert page.locator(".card").first.get_by_text(f"{100 * mean:.2f} %").first.is_visible()
         assert page.get_by_text("exported setting, mean over fresh seeds").first.is_visible()
         number = page.locator("#recall-accuracy").get_by_text(f"#{result['best']['trial']}", exact=True)
         assert number.is_visible(), "the exported trial is named in the plane"

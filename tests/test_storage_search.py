@@ -892,6 +892,12 @@ def _suggested(loss: Loss, important: Sequence[int], digits: Dataset, seed: int 
     return (trial, *suggest(trial, "search", _plan(config, digits, important=tuple(important))))
 
 
+@pytest.mark.parametrize("seed", [20_260_131, 2**31 - 1])
+def test_a_sampler_takes_any_seed_that_a_study_may_have(seed: int) -> None:
+    config = StudyConfig(seed=seed)
+    assert make_sampler(config, seed=config.seed * 1_000 + 999) is not None
+
+
 def test_every_loss_has_its_search_space() -> None:
     assert set(SPACES) == set(SEARCHED) == set(LOSSES)
 
