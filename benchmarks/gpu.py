@@ -2,9 +2,9 @@
 
 Claim: none yet. Nothing of it has run on a GPU; on a CPU, as a rehearsal, it says nothing of one.
 
-    python benchmarks/gpu.py                 # every part that is not recorded yet, each within ten minutes
-    python benchmarks/gpu.py packing         # these parts, anew
-    python benchmarks/gpu.py --device cpu correct packing   # a rehearsal, printed and not recorded
+    python -m benchmarks.gpu                 # every part that is not recorded yet, each within ten minutes
+    python -m benchmarks.gpu packing         # these parts, anew
+    python -m benchmarks.gpu --device cpu correct packing   # a rehearsal, printed and not recorded
 
 What is finished is kept in benchmarks/gpu.json (speed and goals in benchmarks/training.json), and a study goes on where
 it was: the same command again does what is left. It stops at a part that fails. $CAMRI_DATA says where the data lie.
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import _ours_in, open_data
+from benchmarks.training import keep, open_data, recorded_in, seconds_at_once
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import open_dataset
@@ -107,7 +107,7 @@ def packing(device: torch.device) -> dict[str, Any]:
         images = images[torch.arange(2_048).numpy()]
     for count in PACKS if device.type == "cuda" else PACKS[:2]:
         try:
-            seconds = _ours_in(count, images, data, device)
+            seconds = seconds_at_once(count, images, data, device)
         except Exception as error:
             rows[str(count)] = {"failed": str(error)[:200]}
             break
@@ -120,8 +120,8 @@ def packing(device: torch.device) -> dict[str, Any]:
 
 
 def _best_pack() -> int:
-    rows = _recorded().get("packing", {}).get("figures", {})
-    rates = {int(count): row.get("images per second", 0) for count, row in rows.items()}
+    rows = recorded_in(FIGURES).get("packing", {})
+    rates = {int(count): row.get("images per second", 0) for count, row in rows.items() if count.isdecimal()}
     return max(rates, key=lambda count: rates[count]) if rates else 1
 
 
@@ -155,10 +155,6 @@ def _command(name: str, *arguments: str) -> str:
     return output
 
 
-def _recorded() -> dict[str, Any]:
-    return json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-
-
 PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "correct": correct,
     "speed-gtsrb": partial(of_training, "speed", "gtsrb"),
@@ -183,12 +179,12 @@ def main() -> None:
         device = pick_device(options.device)
         (part,) = options.parts
         figures = PARTS[part](device)
-        print(json.dumps(figures, indent=2))
         if device.type == "cuda":
-            entry = {"figures": figures, "device": torch.cuda.get_device_name(device), "torch": torch.__version__}
-            FIGURES.write_text(json.dumps({**_recorded(), part: entry}, indent=2) + "\n")
+            keep(part, figures, device, FIGURES)
+        else:
+            print(json.dumps(figures, indent=2))
         return
-    for part in options.parts or [part for part in PARTS if part not in _recorded()]:
+    for part in options.parts or [part for part in PARTS if part not in recorded_in(FIGURES)]:
         print(f"--- {part}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu", part, "--here", "--device", options.device]
         code = subprocess.run(command, cwd=HERE.parent, check=False).returncode  # memory of a GPU is freed with it

@@ -18,16 +18,15 @@ many workers died over it.
 around a training, through `run_trial` with a training that takes no time, and what the run that plans does at each
 look. 32 trials run and 64 wait meanwhile, as with 32 workers.
 
-    python benchmarks/load.py soak postgres|sqlite     # some ten minutes each; Linux alone
-    python benchmarks/load.py growth postgres|sqlite   # some five minutes each
-    python benchmarks/load.py report                   # print benchmarks/load.json
+    python -m benchmarks.load soak postgres|sqlite     # some ten minutes each; Linux alone
+    python -m benchmarks.load growth postgres|sqlite   # some five minutes each
+    python -m benchmarks.load report                   # print benchmarks/load.json
 
 A PostgreSQL server is started for it from what is installed (Debian: apt-get install postgresql), with its usual
 settings, fsync among them.
 """
 
 import argparse
-import getpass
 import json
 import math
 import os
@@ -35,10 +34,7 @@ import platform
 import random
 import re
 import resource
-import secrets
-import shutil
 import signal
-import socket
 import sqlite3
 import statistics
 import subprocess
@@ -74,6 +70,7 @@ from camri_tune.stages import Stages, show
 from camri_tune.storage import INTERRUPTED, STAGES, StudyStore, claim
 from camri_tune.training import HeadSpec, Progress, Trained, cpu_count, recipe_of, train
 from camri_tune.trials import run_trial
+from tests.database_server import database_server, find_server
 
 FIGURES = Path(__file__).with_name("load.json")
 IMAGES = 60  # so few that a training is a fraction of a second: what is measured is everything around it
@@ -107,56 +104,11 @@ def database(kind: str, folder: Path) -> Iterator[tuple[str, int | None]]:
     if kind == "sqlite":
         yield f"sqlite:///{folder}/study.db", None
         return
-    with postgres_server() as found:
-        yield found
-
-
-@contextmanager
-def postgres_server(*options: str) -> Iterator[tuple[str, int]]:
-    """The URL of an empty database on a PostgreSQL server of our own, with a password; the server's process."""
-    server = shutil.which("postgres") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres")), None)
-    if server is None:
+    programs = find_server()
+    if programs is None:
         sys.exit("no PostgreSQL server: apt-get install postgresql")
-    binaries = Path(server).resolve().parent
-    user = "nobody" if os.geteuid() == 0 else getpass.getuser()  # it refuses to serve as root
-    password = secrets.token_hex(8)
-    with tempfile.TemporaryDirectory(prefix="camri-load-postgres-") as name:
-        folder = Path(name)
-        (folder / "password").write_text(password)
-        for path in (folder, folder / "password"):
-            shutil.chown(path, user)
-        make = "--pgdata data --username tester --pwfile password --auth scram-sha-256 --encoding UTF8 --no-locale"
-        subprocess.run([binaries / "initdb", *make.split()], user=user, cwd=folder, check=True, capture_output=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        process = subprocess.Popen(
-            [str(binaries / "postgres"), *f"-D data -p {port} -h 127.0.0.1 -k".split(), "", *options],
-            user=user,
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            url = f"postgresql+psycopg://tester:{password}@127.0.0.1:{port}/postgres"
-            _wait_for(url)
-            yield url, process.pid
-        finally:
-            process.send_signal(signal.SIGINT)  # ends it without waiting for those who are connected
-            process.wait(timeout=30)
-
-
-def _wait_for(url: str) -> None:
-    engine = sqlalchemy.create_engine(url)
-    for left in reversed(range(300)):
-        try:
-            engine.connect().close()
-            break
-        except sqlalchemy.exc.OperationalError:
-            if left == 0:
-                raise
-            time.sleep(0.1)
-    engine.dispose()
+    with database_server(programs) as server:
+        yield server.url, server.pid
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

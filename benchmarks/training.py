@@ -258,11 +258,11 @@ def rate_of(contender: str, dataset: str, count: int, device: torch.device) -> f
         train_plain(warm, classes, recipe, device)
         seconds, _ = train_plain(images, classes, recipe, device)
     else:
-        seconds = _ours_in(1, images, data, device)
+        seconds = seconds_at_once(1, images, data, device)
     return count // recipe.batch_size * recipe.batch_size / seconds
 
 
-def _ours_in(processes: int, images: Images, data: datasets.Dataset, device: torch.device) -> float:
+def seconds_at_once(processes: int, images: Images, data: datasets.Dataset, device: torch.device) -> float:
     """Seconds of a training in each of so many processes at once, the slowest's."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.SimpleQueue()
@@ -359,7 +359,7 @@ def one(options: argparse.Namespace) -> None:
     if name.startswith("ours, "):
         data, count = open_data(options.dataset), cpu_count()
         recipe = recipe_for(data, 1)
-        seconds = _ours_in(count, some(data.train, options.images), data, device)
+        seconds = seconds_at_once(count, some(data.train, options.images), data, device)
         print(count * (options.images // recipe.batch_size * recipe.batch_size) / seconds)
     else:
         print(rate_of(name, options.dataset, options.images, device))
@@ -472,9 +472,14 @@ def _summary(rows: list[tuple[float, float]]) -> dict[str, float]:
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def keep(name: str, figures: dict[str, Any], device: torch.device) -> None:
+def recorded_in(file: Path) -> dict[str, Any]:
+    """What `keep` has recorded so far."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep(name: str, figures: dict[str, Any], device: torch.device, file: Path = FIGURES) -> None:
     """Add to what is recorded, with where it was measured, and print it."""
-    recorded = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    recorded = recorded_in(file)
     versions = {
         package: importlib.metadata.version(package)
         for package in ("torch", "torchvision", "lightning", "airbench")
@@ -483,7 +488,7 @@ def keep(name: str, figures: dict[str, Any], device: torch.device) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     machine = {"device": where, "cores": cpu_count(), "bfloat16": has_fast_bfloat16(device), **versions}
     recorded[name] = {**figures, "machine": machine}
-    FIGURES.write_text(json.dumps(recorded, indent=2) + "\n")
+    file.write_text(json.dumps(recorded, indent=2) + "\n")
     print(json.dumps({name: recorded[name]}, indent=2))
 
 

@@ -48,6 +48,9 @@ FinalistsOption = Annotated[
     typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
 ]
 
+WorkersOption = Annotated[
+    str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
+]
 WorkersPerGpuOption = Annotated[int | None, typer.Option(help="Workers that share a GPU (default: 1).")]
 LauncherOption = Annotated[
     str | None, typer.Option(help="local: workers are processes here. ray: Ray places them on its cluster.")
@@ -101,9 +104,7 @@ def run(
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
-    workers: Annotated[
-        str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
-    ] = None,
+    workers: WorkersOption = None,
     workers_per_gpu: WorkersPerGpuOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     launcher: LauncherOption = None,
@@ -154,9 +155,7 @@ def compare(
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
-    workers: Annotated[
-        str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
-    ] = None,
+    workers: WorkersOption = None,
     workers_per_gpu: WorkersPerGpuOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     launcher: LauncherOption = None,

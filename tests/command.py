@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +39,17 @@ def assert_one_line_error(done: "subprocess.CompletedProcess[str]", *parts: str)
     assert done.stderr.startswith("camri-tune: ")
     for part in parts:
         assert part in done.stderr
+
+
+@contextmanager
+def started(*arguments: object) -> "Iterator[subprocess.Popen[str]]":
+    """The command at work, killed at the latest when the block is left."""
+    # As from a terminal: where the tests run as a background job, interrupts are ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [str(COMMAND), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

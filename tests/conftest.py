@@ -106,7 +106,7 @@ def postgres_server() -> Iterator[DatabaseServer]:
     programs = find_server()
     if programs is None:
         _not_here("no PostgreSQL server: apt-get install postgresql")
-    with database_server(programs) as server:
+    with database_server(programs, "-c", "fsync=off") as server:
         yield server
 
 

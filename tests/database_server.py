@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, from Debian's packages, which can go away and come back."""
+"""A PostgreSQL server of our own, from Debian's packages, for tests and benchmarks: it can go away and come back."""
 
 import getpass
 import os
@@ -9,19 +9,18 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import sqlalchemy
 
 
 class DatabaseServer:
-    """Serves an empty database at `url`, which holds a password."""
+    """Serves an empty database at `url`, which holds a password; `options` are the server's own."""
 
-    def __init__(self, bin_folder: Path, folder: Path) -> None:
-        self._bin, self._folder = bin_folder, folder
+    def __init__(self, bin_folder: Path, folder: Path, options: Sequence[str] = ()) -> None:
+        self._bin, self._folder, self._options = bin_folder, folder, options
         # PostgreSQL refuses to serve as root, and pytest's folders are closed to others: hence a folder of its own.
         self._user = "nobody" if os.geteuid() == 0 else getpass.getuser()
         password = secrets.token_hex(8)
@@ -40,7 +39,7 @@ class DatabaseServer:
     def start(self) -> None:
         """Serve, again at the same address."""
         self._process = subprocess.Popen(
-            [str(self._bin / "postgres"), *f"-D data -p {self._port} -h 127.0.0.1 -c fsync=off -k".split(), ""],
+            [str(self._bin / "postgres"), *f"-D data -p {self._port} -h 127.0.0.1 -k".split(), "", *self._options],
             user=self._user,
             cwd=self._folder,
             stdout=subprocess.DEVNULL,
@@ -56,8 +55,13 @@ class DatabaseServer:
             except sqlalchemy.exc.OperationalError:
                 time.sleep(0.1)
         else:
-            pytest.fail("the database server did not answer within 30 s")
+            raise TimeoutError("the database server did not answer within 30 s")
         engine.dispose()
+
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        return self._process.pid
 
     def stop(self) -> None:
         """End it, without waiting for those who are connected."""
@@ -72,11 +76,11 @@ def find_server() -> Path | None:
 
 
 @contextmanager
-def database_server(bin_folder: Path) -> Iterator[DatabaseServer]:
+def database_server(bin_folder: Path, *options: str) -> Iterator[DatabaseServer]:
     """A server that runs meanwhile, its files deleted afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="camri-postgres-"))
     try:
-        server = DatabaseServer(bin_folder, folder)
+        server = DatabaseServer(bin_folder, folder, options)
         try:
             yield server
         finally:

@@ -1,11 +1,28 @@
-"""What does not end becomes a failure."""
+"""Waiting in tests: for what comes, and no longer than that what does not end becomes a failure."""
 
 import faulthandler
 import signal
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
+
+Found = TypeVar("Found")
+
+
+def wait_for(
+    condition: Callable[[], Found | None], process: "subprocess.Popen[str] | None" = None, seconds: float = 300
+) -> Found:
+    """Poll until true, while `process` goes on; the bound only ends a test that would otherwise hang."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "what the test waits for never happened"
+        time.sleep(0.05)
+    return found
 
 
 @contextmanager

@@ -7,8 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +36,7 @@ from camri_tune.stats import Hidden, crossed_interval, design_effect
 from camri_tune.storage import StudyStore
 from camri_tune.table1 import Cell, Outcome, Scores, legend
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
+from tests.patience import wait_for
 from tests.samples import crossed
 
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
@@ -538,14 +538,6 @@ def _on_test(
 # --- interrupted, and one at a time -----------------------------------------------------------------------------------
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
-    """Poll until true; the bound only ends a test that would otherwise hang."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "what the test waits for never happened"
-        time.sleep(0.05)
-
-
 def test_an_interrupted_comparison_resumes_and_is_alone_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "compare"
     folder.mkdir()
@@ -565,7 +557,7 @@ def test_an_interrupted_comparison_resumes_and_is_alone_in_its_folder(tmp_path: 
         [str(COMMAND), "compare", *map(str, options)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
-        _wait_for(lambda: "RUNNING" in states(".wce") + states(".l2"))
+        wait_for(lambda: "RUNNING" in states(".wce") + states(".l2"))
     finally:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()

@@ -6,8 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from camri_tune.database import STORAGE_VARIABLE, open_storage
 from camri_tune.datasets import open_dataset
 from camri_tune.storage import StudyStore, storage_url
 from tests.command import COMMAND
+from tests.patience import wait_for
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 SBATCH = DEPLOY / "slurm.sbatch"
@@ -203,22 +203,13 @@ def _worker(place: Place, command: list[str], own: dict[str, str]) -> "Iterator[
             process.kill()
 
 
-def _wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
-    """Poll until true; the bound only ends a test that would otherwise hang."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < end, "what the test waits for never happened"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
 def test_a_worker_gives_its_training_back_when_it_is_asked_to_end_and_the_next_finishes_it(
     cluster: str, place: Place
 ) -> None:
     command, own = getattr(place, cluster)()
     with _worker(place, command, own) as process:
-        _wait_for(lambda: place.trials()[0].user_attrs.get("epoch", 0) >= 2, process)
+        wait_for(lambda: place.trials()[0].user_attrs.get("epoch", 0) >= 2, process)
         shown = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
         assert [Path(os.fsdecode(word)).name for word in shown[1:3]] == ["camri-tune", "worker"], "the signal's target"
         assert b"study.db" not in b" ".join(shown), "the storage is on no command line"
@@ -233,7 +224,7 @@ def test_a_worker_gives_its_training_back_when_it_is_asked_to_end_and_the_next_f
 
     assert place.store.requeue_interrupted() == 1  # as the run does
     with _worker(place, command, own) as process:
-        _wait_for(lambda: place.trials()[1].state == OptunaState.COMPLETE, process)
+        wait_for(lambda: place.trials()[1].state == OptunaState.COMPLETE, process)
         place.store.set("stage", "done")
         _, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,12 @@ from camri_tune.datasets import open_dataset
 from camri_tune.files import sha256
 from camri_tune.heartbeat import WORKER
 from camri_tune.storage import StudyStore, storage_url
-from tests.command import COMMAND, assert_one_line_error, result_of
+from tests.command import assert_one_line_error, result_of, started
 from tests.command import camri_tune as command
 from tests.conftest import MakeFolder
 from tests.database_server import DatabaseServer
 from tests.dying import DOOMED, PLACES
+from tests.patience import wait_for
 
 PARAMS = [{"learning_rate": 4e-3, "scale": 16.0, "margin": margin} for margin in (0.1, 0.2)]
 EPOCHS = 4
@@ -232,30 +233,8 @@ def test_a_worker_with_another_data_set_is_refused_by_name(
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _run(out: Path, *options: object) -> "Iterator[subprocess.Popen[str]]":
-    arguments = [str(COMMAND), "run", "--out", str(out), "--name", "f", *LONGER, *map(str, options)]
-    # As from a terminal: where the tests run as a background job, interrupts are ignored, and that is inherited.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def _wait_for(
-    condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None, seconds: float = 300
-) -> Any:
-    """Poll until true; the bound only ends a test that would otherwise hang."""
-    end = time.monotonic() + seconds
-    while True:
-        with suppress(Exception):  # no study yet, no tables yet
-            if found := condition():
-                return found
-        assert process is None or process.poll() is None, process and process.communicate()
-        assert time.monotonic() < end, "what the test waits for never happened"
-        time.sleep(0.05)
+def _run(out: Path, *options: object) -> "AbstractContextManager[subprocess.Popen[str]]":
+    return started("run", "--out", out, "--name", "f", *LONGER, *options)
 
 
 class _Trial(NamedTuple):
@@ -312,7 +291,10 @@ def _counts(url: str) -> _Counts:
 
 def _in_the_search(url: str) -> _Counts | None:
     """What there is once a training of the search is complete and another at work."""
-    counts = _counts(url)
+    try:
+        counts = _counts(url)
+    except sqlalchemy.exc.SQLAlchemyError:  # no study yet, or no tables
+        return None
     return counts if counts.searched and any(WORKER in t.attributes for t in counts.running) else None
 
 
@@ -344,10 +326,10 @@ def _alive(pid: int) -> bool:
 
 def test_a_killed_run_leaves_no_workers_behind_and_the_same_command_resumes(tmp_path: Path) -> None:
     with _run(tmp_path) as process:
-        before = _wait_for(lambda: _in_the_search(_sqlite(tmp_path)), process)
+        before = wait_for(lambda: _in_the_search(_sqlite(tmp_path)), process)
         process.send_signal(signal.SIGKILL)
     workers = {int(t.attributes[WORKER].rpartition(":")[2]) for t in before.running if WORKER in t.attributes}
-    _wait_for(lambda: not any(map(_alive, workers)), seconds=60)
+    wait_for(lambda: not any(map(_alive, workers)), seconds=60)
     again = command("run", "--out", tmp_path, "--name", "f", *LONGER, "--json")
     assert again.returncode == 0, again.stderr
     assert "queued again" in again.stderr
@@ -356,7 +338,7 @@ def test_a_killed_run_leaves_no_workers_behind_and_the_same_command_resumes(tmp_
 
 def test_a_run_that_is_asked_to_end_says_how_to_resume(tmp_path: Path) -> None:
     with _run(tmp_path) as process:
-        before = _wait_for(lambda: _in_the_search(_sqlite(tmp_path)), process)
+        before = wait_for(lambda: _in_the_search(_sqlite(tmp_path)), process)
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate()
     assert (process.returncode, output) == (130, "")
@@ -371,7 +353,7 @@ def test_a_run_that_is_asked_to_end_says_how_to_resume(tmp_path: Path) -> None:
 def test_a_database_server_may_be_away_for_half_a_minute(postgres_server: DatabaseServer, tmp_path: Path) -> None:
     url = postgres_server.url
     with _run(tmp_path, "--storage", url, "--json") as process:
-        before = _wait_for(lambda: _in_the_search(url), process)
+        before = wait_for(lambda: _in_the_search(url), process)
         postgres_server.stop()
         try:
             time.sleep(30)
@@ -406,7 +388,7 @@ def test_of_two_runs_that_start_at_once_one_works(tmp_path: Path) -> None:
 def test_a_second_run_changes_nothing_for_the_workers_of_the_first(tmp_path: Path) -> None:
     shared = ["--storage", f"sqlite:///{tmp_path / 'shared.db'}"]
     with _run(tmp_path / "a", *shared) as process:
-        _wait_for(lambda: _in_the_search(str(shared[1])), process)
+        wait_for(lambda: _in_the_search(str(shared[1])), process)
         done = command("run", "--out", tmp_path / "b", "--name", "f", *LONGER, *shared)
         artifacts = str(tmp_path / "a" / "f" / "artifacts")
         assert_one_line_error(done, "'f'", artifacts, "--out or --artifacts")
@@ -444,7 +426,7 @@ def test_optunas_proxy_serves_a_study_and_may_go_away_for_a_moment(tmp_path: Pat
     server = proxy()
     try:
         with _run(tmp_path, "--storage", f"grpc://127.0.0.1:{port}", "--json") as process:
-            before = _wait_for(lambda: _in_the_search(database), process)
+            before = wait_for(lambda: _in_the_search(database), process)
             server.kill()
             server.wait()
             time.sleep(3)
@@ -495,7 +477,7 @@ def test_a_disk_without_room_for_the_database_loses_nothing_that_was_in_it(small
     _resize(small_disk, 16)
     artifacts = ["--artifacts", tmp_path / "artifacts"]
     with _run(small_disk, *artifacts) as process:
-        before = _wait_for(lambda: _in_the_search(_sqlite(small_disk)), process)
+        before = wait_for(lambda: _in_the_search(_sqlite(small_disk)), process)
         _fill(small_disk)
         output, errors = process.communicate()
     assert (process.returncode, output) == (1, ""), errors

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from camri_tune.heartbeat import WORKER
 from camri_tune.ray_foreman import Secret
 from camri_tune.ray_workers import Node, RayActor, places_on, ray_launch
 from camri_tune.storage import STAGES, StudyStore, storage_url
-from tests.command import COMMAND, assert_one_line_error, camri_tune
+from tests.command import COMMAND, assert_one_line_error, camri_tune, started
 from tests.conftest import _not_here
 from tests.loopback import refusing_url
+from tests.patience import wait_for
 
 MEMORY = 80 * 2**20  # for Ray's store of objects, of which there are none
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
@@ -94,27 +95,9 @@ def nodes() -> Iterator[Nodes]:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def _started(out: Path, *options: str) -> "Iterator[subprocess.Popen[str]]":
+def _started(out: Path, *options: str) -> "AbstractContextManager[subprocess.Popen[str]]":
     """A run that is longer than it takes to disturb it."""
-    # As from a terminal: where the tests run as a background job, interrupts are ignored, and that is inherited.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [str(COMMAND), "run", "--out", str(out), "--name", "r", "--launcher", "ray", *LONGER, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def _wait_for(condition: Callable[[], Any], run: "subprocess.Popen[str] | None" = None, seconds: float = 300) -> Any:
-    """Poll until true, while `run` goes on; the bound only ends a test that would otherwise hang."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert run is None or run.poll() is None, run.communicate()
-        assert time.monotonic() < end, "what the test waits for never happened"
-        time.sleep(0.05)
-    return found
+    return started("run", "--out", out, "--name", "r", "--launcher", "ray", *LONGER, *options)
 
 
 def _at_work(url: str, parents: Sequence[int] | None = None) -> list[int]:
@@ -201,10 +184,10 @@ def test_what_ran_on_a_killed_actor_or_a_lost_node_runs_again(nodes: Nodes, tmp_
     url = f"sqlite:///{tmp_path / 'r' / 'study.db'}"
     place = ["--ray-address", nodes.address, "--workers", "3", "--json"]
     with nodes.one_more() as node, _started(tmp_path, *place) as process:
-        killed = _wait_for(lambda: _at_work(url), process)[0]
+        killed = wait_for(lambda: _at_work(url), process)[0]
         assert Path(f"/proc/{killed}/cmdline").read_text().startswith("ray::CamriWorker")
         os.kill(killed, signal.SIGKILL)
-        (lost, *_) = _wait_for(lambda: [pid for pid in _at_work(url, [_raylet(node)]) if pid != killed], process)
+        (lost, *_) = wait_for(lambda: [pid for pid in _at_work(url, [_raylet(node)]) if pid != killed], process)
         nodes.cluster.remove_node(node, allow_graceful=False)
         output, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -220,8 +203,8 @@ def test_a_run_that_is_killed_has_its_trainings_given_back_and_resumes_on_a_clus
 ) -> None:
     url = f"sqlite:///{tmp_path / 'r' / 'study.db'}"
     with _started(tmp_path, "--ray-address", nodes.address, "--workers", "2") as process:
-        _wait_for(lambda: _at_work(url), process)
-    _wait_for(lambda: all(t.state != OptunaState.RUNNING for found in _trials(url).values() for t in found))
+        wait_for(lambda: _at_work(url), process)
+    wait_for(lambda: all(t.state != OptunaState.RUNNING for found in _trials(url).values() for t in found))
     given_back = [t for found in _trials(url).values() for t in found if t.state == OptunaState.FAIL]
     assert {t.user_attrs["failure"] for t in given_back} == {"given back: the run asked for it"}
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
@@ -233,7 +216,7 @@ def test_a_run_that_is_killed_has_its_trainings_given_back_and_resumes_on_a_clus
         assert done.returncode == 0, done.stderr
         assert "raylet" not in done.stdout + done.stderr
         assert list(Path(folder).rglob("worker-*.out"))
-        _wait_for(lambda: not any(folder in command for _, command in _command_lines()))
+        wait_for(lambda: not any(folder in command for _, command in _command_lines()))
     finally:
         shutil.rmtree(folder)
     _assert_all_trained_once(url, interrupted=len(given_back))
@@ -273,7 +256,7 @@ def test_a_password_is_nowhere_in_the_cluster(nodes: Nodes, postgres: str, tmp_p
 
     place = ["--ray-address", nodes.address, "--workers", "2", "--storage", postgres]
     with _started(tmp_path, *place) as process:
-        _wait_for(some_train, process)
+        wait_for(some_train, process)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     assert process.returncode == 130, errors
@@ -361,7 +344,7 @@ def test_gpus_are_asked_for_where_the_cluster_has_some(nodes: Nodes, study: Stud
         assert devices == ["cuda", "cuda"]
         actor = launch(0)
         with pytest.raises(InputError, match=rf"cannot work on {socket.gethostname()}: .*cuda"):
-            _wait_for(actor.ended)
+            wait_for(actor.ended)
 
 
 def test_sqlite_does_not_serve_other_machines(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,7 +477,7 @@ def test_workers_without_a_place_are_told_once_and_called_off(
     with _launching(study, said=said) as (launch, devices):
         assert devices == ["cpu"] * 3
         actors = [launch(place) for place in range(3)]
-        _wait_for(lambda: sum(bool(actor.name) for actor in actors) == 2)
+        wait_for(lambda: sum(bool(actor.name) for actor in actors) == 2)
         for _ in range(2):
             time.sleep(1.0)
             assert [actor.ended() for actor in actors] == [None] * 3
@@ -518,24 +501,24 @@ def test_workers_without_a_place_are_told_once_and_called_off(
 def test_a_worker_that_dies_leaves_its_place_to_the_next(study: StudyConfig) -> None:
     with _launching(study) as (launch, _):
         actors = [launch(0), launch(1)]
-        _wait_for(lambda: all(actor.name for actor in actors))
+        wait_for(lambda: all(actor.name for actor in actors))
         os.kill(int(actors[0].name.rpartition(":")[2]), signal.SIGKILL)
-        reason = _wait_for(actors[0].ended)
+        reason = wait_for(actors[0].ended)
         assert reason.startswith(f"on {socket.gethostname()}: The actor is dead because its worker process has died")
         assert "\n" not in reason
         again = launch(0)
-        _wait_for(lambda: again.name)
+        wait_for(lambda: again.name)
         assert again.name != actors[0].name
 
 
 def test_a_lost_cluster_ends_the_run_in_one_line(study: StudyConfig) -> None:
     with _launching(study) as (launch, _):
         actor = launch(0)
-        _wait_for(lambda: actor.name)
+        wait_for(lambda: actor.name)
         (foreman,) = [pid for pid, command in _command_lines() if _is_our_foreman(pid, command)]
         os.kill(foreman, signal.SIGKILL)
         with pytest.raises(WorkerError, match="cluster is lost") as raised:
-            _wait_for(actor.ended)
+            wait_for(actor.ended)
         assert "\n" not in str(raised.value)
         with pytest.raises(WorkerError, match="cluster is lost"):
             launch(0)

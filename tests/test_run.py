@@ -7,8 +7,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from camri_tune.stats import Hidden, crossed_interval, design_effect, hidden_siz
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import predict_logits
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
+from tests.patience import wait_for
 
 # Accuracy may fall by any amount: whether a small noisy run is feasible must not decide these tests.
 SMALL = ["--epochs", "3", "--trials", "3", "--seeds", "2", "--finalists", "1", "--tolerance", "100"]
@@ -427,14 +426,6 @@ def test_an_altered_checkpoint_is_never_exported(finished: tuple[Path, dict[str,
     assert not (folder / "best").exists()
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
-    """Poll until true; the bound only ends a test that would otherwise hang."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "what the test waits for never happened"
-        time.sleep(0.05)
-
-
 def _states(folder: Path, study: str) -> list[str]:
     try:
         return [state for _, state in _trials(folder, study)]
@@ -452,7 +443,7 @@ def _start(out: Path) -> "subprocess.Popen[bytes]":
 def test_an_interrupted_run_resumes_and_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     process = _start(tmp_path)
-    _wait_for(lambda: "COMPLETE" in _states(folder, "d") and "RUNNING" in _states(folder, "d"))
+    wait_for(lambda: "COMPLETE" in _states(folder, "d") and "RUNNING" in _states(folder, "d"), seconds=600)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
@@ -480,14 +471,14 @@ def _running_workers(folder: Path) -> list[str]:
 def test_a_killed_worker_is_replaced_and_its_trial_runs_again(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     process = _start(tmp_path)
-    _wait_for(lambda: "RUNNING" in _states(folder, "d"))
+    wait_for(lambda: "RUNNING" in _states(folder, "d"), seconds=600)
     workers: list[str] = []
 
     def some_worker_trains() -> bool:
         workers[:] = _running_workers(folder)
         return bool(workers)
 
-    _wait_for(some_worker_trains)
+    wait_for(some_worker_trains, seconds=600)
     os.kill(int(workers[0].split(":")[-1]), signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -499,7 +490,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_runs_again(tmp_path: Path) ->
 def test_two_runs_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
     process = _start(tmp_path)
     try:
-        _wait_for((tmp_path / "d" / "study.db").exists)
+        wait_for((tmp_path / "d" / "study.db").exists, seconds=600)
         assert_one_line_error(camri_tune("run", "--out", tmp_path, "--name", "d", *SMALL), "another run", "--name")
     finally:
         process.send_signal(signal.SIGINT)
