@@ -485,14 +485,14 @@ def keep(name: str, figures: dict[str, Any], device: torch.device, file: Path = 
         for package in ("torch", "torchvision", "lightning", "airbench")
         if importlib.util.find_spec(package) is not None
     }
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     machine = {"device": where, "cores": cpu_count(), "bfloat16": has_fast_bfloat16(device), **versions}
     recorded[name] = {**figures, "machine": machine}
     file.write_text(json.dumps(recorded, indent=2) + "\n")
     print(json.dumps({name: recorded[name]}, indent=2))
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
+from camri_tune import prefork
 from camri_tune.config import MOST_WORKERS, NAME_RULE, StudyConfig, is_name, printable, read_study_file, shown
 from camri_tune.errors import CamriTuneError, InputError
 
@@ -122,6 +123,8 @@ def run(
     for key in ("context", "study", "as_json", "quiet"):
         del options[key]
     config = _config(context, study, options)
+    if config.has_local_workers:
+        prefork.begin()  # it imports while this process does
 
     from camri_tune.console import Console  # noqa: PLC0415
     from camri_tune.pipeline import run as run_study  # noqa: PLC0415
@@ -177,6 +180,8 @@ def compare(
     from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
 
     datasets, chosen, rules = read_datasets(dataset), read_methods(methods), read_protocol(protocol)
+    if config.has_local_workers:
+        prefork.begin()
 
     from camri_tune.comparison import compare as compare_methods  # noqa: PLC0415
     from camri_tune.console import Console  # noqa: PLC0415

@@ -32,7 +32,7 @@ from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
-from camri_tune.workers import device_here
+from camri_tune.workers import device_here, ready_to_start
 
 Models = Sequence[TrialRecord]  # of one setting, one for each seed
 Logits = NDArray[np.float32]
@@ -57,7 +57,7 @@ def compare(
     folder = (config.out / (config.name or "compare")).resolve()
     if not is_writable_folder(folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
-    with only_run(folder), console:
+    with ready_to_start(config), only_run(folder), console:
         studies = [_study_of(dataset, config, folder) for dataset in datasets]
         if len({study.name for study in studies}) < len(studies):
             raise InputError(f"--dataset {','.join(datasets)!r} has two of one name; compare them under two --name")

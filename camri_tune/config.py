@@ -157,6 +157,11 @@ class StudyConfig(BaseModel):
         return self.dataset if self.dataset in BUILT_IN_DATASETS else Path(os.path.realpath(self.dataset)).name
 
     @property
+    def has_local_workers(self) -> bool:
+        """Whether a run starts worker processes on its own machine."""
+        return self.launcher == "local" and self.workers != 0
+
+    @property
     def folder(self) -> Path:
         """Where this study's files go."""
         return self.out / self.study_name

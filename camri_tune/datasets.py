@@ -274,7 +274,7 @@ class _Cache:
 
         def decode(index: int) -> str | None:
             try:
-                pixels[index] = read_image(items[index].path, size)
+                pixels[index] = read_image(Path(items[index].path), size)
             except DataError as error:
                 good[index] = False
                 return str(error)

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,7 @@ CACHE_FORMAT = 1  # raise when decoding changes, so that old caches are not read
 
 
 class Item(NamedTuple):
-    path: Path
+    path: str  # of a hundred thousand files, `Path`s would take seconds
     label: int
     group: int
 
@@ -60,16 +61,21 @@ class Source:
     ignored: int = 0
     hidden_group_size: int = 1
 
+    @cached_property
+    def _found(self) -> dict[Part, list[os.stat_result]]:
+        return {part: [os.stat(item.path) for item in items] for part, items in self.parts.items()}
+
     def has(self, part: Part) -> bool:
         return part in self.parts or part in self.packed
 
     def fingerprint(self) -> str:
         """What a study is on: names and sizes of files, or the bytes of packed ones; moving the folder keeps it."""
         digest = hashlib.sha256(json.dumps([self.classes, self.image_size]).encode())
+        inside = "" if self.root is None else f"{self.root}{os.sep}"
         for part, items in sorted(self.parts.items()):
-            for item in items:
-                path = item.path.relative_to(self.root) if self.root else item.path
-                line = f"{part}\0{path}\0{item.path.stat().st_size}\0{item.label}\0{item.group}\n"
+            for item, found in zip(items, self._found[part], strict=True):
+                path = item.path.removeprefix(inside)
+                line = f"{part}\0{path}\0{found.st_size}\0{item.label}\0{item.group}\n"
                 digest.update(line.encode(errors="surrogateescape"))  # a file's name may be any bytes
         for part, packed in sorted(self.packed.items()):
             digest.update(part.encode() + packed.contents())
@@ -78,9 +84,9 @@ class Source:
     def cache_key(self) -> str:
         """What a decoded copy is of: also where the files are and when they changed, for sizes can stay the same."""
         digest = hashlib.sha256(f"{CACHE_FORMAT}\0{self.fingerprint()}".encode())
-        for _, items in sorted(self.parts.items()):
-            for item in items:
-                digest.update(f"{item.path}\0{item.path.stat().st_mtime_ns}\n".encode(errors="surrogateescape"))
+        for part, items in sorted(self.parts.items()):
+            for item, found in zip(items, self._found[part], strict=True):
+                digest.update(f"{item.path}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:20]
 
 
@@ -161,24 +167,23 @@ def is_class_name(name: str) -> bool:
     return is_folder_name and is_printable(name) and len(name.encode()) <= 255
 
 
-def image_files(folder: Path) -> tuple[list[Path], int]:
+def image_files(folder: Path) -> tuple[list[str], int]:
     """Image files under a class folder, sorted, and how many other files were passed over. Raises OSError.
 
     The folder may be a link, and so may its files; links to folders inside it are passed over, for they can go round
     in circles. So is what is no file: to read a pipe or a device has no end.
     """
     found, others = [], 0
-    pending = [folder]  # a stack of our own: folders may lie in each other deeper than Python's calls
+    pending = [str(folder)]  # a stack of our own: folders may lie in each other deeper than Python's calls
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
-                path = Path(entry)
-                if path.name.startswith("."):  # .ipynb_checkpoints and .thumbnails hold copies
+                if entry.name.startswith("."):  # .ipynb_checkpoints and .thumbnails hold copies
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append(path)
-                elif path.is_file() and is_image_file(path):
-                    found.append(path)
+                    pending.append(entry.path)
+                elif os.path.isfile(entry.path) and is_image_file(entry.path):
+                    found.append(entry.path)
                 else:
                     others += 1
     return sorted(found), others

@@ -4,6 +4,7 @@ Image files come from anybody. What one may take of memory and time is bounded h
 set to: its size in bytes and in pixels, and both for all threads together.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,12 +150,12 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def is_image_file(path: Path) -> bool:
+def is_image_file(path: str | Path) -> bool:
     """Whether a file claims to be an image by its name's ending, or is one by its content."""
-    if path.suffix.lower() in _SUFFIXES:
+    if os.path.splitext(path)[1].lower() in _SUFFIXES:
         return True
     try:
-        if path.stat().st_size > MOST_BYTES:
+        if os.path.getsize(path) > MOST_BYTES:
             return False
         with Image.open(path, formats=_FORMATS):
             return True

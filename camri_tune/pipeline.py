@@ -29,7 +29,7 @@ from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import StudyStore, storage_url
-from camri_tune.workers import device_here
+from camri_tune.workers import device_here, ready_to_start
 
 
 def run(config: StudyConfig, console: Console | None = None) -> Result:
@@ -42,7 +42,7 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
     device = device_here(config)
     if not is_writable_folder(config.folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
-    with only_run(config.folder), console:
+    with ready_to_start(config), only_run(config.folder), console:
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)

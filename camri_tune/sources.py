@@ -1,5 +1,6 @@
 """The data sets by name, and the source that a study's configuration names."""
 
+import csv
 import math
 import os
 import tempfile
@@ -87,46 +88,59 @@ def _digits() -> Source:
 
 
 def _gtsrb(data_dir: Path) -> Source:
-    from torchvision.datasets import GTSRB  # noqa: PLC0415 - two seconds that other data sets need not pay
+    base = data_dir / "gtsrb"
+    training, testing = base / "GTSRB" / "Training", base / "GTSRB" / "Final_Test" / "Images"
 
-    def listed(split: str) -> list[tuple[str, int]]:
-        # `_samples` is the list of (path, label); there is no public name for it.
-        return _open_or_download(
-            lambda download: list(GTSRB(str(data_dir), split=split, download=download)._samples),
+    def find(download: bool) -> tuple[dict[str, list[str]], list[tuple[str, int]]]:
+        if download:
+            from torchvision.datasets import GTSRB  # noqa: PLC0415 - a second that data which are there need not pay
+
+            for split in ("train", "test"):
+                GTSRB(str(data_dir), split=split, download=True)
+        with open(base / "GT-final_test.csv", newline="") as file:
+            rows = csv.DictReader(file, delimiter=";", skipinitialspace=True)
+            test = [(os.path.join(testing, row["Filename"]), int(row["ClassId"])) for row in rows]
+        os.stat(testing)
+        train = {
+            folder.name: sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(".ppm"))
+            for folder in os.scandir(training)
+            if folder.is_dir()
+        }
+        return train, test
+
+    try:
+        train, test = _open_or_download(
+            find,
             f"data set gtsrb is not complete in --data-dir {str(data_dir)!r}",
             f"put the images under {base}/GTSRB/Training/CLASS/*.ppm and {base}/GTSRB/Final_Test/Images/*.ppm and the "
             f"labels in {base}/GT-final_test.csv, or name the folder that holds 'gtsrb' with --data-dir",
         )
-
-    base = data_dir / "gtsrb"
-    try:
-        train, test = listed("train"), listed("test")
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{base / 'GT-final_test.csv'} is not the list of test labels (it lacks {error}): it is the file of that "
             f"name from GTSRB_Final_Test_GT.zip, not the one beside the test images"
         ) from None
     tracks: dict[tuple[int, str], int] = {}
     items = []
-    folders = {Path(path).parent.name for path, _ in train}
-    absent = [c for c in range(len(GTSRB_CLASSES)) if f"{c:05d}" not in folders]
-    if absent or len(folders) != len(GTSRB_CLASSES):
-        # torchvision numbers the folders that are there: one missing would shift every later label.
-        what = f"there are {len(folders)}"
+    names = [f"{label:05d}" for label in range(len(GTSRB_CLASSES))]
+    absent = [label for label, name in enumerate(names) if not train.get(name)]
+    if absent or len(train) != len(names):
+        what = f"there are {len(train)}"
         if absent:
-            what = f"{absent[0]:05d} ({GTSRB_CLASSES[absent[0]]}) is missing or empty"
+            what = f"{names[absent[0]]} ({GTSRB_CLASSES[absent[0]]}) is missing or empty"
         raise DataError(
-            f"{base / 'GTSRB' / 'Training'} must hold the folders 00000 to {len(GTSRB_CLASSES) - 1:05d} "
-            f"and no others, but {what}; unpack the training images again"
+            f"{training} must hold the folders {names[0]} to {names[-1]} and no others, but {what}; unpack the "
+            f"training images again"
         )
-    for path, label in sorted(train):
-        # TRACK_FRAME.ppm: the frames of one track show one physical sign.
-        track = tracks.setdefault((label, Path(path).stem.split("_")[0]), len(tracks))
-        items.append(Item(Path(path), label, track))
+    for label, name in enumerate(names):
+        for path in train[name]:
+            # TRACK_FRAME.ppm: the frames of one track show one physical sign.
+            track = tracks.setdefault((label, os.path.basename(path).split("_")[0]), len(tracks))
+            items.append(Item(path, label, track))
     missing = [path for path, _ in test if not os.path.isfile(path)]
     if missing:
         raise DataError(f"test image {missing[0]!r} is listed in GT-final_test.csv but does not exist")
-    odd = [path for path, _ in train if not os.path.isfile(path)]
+    odd = [item.path for item in items if not os.path.isfile(item.path)]
     if odd:
         raise DataError(f"training image {odd[0]!r} is no file; unpack the training images again")
     return Source(
@@ -136,7 +150,7 @@ def _gtsrb(data_dir: Path) -> Source:
         image_size=32,
         epochs=12,
         augmentation=Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6),
-        parts={"train": items, "test": [Item(Path(p), label, i) for i, (p, label) in enumerate(test)]},
+        parts={"train": items, "test": [Item(path, label, index) for index, (path, label) in enumerate(test)]},
         hidden_group_size=GTSRB_TRACK,
     )
 

@@ -19,6 +19,7 @@ from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version
+from camri_tune.prefork import serve
 from camri_tune.search import Plan, make_sampler
 from camri_tune.storage import StudyStore, claim
 from camri_tune.training import keep_freed_memory, pick_device
@@ -170,7 +171,7 @@ def _with_parent(parent: int, stop: Stop) -> Stop:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry of the processes that a run starts here: NAME DEVICE INDEX THREADS PARENT; storage in the environment."""
+    """Work of the processes that a run starts here: NAME DEVICE INDEX THREADS PARENT; storage in the environment."""
     name, device, index, threads, parent = arguments
     with stopping_on_signals() as stop:
         try:
@@ -189,4 +190,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else serve(main))

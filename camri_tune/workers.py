@@ -3,15 +3,16 @@
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 
+from camri_tune import prefork
 from camri_tune.config import StudyConfig
 from camri_tune.database import STORAGE_VARIABLE
 from camri_tune.errors import InputError, WorkerError
@@ -101,7 +102,7 @@ class Workers:
 class LocalProcess:
     """A worker process on this machine, its output in a file."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, process: prefork.Process, log: Path) -> None:
         self._process = process
         self._log = log
 
@@ -127,7 +128,7 @@ class LocalProcess:
         try:
             self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._process.send_signal(signal.SIGKILL)
             self._process.wait()
 
 
@@ -138,23 +139,28 @@ def local_launch(*, name: str, storage_url: str, devices: Sequence[str], log_fol
     threads = max(1, cpu_count() // on_cpu) if on_cpu else None
 
     def launch(place: int) -> Worker:
-        arguments = [name, devices[place], str(place), str(threads or 0), str(os.getpid())]
         environment = {**os.environ, STORAGE_VARIABLE: storage_url}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        path = log_folder / f"worker-{place}.log"
-        with path.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "camri_tune.worker", *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+        log = log_folder / f"worker-{place}.log"
+        try:
+            return LocalProcess(
+                prefork.start([name, devices[place], str(place), str(threads or 0)], environment, log), log
             )
-        return LocalProcess(process, path)
+        except OSError as error:
+            raise WorkerError(f"worker processes cannot be started: {error}") from None
 
     return launch
+
+
+@contextmanager
+def ready_to_start(config: StudyConfig) -> Iterator[None]:
+    """Have what local workers are started from at hand, where there will be any."""
+    if not config.has_local_workers:
+        yield
+        return
+    with prefork.at_hand():
+        yield
 
 
 def device_here(config: StudyConfig) -> torch.device:

@@ -336,6 +336,21 @@ def test_a_killed_run_leaves_no_workers_behind_and_the_same_command_resumes(tmp_
     _assert_finished(result_of(again), _sqlite(tmp_path), before)
 
 
+def test_a_run_outlives_the_process_that_its_workers_were_forked_from(tmp_path: Path) -> None:
+    """They give their trainings back and end; others are forked from another one, and go on."""
+    with started("run", "--out", tmp_path, "--name", "f", *LONGER, "--json") as process:
+        before = wait_for(lambda: _in_the_search(_sqlite(tmp_path)), process)
+        workers = {int(t.attributes[WORKER].rpartition(":")[2]) for t in before.running if WORKER in t.attributes}
+        forkers = {int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]) for worker in workers}
+        assert process.pid not in forkers
+        os.kill(forkers.pop(), signal.SIGKILL)
+        assert not forkers
+        output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert not any(map(_alive, workers))
+    _assert_finished(json.loads(output), _sqlite(tmp_path), before)
+
+
 def test_a_run_that_is_asked_to_end_says_how_to_resume(tmp_path: Path) -> None:
     with _run(tmp_path) as process:
         before = wait_for(lambda: _in_the_search(_sqlite(tmp_path)), process)

@@ -924,7 +924,7 @@ def test_a_decoder_that_fails_gives_back_what_it_was_given(tmp_path: Path, monke
 
 def _listed(root: Path) -> list[str]:
     source = find_source(build_config(root))
-    return [str(item.path.relative_to(root)) for items in source.parts.values() for item in items]
+    return [str(Path(item.path).relative_to(root)) for items in source.parts.values() for item in items]
 
 
 def test_links_in_circles_end_and_are_passed_over(image_folder: MakeFolder) -> None:
@@ -981,8 +981,8 @@ def test_a_folder_that_may_not_be_read_is_named(image_folder: MakeFolder, monkey
     root = image_folder({"a": 6, "b/deep": 6})
     scan = os.scandir
 
-    def refuse(path: Path) -> Any:
-        if path == root / "b" / "deep":
+    def refuse(path: str | Path) -> Any:
+        if Path(path) == root / "b" / "deep":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scan(path)
 

@@ -29,7 +29,7 @@ FLOORS = [
     {"result"},
     {"augmentation", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style"},
-    {"metrics", "stats", "posthoc", "config", "files", "checkpoint", "database", "artifacts", "heartbeat"},
+    {"metrics", "stats", "posthoc", "config", "files", "checkpoint", "database", "artifacts", "heartbeat", "prefork"},
     {"errors"},
 ]
 

@@ -1,0 +1,191 @@
+"""Record a table of real CAMRI trainings, for `benchmarks/search.py` to search: scale x margin x learning rate x seed.
+
+`python -m benchmarks.grid gtsrb` (or cifar10) trains what `benchmarks/grid_gtsrb.jsonl` does not hold yet, one thread
+a process and a process a core, seed after seed, and may be stopped at any time. About 25 minutes a seed on 2 cores.
+
+Few images (GTSRB: two of each track; CIFAR-10: 2,000) and the product's own network make a training of seconds. Each
+row has what a search may see, on the *validation* images: recall and accuracy by epoch, and along a bias of the
+important class's logit. And what it may not see, on *truth* images that no search reads: recall and accuracy at the
+end, and at each of those biases. All are counts of images, so that nothing is lost to rounding.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.training import open_data, processor
+from camri_tune.images import Images
+from camri_tune.metrics import IntArray
+from camri_tune.training import HeadSpec, Progress, Recipe, keep_freed_memory, predict_logits, train
+
+FloatArray = NDArray[np.float64]
+HERE = Path(__file__).parent
+SCALES = (4.0, 8.0, 16.0, 32.0, 64.0)
+MARGINS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
+RATES = (0.001, 0.002, 0.004, 0.008)
+SEEDS = 3
+EPOCHS, BATCH = 10, 64  # small batches: a cosine softmax needs steps
+MOST_BIASES = 40  # of a row
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to train on. The class is one that cross-entropy misses often there."""
+
+    subset: dict[str, int]
+    important: int
+    validation: int
+    truth: int
+
+
+SETUPS = {
+    "gtsrb": Setup({"per_group": 2}, important=30, validation=3_000, truth=4_800),
+    "cifar10": Setup({"limit": 2_000}, important=3, validation=1_000, truth=4_000),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: cross-entropy, the baseline, has neither scale nor margin."""
+
+    loss: str
+    scale: float
+    margin: float
+    rate: float
+    seed: int
+
+
+def file_of(dataset: str) -> Path:
+    return HERE / f"grid_{dataset}.jsonl"
+
+
+def cells() -> Iterator[Cell]:
+    """Seed after seed, so that a table which was stopped has all settings of some seeds."""
+    for seed in range(SEEDS):
+        yield from (Cell("ce", 0.0, 0.0, rate, seed) for rate in RATES)
+        yield from (Cell("camri", s, m, rate, seed) for s, m, rate in product(SCALES, MARGINS, RATES))
+
+
+def sweep(gaps: FloatArray, important: IntArray, rival_right: IntArray, biases: FloatArray) -> list[list[int]]:
+    """Images recalled and images right, (2, B), with each bias added to the important class's logit.
+
+    Of each image, (N,): how far the best other logit is above the important class's, whether it is of that class, and
+    whether it would be right without it.
+    """
+    taken = gaps[None, :] < biases[:, None]
+    recalled = (taken & important).sum(axis=1)
+    return [recalled.tolist(), (recalled + (~taken & ~important & rival_right).sum(axis=1)).tolist()]
+
+
+class Trainer:
+    """Trains cells of one data set in this process."""
+
+    def __init__(self, dataset: str) -> None:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        keep_freed_memory()
+        self.setup = SETUPS[dataset]
+        self.data = open_data(dataset, **self.setup.subset)
+        rows = np.random.default_rng(0).permutation(len(self.data.validation))
+        self.validation = self.data.validation[rows[: self.setup.validation]]
+        self.truth = self.data.validation[rows[self.setup.validation :][: self.setup.truth]]
+
+    def header(self) -> dict[str, Any]:
+        def size(images: Images) -> dict[str, int]:
+            return {"images": len(images), "important": int((images.labels == self.setup.important).sum())}
+
+        return {
+            "dataset": str(self.data),
+            "important": self.setup.important,
+            "epochs": EPOCHS,
+            "batch": BATCH,
+            "validation": size(self.validation),
+            "truth": size(self.truth),
+            "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        }
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        head = (
+            HeadSpec("ce") if cell.loss == "ce" else HeadSpec("camri", cell.scale, {self.setup.important: cell.margin})
+        )
+        curve: list[list[int]] = []
+
+        def note(progress: Progress) -> None:
+            if progress.confusion is not None:
+                correct = progress.confusion.diagonal()
+                curve.append([progress.epoch, int(correct[self.setup.important]), int(correct.sum())])
+
+        started = time.perf_counter()
+        trained = train(
+            "compact",
+            head,
+            self.data.train,
+            self.validation,
+            num_classes=len(self.data.classes),
+            recipe=Recipe(EPOCHS, cell.rate, self.data.augmentation, batch_size=BATCH),
+            seed=cell.seed,
+            device=torch.device("cpu"),
+            on_epoch=note,
+        )
+        validation, truth = (self._gaps(trained.classifier, images) for images in (self.validation, self.truth))
+        steps = np.sort(validation[0][validation[1]])
+        biases = np.nextafter(steps[:: max(1, len(steps) // MOST_BIASES)], np.inf)
+        none = np.zeros(1)
+        return asdict(cell) | {
+            "seconds": round(time.perf_counter() - started, 2),
+            "curve": curve,
+            "truth": [column[0] for column in sweep(*truth, none)],
+            "validation": [column[0] for column in sweep(*validation, none)],
+            "biased validation": sweep(*validation, biases),
+            "biased truth": sweep(*truth, biases),
+        }
+
+    def _gaps(self, classifier: Any, images: Images) -> tuple[FloatArray, IntArray, IntArray]:
+        logits = predict_logits(classifier, images.pixels, torch.device("cpu")).double().numpy()
+        labels, important = images.labels.numpy(), self.setup.important
+        others = logits.copy()
+        others[:, important] = -np.inf
+        return others.max(axis=1) - logits[:, important], labels == important, others.argmax(axis=1) == labels
+
+
+_trainer = cache(Trainer)  # one a process
+
+
+def _train(dataset: str, cell: Cell) -> dict[str, Any]:
+    return _trainer(dataset).row(cell)
+
+
+def record(dataset: str, seeds: int) -> None:
+    """Train what is missing of the first so many seeds."""
+    file = file_of(dataset)
+    if not file.exists():
+        file.write_text(json.dumps(Trainer(dataset).header()) + "\n")
+    known = {tuple(row[name] for name in asdict(next(cells()))) for row in rows_of(dataset)[1]}
+    missing = [cell for cell in cells() if cell.seed < seeds and tuple(asdict(cell).values()) not in known]
+    with multiprocessing.get_context("spawn").Pool() as pool, file.open("a") as out:
+        for done, row in enumerate(pool.imap_unordered(partial(_train, dataset), missing), start=1):
+            out.write(json.dumps(row, separators=(",", ":")) + "\n")
+            out.flush()
+            print(f"{dataset}: {done} of {len(missing)}", file=sys.stderr, flush=True)
+
+
+def rows_of(dataset: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a recorded table says of itself, and its rows."""
+    header, *rows = [json.loads(line) for line in file_of(dataset).read_text().splitlines()]
+    return header, rows
+
+
+if __name__ == "__main__":
+    record(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else SEEDS)
