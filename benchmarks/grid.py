@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from benchmarks.training import open_data, processor
 from camri_tune.images import Images
+from camri_tune.memory import keep_freed_memory
 from camri_tune.metrics import IntArray
-from camri_tune.training import HeadSpec, Progress, Recipe, keep_freed_memory, predict_logits, train
+from camri_tune.training import HeadSpec, Progress, Recipe, predict_logits, train
 
 FloatArray = NDArray[np.float64]
 HERE = Path(__file__).parent

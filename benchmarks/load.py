@@ -140,6 +140,11 @@ def children(parent: int, word: str = "") -> list[int]:
     return found
 
 
+def workers_of(run: int) -> list[int]:
+    """Its workers, which are forked from a process that it has started."""
+    return [worker for forker in children(run, "camri_tune.worker") for worker in children(forker)]
+
+
 def own_cpu(pid: int) -> float:
     """Seconds of CPU that a process has used, without its children."""
     stat = _stat(pid)
@@ -194,12 +199,12 @@ class _Soak:
                 due.append(time.monotonic() + self._random.uniform(0.0, LATEST_KILL))
             if self._deaths_after and finished >= self._deaths_after[0]:
                 self._deaths_after.pop(0)
-                self.cpu += sum(map(own_cpu, children(run.pid)))  # its orphans are counted by nobody else
+                self.cpu += sum(map(family_cpu, children(run.pid)))  # its orphans are counted by nobody else
                 self.run_cpu += planning
                 run.kill()
                 run.wait()
                 run, planning = self._start(), 0.0
-            elif due and time.monotonic() >= min(due) and (workers := children(run.pid, "camri_tune.worker")):
+            elif due and time.monotonic() >= min(due) and (workers := workers_of(run.pid)):
                 due.remove(min(due))
                 os.kill(self._random.choice(workers), signal.SIGKILL)
                 self.kills += 1

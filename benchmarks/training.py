@@ -50,6 +50,7 @@ from camri_tune import datasets
 from camri_tune.augmentation import Augmentation
 from camri_tune.config import StudyConfig
 from camri_tune.images import Images
+from camri_tune.memory import keep_freed_memory
 from camri_tune.metrics import accuracy
 from camri_tune.models import Classifier, CompactCNN
 from camri_tune.training import (
@@ -60,7 +61,6 @@ from camri_tune.training import (
     cpu_count,
     evaluate,
     has_fast_bfloat16,
-    keep_freed_memory,
     pick_device,
     recipe_of,
     train,

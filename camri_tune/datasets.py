@@ -4,26 +4,30 @@ The cache, keyed by the source's files, holds one file per part, so that a secon
 pages, and nobody opens the test part before it is asked for.
 """
 
+import json
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
-from camri_tune.folders import Part, Source
+from camri_tune.folders import Item, Part, Source
 from camri_tune.images import Images, describe_counts, read_image, resized
+from camri_tune.memory import free_memory
 from camri_tune.sources import find_source, is_data_dir_of
 from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_groups
 
@@ -116,7 +120,7 @@ class Dataset:
 
     @property
     def channels(self) -> int:
-        return int(self.train.pixels.shape[1])
+        return self.train.channels
 
     def notices(self) -> list[str]:
         """What a user should know of the files that were read."""
@@ -125,6 +129,13 @@ class Dataset:
             lines.append(f"{self._cache.skipped} corrupt image file(s) were left out (--skip-corrupt).")
         if self.ignored_files:
             lines.append(f"{self.ignored_files} file(s) that are no images were passed over.")
+        # Pages of a mapped file come and go as they are needed: nothing has to be chosen, but it should be known.
+        held, free = sum({id(i.store): i.store.nbytes for i in (self._pool, self.validation)}.values()), free_memory()
+        if free is not None and held > free / 2:
+            lines.append(
+                f"The images take {held / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: what does not fit "
+                f"is read from the disk again and again, which is slower (--image-size makes them smaller)."
+            )
         return lines
 
     def __str__(self) -> str:
@@ -242,15 +253,6 @@ class _Cache:
         return sum(self._skipped.values())
 
     def read(self, part: Part) -> Images:
-        if part in self._source.packed:
-            try:
-                images = self._source.packed[part].read()
-            except (RuntimeError, OSError) as error:  # the files were whole when the data set was opened
-                raise DataError(
-                    f"the {part} part of {self._source.name} can no longer be read ({error}): "
-                    f"put the files under {self._source.root} back and run again"
-                ) from None
-            return resized(images, self._source.image_size)
         path = self._folder / f"{part}.safetensors"
         found = _stored(path)
         if found is None:
@@ -259,22 +261,53 @@ class _Cache:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     # Many workers start at once: one decodes, and the others wait for it.
                     lock.enter_context(FileLock(f"{path}.lock"))
-                found = _stored(path)
-                if found is None:
-                    tensors = self._decode(part)
-                    _write_whole(path, tensors)
-                    found = _unpack(tensors)
+                found = _stored(path) or self._decode(part, path)
         self._skipped[part], images = found
         return images
 
-    def _decode(self, part: Part) -> dict[str, torch.Tensor]:
-        items, size = self._source.parts[part], self._source.image_size
-        pixels = np.empty((len(items), 3, size, size), np.uint8)
+    def _decode(self, part: Part, path: Path) -> tuple[int, Images]:
+        """Decode a part into a file at `path`, or into memory where none can be written."""
+        packed = self._unpacked(part) if part in self._source.packed else None
+        items = self._source.parts.get(part, [])
+        side = self._source.image_size
+        shape = (len(items), 3, side, side) if packed is None else tuple(packed.pixels.shape)
+        with _written_whole(
+            path,
+            {
+                "labels": (np.int64, shape[:1]),
+                "groups": (np.int64, shape[:1]),
+                "pixels": (np.uint8, shape),
+                "good": (np.bool_, shape[:1]),
+            },
+        ) as arrays:
+            if packed is not None:
+                for name in ("labels", "groups", "pixels"):
+                    arrays[name][:] = getattr(packed, name).numpy()
+                arrays["good"][:] = True
+            else:
+                arrays["labels"][:] = [item.label for item in items]
+                arrays["groups"][:] = [item.group for item in items]
+                arrays["good"][:] = self._decode_into(arrays["pixels"], items)
+        return _stored(path) or _unpack({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def _unpacked(self, part: Part) -> Images:
+        """A part whose images lie together in a few files."""
+        try:
+            images = self._source.packed[part].read()
+        except (RuntimeError, OSError) as error:  # the files were whole when the data set was opened
+            raise DataError(
+                f"the {part} part of {self._source.name} can no longer be read ({error}): "
+                f"put the files under {self._source.root} back and run again"
+            ) from None
+        return resized(images, self._source.image_size)
+
+    def _decode_into(self, pixels: NDArray[np.uint8], items: Sequence[Item]) -> NDArray[np.bool_]:
+        """Decode files into rows of `pixels`. Returns which of them could be."""
         good = np.ones(len(items), bool)
 
         def decode(index: int) -> str | None:
             try:
-                pixels[index] = read_image(Path(items[index].path), size)
+                pixels[index] = read_image(Path(items[index].path), pixels.shape[-1])
             except DataError as error:
                 good[index] = False
                 return str(error)
@@ -292,24 +325,23 @@ class _Cache:
         if problems and not self._skip_corrupt:
             more = f" (and {len(problems) - 1} more such files)" if len(problems) > 1 else ""
             raise DataError(f"{problems[0]}{more}: mend or remove it, or pass --skip-corrupt to leave such files out")
-        return {
-            "pixels": torch.from_numpy(pixels[good]),
-            "labels": torch.tensor([item.label for item in items], dtype=torch.int64)[good],
-            "groups": torch.tensor([item.group for item in items], dtype=torch.int64)[good],
-            "skipped": torch.tensor(len(problems)),
-        }
+        return good
 
 
 def _stored(path: Path) -> tuple[int, Images] | None:
-    """Of a cache; None where there is none yet, or one that was cut short or is another's."""
+    """Of a cache, mapped into memory; None where there is none yet, or one that was cut short or is another's."""
     try:
         return _unpack(load_file(path))
     except (OSError, SafetensorError, KeyError):
         return None
 
 
-def _unpack(tensors: dict[str, torch.Tensor]) -> tuple[int, Images]:
-    return int(tensors["skipped"]), Images(tensors["pixels"], tensors["labels"], tensors["groups"])
+def _unpack(tensors: Mapping[str, torch.Tensor]) -> tuple[int, Images]:
+    good = tensors["good"]
+    images = Images(tensors["pixels"], tensors["labels"], tensors["groups"])
+    if bool(good.all()):
+        return 0, images
+    return int((~good).sum()), images[np.flatnonzero(good.numpy())]
 
 
 def _cache_folder() -> Path:
@@ -319,18 +351,46 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camri-tune"
 
 
-def _write_whole(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a cache file under a temporary name, then rename. A cache that cannot be written is only slower."""
+@contextmanager
+def _written_whole(path: Path, layout: Mapping[str, tuple[type, tuple[int, ...]]]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Arrays to be filled, which then are a safetensors file: mapped into memory, for they may be larger than that.
+
+    The file gets its name once it is whole. One that cannot be written is only slower: then they are in memory alone.
+    """
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, (kind, shape) in layout.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
+        dtype = {np.int64: "I64", np.uint8: "U8", np.bool_: "BOOL"}[kind]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    start = 8 + len(header)
+    scratch: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        try:
-            save_file(tensors, name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+        scratch = Path(name)
+        with open(handle, "r+b") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.flush()
+            os.posix_fallocate(handle, 0, start + end)  # a disk that is full says so now, and not by a signal
+    except OSError as error:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
         warnings.warn(
             f"the image cache {str(path)!r} could not be written ({error}); images are decoded again", stacklevel=2
         )
+        yield {name: np.empty(shape, kind) for name, (kind, shape) in layout.items()}
+        return
+    try:
+        mapped = np.memmap(scratch, np.uint8, "r+", offset=start, shape=(end,))
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, (kind, shape) in layout.items():
+            first, last = entries[name]["data_offsets"]
+            arrays[name] = mapped[first:last].view(kind).reshape(shape)
+        yield arrays
+        mapped.flush()
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

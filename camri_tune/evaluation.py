@@ -107,7 +107,7 @@ class Judge:
     def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
         """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
         classifier = self._classifier(record, loss)
-        return None if classifier is None else predict_logits(classifier, images.pixels, self._device)
+        return None if classifier is None else predict_logits(classifier, images, self._device)
 
     def _right(self, record: TrialRecord, loss: Loss, images: Images) -> NDArray[np.bool_] | None:
         logits = self.logits(record, loss, images)
@@ -137,7 +137,7 @@ class Judge:
             classifier = self._classifier(entrant.chosen, head)
             if classifier is None:
                 return None
-            embeddings = predict_embeddings(classifier, self.test.pixels, self._device).numpy()
+            embeddings = predict_embeddings(classifier, self.test, self._device).numpy()
             weights = classifier.head.class_weights.detach().float().cpu().numpy()
             places.append(angles(embeddings, weights, labels, important))
         kinds = kinds_of_images(labels, answers, important)
@@ -266,11 +266,11 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
         where, trained_on=trained_on, fingerprint=config.dataset_fingerprint, classes=bundle.classes
     )
     images = unseen.images
-    if images.pixels.shape[1] != config.spec.channels:
+    if images.channels != config.spec.channels:
         raise InputError(
-            f"{where!r} has images of {images.pixels.shape[1]} channel(s), but the model takes {config.spec.channels}"
+            f"{where!r} has images of {images.channels} channel(s), but the model takes {config.spec.channels}"
         )
-    answers = predict_logits(bundle.classifier, images.pixels, torch.device("cpu")).argmax(dim=1).numpy()
+    answers = predict_logits(bundle.classifier, images, torch.device("cpu")).argmax(dim=1).numpy()
     labels, groups = images.labels.numpy(), images.groups.numpy()
     recalls = recall_per_class(confusion_matrix(labels, answers, len(bundle.classes)))
     present = [c for c in config.important if not math.isnan(recalls[c])]

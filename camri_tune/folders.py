@@ -15,7 +15,7 @@ from camri_tune.errors import DataError
 from camri_tune.images import Images, is_image_file
 
 Part = Literal["train", "validation", "test"]
-CACHE_FORMAT = 1  # raise when decoding changes, so that old caches are not read
+CACHE_FORMAT = 2  # raise when decoding changes, so that old caches are not read
 
 
 class Item(NamedTuple):

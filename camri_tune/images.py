@@ -4,11 +4,12 @@ Image files come from anybody. What one may take of memory and time is bounded h
 set to: its size in bytes and in pixels, and both for all threads together.
 """
 
+import math
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,59 @@ MOST_SCANS = 200  # passes over a JPEG; a progressive one has about ten, and a t
 
 @dataclass(frozen=True)
 class Images:
-    """One part of a data set: `pixels` uint8 (N, C, S, S), `labels` and `groups` int64 (N,)."""
+    """One part of a data set: rows of a store of pixels that parts share, so that no part is a copy.
 
-    pixels: torch.Tensor
+    `store` uint8 (M, C, S, S), which may be a file that all processes on a machine map into memory; `labels` and
+    `groups` int64 (N,); `rows` int64 (N,) says where in the store each image lies, None: all of it in order.
+    """
+
+    store: torch.Tensor
     labels: torch.Tensor
     groups: torch.Tensor
+    rows: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: NDArray[np.int64]) -> "Images":
-        rows = torch.from_numpy(index)
-        return Images(self.pixels[rows], self.labels[rows], self.groups[rows])
+        places = torch.from_numpy(index)
+        rows = places if self.rows is None else self.rows[places]
+        return Images(self.store, self.labels[places], self.groups[places], rows)
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """All images, (N, C, S, S): a copy, unless they are the whole store."""
+        return self.store if self.rows is None else self.store[self.rows]
+
+    @property
+    def channels(self) -> int:
+        return int(self.store.shape[1])
+
+    @property
+    def side(self) -> int:
+        """Height and width in pixels."""
+        return int(self.store.shape[2])
+
+    @property
+    def bytes(self) -> int:
+        """What the pixels take."""
+        return len(self) * math.prod(self.store.shape[1:])
+
+    def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels (B, C, S, S) and labels (B,) of the images in these places, int64 (B,)."""
+        return self.store[places if self.rows is None else self.rows[places]], self.labels[places]
+
+    def split(self, size: int) -> Iterator[torch.Tensor]:
+        """Pixels in order, so many at a time, as `Tensor.split` gives them."""
+        for start in range(0, len(self), size):
+            some = slice(start, start + size)
+            yield self.store[some if self.rows is None else self.rows[some]]
+
+    def on(self, device: torch.device) -> "Images":
+        """The same images in a device's memory, without the rest of their store."""
+        if self.store.device.type == device.type == "cpu":
+            return self
+        return Images(self.pixels.to(device), self.labels.to(device), self.groups.to(device))
 
 
 def describe_counts(images: Images) -> str:
@@ -60,16 +102,16 @@ def describe_counts(images: Images) -> str:
 
 def resized(images: Images, size: int) -> Images:
     """The same images at `size` x `size`."""
-    if images.pixels.shape[-1] == size:
+    if images.side == size:
         return images
     resized = [  # in pieces: as floats, all of them together would be large
         torch.nn.functional.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
         .round()
         .clamp(0, 255)
         .to(torch.uint8)
-        for some in torch.split(images.pixels, 1024)
+        for some in images.split(1024)
     ]
-    return replace(images, pixels=torch.cat(resized))
+    return Images(torch.cat(resized), images.labels, images.groups)
 
 
 class _Budget:

@@ -157,7 +157,7 @@ def train_plane(
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights, dropout, order of the images
-        compact = CompactCNN(images.pixels.shape[1], images.pixels.shape[2])
+        compact = CompactCNN(images.channels, images.side)
         # Batch normalisation comes last, so that features lie all around the origin.
         bottleneck = (nn.PReLU(), nn.Linear(compact.embedding_size, 2, bias=False), nn.BatchNorm1d(2, affine=False))
         body = nn.Sequential(compact, *bottleneck).to(memory_format=torch.channels_last).to(device)
@@ -172,9 +172,10 @@ def train_plane(
         )
         for epoch in range(1, epochs + 1):
             for rows in torch.randperm(len(images))[: steps * batch].view(steps, batch):
+                pixels, labels = images.batch(rows)
                 with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
-                    features = body(images.pixels[rows].to(device))
-                loss = head(features, images.labels[rows].to(device))
+                    features = body(pixels.to(device))
+                loss = head(features, labels.to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -188,7 +189,7 @@ def train_plane(
 def see(body: nn.Module, head: Head, images: Images, device: torch.device) -> Panel:
     """A trained network on `images`, without margin or label."""
     body.eval()
-    embeddings = torch.cat([body(part.to(device)) for part in torch.split(images.pixels, EVALUATION_BATCH)])
+    embeddings = torch.cat([body(part.to(device)) for part in images.split(EVALUATION_BATCH)])
     called = head.get_logits(embeddings).argmax(dim=1).cpu().numpy()
     features, weights = (F.normalize(t.double()).cpu().numpy() for t in (embeddings, class_weights(head)))
     return Panel(head.cpu(), features, weights, images.labels.numpy(), called)

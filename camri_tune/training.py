@@ -4,10 +4,8 @@ Speed comes from three things that only work together: no data loader, channels_
 has it. Head, margin and softmax stay in float32 (see losses.py), and so does the final evaluation, which counts.
 """
 
-import ctypes
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,10 +142,10 @@ def train(
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
-        body = build_body(model, channels=images.pixels.shape[1], image_size=images.pixels.shape[2])
+        body = build_body(model, channels=images.channels, image_size=images.side)
         classifier = Classifier(body, head.build(num_classes, body.embedding_size)).to(device)
         optimizer = _optimizer(classifier, recipe, device)
-        pixels, labels = images.pixels.to(device), images.labels.to(device)
+        held = images.on(device) if fits(images, device) else images
         batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
         factor = _schedule(steps * recipe.epochs, recipe)
@@ -164,21 +162,24 @@ def train(
             order = torch.randperm(len(images), generator=rng)[: steps * batch_size].view(steps, batch_size)
             # All random numbers of an epoch at once: no step waits for what is on its way to the device.
             drawn = (
-                draw(steps * batch_size, pixels.shape[1], recipe.augmentation, rng).to(device).view(*order.shape, -1)
+                draw(steps * batch_size, images.channels, recipe.augmentation, rng).to(device).view(*order.shape, -1)
             )
             total = torch.zeros((), device=device)
-            for step, (rows, numbers) in enumerate(zip(order.to(device), drawn, strict=True), (epoch - 1) * steps):
+            for step, (places, numbers) in enumerate(
+                zip(order.to(held.store.device), drawn, strict=True), (epoch - 1) * steps
+            ):
                 if on_step is not None:
                     on_step()
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate * factor(step)
-                batch = augment(pixels[rows], recipe.augmentation, numbers)
+                pixels, labels = (tensor.to(device) for tensor in held.batch(places))
+                batch = augment(pixels, recipe.augmentation, numbers)
                 optimizer.zero_grad(set_to_none=True)
-                parts = zip(batch.chunk(recipe.accumulation), labels[rows].chunk(recipe.accumulation), strict=True)
+                parts = zip(batch.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
                 for some, their_labels in parts:
                     with _fast_precision(device):
                         embeddings = classifier.embed(some)
-                    loss = classifier.head(embeddings, their_labels) * (len(some) / len(rows))
+                    loss = classifier.head(embeddings, their_labels) * (len(some) / batch_size)
                     loss.backward()
                     total += loss.detach()
                 optimizer.step()
@@ -190,7 +191,7 @@ def train(
                 )
             confusion = None
             if epoch == recipe.epochs:
-                logits = predict_logits(classifier, validation.pixels, device, batch=evaluation_batch)
+                logits = predict_logits(classifier, validation, device, batch=evaluation_batch)
                 if not torch.isfinite(logits).all():  # the last step alone can ruin the weights
                     raise TrainingDivergedError(
                         f"the trained model's logits are not finite with {head}, learning rate "
@@ -218,26 +219,29 @@ def evaluate(
     batch: int = EVALUATION_BATCH,
 ) -> IntArray:
     """Confusion matrix (C, C) of `classifier` on `images`, so many at a time."""
-    predictions = predict_logits(classifier, images.pixels, device, batch=batch).argmax(dim=1)
+    predictions = predict_logits(classifier, images, device, batch=batch).argmax(dim=1)
     return confusion_matrix(images.labels.numpy(), predictions.numpy(), num_classes)
 
 
 @torch.no_grad()
 def predict_logits(
-    classifier: Classifier, pixels: Tensor, device: torch.device, *, batch: int = EVALUATION_BATCH
+    classifier: Classifier, images: Images | Tensor, device: torch.device, *, batch: int = EVALUATION_BATCH
 ) -> Tensor:
-    """Logits (N, C) on the CPU of uint8 images (N, C, S, S), so many at a time."""
+    """Logits (N, C) on the CPU of images, or of uint8 pixels (N, C, S, S), so many at a time."""
     classifier.eval()
-    return torch.cat([classifier(some.to(device)).float().cpu() for some in torch.split(pixels, batch)])
+    return torch.cat([classifier(some.to(device)).float().cpu() for some in images.split(batch)])
 
 
 @torch.no_grad()
-def predict_embeddings(classifier: Classifier, pixels: Tensor, device: torch.device) -> Tensor:
-    """Embeddings (N, D) on the CPU of uint8 images (N, C, S, S)."""
+def predict_embeddings(classifier: Classifier, images: Images, device: torch.device) -> Tensor:
+    """Embeddings (N, D) on the CPU."""
     classifier.eval()
-    return torch.cat(
-        [classifier.embed(batch.to(device)).float().cpu() for batch in torch.split(pixels, EVALUATION_BATCH)]
-    )
+    return torch.cat([classifier.embed(some.to(device)).float().cpu() for some in images.split(EVALUATION_BATCH)])
+
+
+def fits(images: Images, device: torch.device) -> bool:
+    """Whether a device has room for images beside the training: a GPU for half of what is free, which workers share."""
+    return device.type != "cuda" or images.bytes < torch.cuda.mem_get_info(device)[0] / 2
 
 
 def pick_device(name: str) -> torch.device:
@@ -251,18 +255,6 @@ def pick_device(name: str) -> torch.device:
             f"PyTorch can use; choose auto or cpu"
         )
     return device
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep memory that it frees: else glibc returns every large tensor to the system.
-
-    A step on a CPU then spends a tenth of its time on pages that are handed out anew. Nothing where there is no glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def cpu_count() -> int:

@@ -19,10 +19,11 @@ from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version
+from camri_tune.memory import keep_freed_memory
 from camri_tune.prefork import serve
 from camri_tune.search import Plan, make_sampler
 from camri_tune.storage import StudyStore, claim
-from camri_tune.training import keep_freed_memory, pick_device
+from camri_tune.training import pick_device
 from camri_tune.trials import Stop, run_trial
 
 IDLE_SECONDS = (0.2, 0.3, 0.5, 1.0, 2.0)  # between looks at empty queues, which a database far away should not feel

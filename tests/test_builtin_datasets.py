@@ -237,7 +237,23 @@ def test_a_damaged_file_of_mnist_is_named_before_anything_is_trained(name: str, 
     assert str(path) in message_of(raised)
 
 
-def test_a_test_part_that_is_gone_by_the_end_is_named(small_mnist: Path) -> None:
+def test_a_second_start_reads_packed_images_from_the_cache(
+    small_mnist: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All workers map one file, instead of each having a copy."""
+    first = _open("mnist", small_mnist)
+    parts = [first.train, first.validation, first.test()]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(MNIST, "__init__", refuse)
+    again = _open("mnist", small_mnist)
+    assert all(map(same, parts, [again.train, again.validation, again.test()]))
+    assert {path.name for path in own_cache.rglob("*.safetensors")} == {"train.safetensors", "test.safetensors"}
+
+
+def test_a_test_part_that_is_gone_by_the_end_is_named(small_mnist: Path, own_cache: Path) -> None:
     data = _open("mnist", small_mnist)
     (small_mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(DataError, match="the test part of mnist can no longer be read") as raised:
@@ -402,7 +418,7 @@ def test_cifar10_in_image_folders_wins_over_the_published_files(
 
 
 def test_the_test_part_of_cifar10_is_not_decoded_before_it_is_asked_for(
-    small_cifar: SmallCifar, monkeypatch: pytest.MonkeyPatch
+    small_cifar: SmallCifar, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
     real = pickle.load

@@ -1,6 +1,7 @@
 """Folders of images: what is listed, how it is decoded and split, what is kept in the cache, and what is refused."""
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -678,6 +679,7 @@ def test_a_damaged_cache_file_is_built_anew(
     first = open_data(root)
     (path,) = own_cache.rglob("*.safetensors")
     whole = path.read_bytes()
+    path.unlink()  # the first has it mapped
     match damage:
         case "cut short":
             path.write_bytes(whole[: len(whole) // 2])
@@ -697,6 +699,66 @@ def test_a_damaged_cache_file_is_built_anew(
     assert files == {path.name, f"{path.name}.lock"}, "no partial files"
     forbid_decoding(monkeypatch)
     assert same(open_data(root).train, first.train)
+
+
+def test_parts_and_folds_are_rows_of_one_mapped_file(image_folder: MakeFolder, own_cache: Path) -> None:
+    """However many there are of them, and of workers, a machine's memory has the images once."""
+    data = open_data(image_folder({"a": 30, "b": 30}))
+    parts = [data.train, data.validation, *data.fold(1), *data.fold(4), data.validation_of(5)]
+    assert len({part.store.data_ptr() for part in parts}) == 1
+    (path,) = own_cache.rglob("*.safetensors")
+    first = data.train.store.data_ptr()
+    spans = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+    ]
+    assert any(int(low, 16) <= first < int(high, 16) for low, high in spans)
+    assert data.train.bytes == len(data.train) * 3 * SIDE * SIDE
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.data())
+def test_rows_of_a_store_are_what_a_copy_would_be(stored: int, size: int, data: st.DataObject) -> None:
+    pixels = torch.arange(stored * 12, dtype=torch.uint8).view(stored, 3, 2, 2)
+    images, numbers = Images(pixels, torch.arange(stored), torch.arange(stored) // 2), np.arange(stored)
+    for _ in range(2):  # rows, and rows of rows
+        some = np.array(data.draw(st.lists(st.integers(0, len(images) - 1), min_size=1, max_size=20)))
+        images, numbers = images[some], numbers[some]
+        copied = pixels[torch.from_numpy(numbers)]
+        assert len(images) == len(numbers)
+        assert torch.equal(images.pixels, copied)
+        assert torch.equal(torch.cat(list(images.split(size))), copied)
+        assert [len(part) for part in images.split(size)] == [len(part) for part in torch.split(copied, size)]
+        places = torch.tensor(data.draw(st.lists(st.integers(0, len(images) - 1), min_size=1, max_size=9)))
+        taken, labels = images.batch(places)
+        assert torch.equal(taken, copied[places])
+        assert torch.equal(labels, torch.from_numpy(numbers)[places])
+        assert torch.equal(images.groups, torch.from_numpy(numbers // 2))
+        assert (images.channels, images.side, images.bytes) == (3, 2, len(copied) * 12)
+
+
+@pytest.mark.parametrize(("free", "said"), [(None, False), (10**9, False), (30_000, False), (20_000, True), (0, True)])
+def test_images_that_memory_does_not_hold_are_told(
+    free: int | None, said: bool, image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(image_folder({"a": 30, "b": 30}))  # 11,520 bytes
+    monkeypatch.setattr(datasets, "free_memory", lambda: free)
+    assert [("read from the disk again and again" in notice) for notice in data.notices()] == [True] * said
+
+
+def test_a_full_disk_makes_the_cache_only_slower(
+    image_folder: MakeFolder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder({"a": 6, "b": 6})
+    whole = open_data(root).train
+    for path in own_cache.rglob("*.safetensors"):
+        path.unlink()
+
+    def refuse(*_: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.warns(UserWarning, match="could not be written .*No space left on device"):
+        assert same(open_data(root).train, whole)
+    assert not list(own_cache.rglob("*.partial"))
 
 
 def test_a_changed_folder_is_another_data_set(image_folder: MakeFolder) -> None:

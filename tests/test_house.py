@@ -29,7 +29,19 @@ FLOORS = [
     {"result"},
     {"augmentation", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style"},
-    {"metrics", "stats", "posthoc", "config", "files", "checkpoint", "database", "artifacts", "heartbeat", "prefork"},
+    {
+        "metrics",
+        "stats",
+        "posthoc",
+        "config",
+        "files",
+        "checkpoint",
+        "database",
+        "artifacts",
+        "heartbeat",
+        "prefork",
+        "memory",
+    },
     {"errors"},
 ]
 
