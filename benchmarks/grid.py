@@ -33,9 +33,9 @@ from camri_tune.training import HeadSpec, Progress, Recipe, predict_logits, trai
 
 FloatArray = NDArray[np.float64]
 HERE = Path(__file__).parent
-SCALES = (4.0, 8.0, 16.0, 32.0, 64.0)
+SCALES = (4.0, 5.7, 8.0, 11.3, 16.0, 22.6, 32.0)
 MARGINS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
-RATES = (0.001, 0.002, 0.004, 0.008)
+RATES = (0.002, 0.004, 0.008)
 SEEDS = 3
 EPOCHS, BATCH = 10, 64  # small batches: a cosine softmax needs steps
 MOST_BIASES = 40  # of a row

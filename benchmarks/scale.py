@@ -2,8 +2,8 @@
 
 CLAIM
 
-`python -m benchmarks.scale measure` writes image caches of random pixels of each size into a scratch folder (up to 36 GB,
-removed afterwards), has two processes of one thread each train on them at once, as workers do, and writes
+`python -m benchmarks.scale measure` writes image caches of random pixels of each size into a scratch folder (up to
+36 GB, removed afterwards), has two processes of one thread each train on them at once, as workers do, and writes
 `benchmarks/scale.json`; `report` prints it. *own* is the memory that belongs to one worker alone, above what it had
 before it opened the data; *shared* the pages of the images that all map. *images/s* is of both workers together, from
 the first step on, with the page cache emptied before (*cold*) and then once more (*warm*).
@@ -139,12 +139,19 @@ def measure() -> None:
             write(path, count, side)
             cold = once(path, side) if empty_page_cache() else None
             rows = [once(path, side) for _ in range(REPEATS)]
-            row = {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]}
+            row: dict[str, float | None] = {
+                key: round(statistics.median(found[key] for found in rows), 3) for key in rows[0]
+            }
             row["cold images/s"] = None if cold is None else round(cold["images/s"], 1)
             figures[f"{count:,} at {side}x{side}"] = {"GB of images": round(path.stat().st_size / 1e9, 2), **row}
-            print(json.dumps({f"{count:,} at {side}x{side}": figures[f"{count:,} at {side}x{side}"]}), flush=True)
-    about = {"workers": WORKERS, "batch": BATCH, "repeats": REPEATS, "free GB": round(free / 1e9, 1)}
-    about |= {"machine": f"{os.cpu_count()} cores of {processor()}", "torch": torch.__version__}
+            print(json.dumps(figures, indent=2), flush=True)
+    about = {
+        "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        "free GB": round(free / 1e9, 1),
+        "workers": WORKERS,
+        "batch": BATCH,
+        "repeats": REPEATS,
+    }
     FIGURES.write_text(json.dumps({**about, "sizes": figures}, indent=2) + "\n")
 
 
