@@ -14,6 +14,7 @@ correct   the same seed gives the same weights, also where a training is interru
 speed-*   `training.py speed`: images a second, beside a plain loop and Lightning; -gtsrb and -cifar10, as below
 goal-*    `training.py goals`: seconds to 98.9 % on GTSRB and 94 % on CIFAR-10, there beside airbench 0.1.8
 packing   trainings an hour with so many processes on the GPU at once (GTSRB)
+grid-*    a table of trainings for `search.py own`: all images, each setting once
 study-*   `camri-tune run`, with as many workers as packing found best
 """
 
@@ -134,6 +135,13 @@ def study(dataset: str, device: torch.device) -> dict[str, Any]:
     return {key: result[key] for key in keys}
 
 
+def grid(setup: str, device: torch.device) -> dict[str, Any]:
+    """Trainings to search (grid.py), one seed of all settings; where the time is too short, it goes on next time."""
+    packed = ["--processes", str(_best_pack())]
+    _command("python", "-m", "benchmarks.grid", setup, "--seeds", "1", "--device", str(device), *packed)
+    return {"recorded in": f"grid_{setup}.jsonl"}
+
+
 def of_training(command: str, dataset: str, device: torch.device) -> dict[str, Any]:
     """A command of training.py, which records its own figures."""
     _command("python", "-m", "benchmarks.training", command, "--dataset", dataset, "--device", str(device))
@@ -162,6 +170,8 @@ PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "goal-gtsrb": partial(of_training, "goals", "gtsrb"),
     "goal-cifar10": partial(of_training, "goals", "cifar10"),
     "packing": packing,
+    "grid-gtsrb": partial(grid, "gtsrb-all"),
+    "grid-cifar10": partial(grid, "cifar10-all"),
     "study-gtsrb": partial(study, "gtsrb"),
     "study-cifar10": partial(study, "cifar10"),
 }

@@ -37,23 +37,31 @@ from scipy import stats
 from benchmarks import grid
 from camri_tune.config import StudyConfig
 from camri_tune.pruning import below_all
+from camri_tune.records import TrialRecord
 from camri_tune.search import make_sampler, starting_points
+from camri_tune.selection import finalists
 
 HERE = Path(__file__).parent
 ROWS, FIGURES = HERE / "search_rows.jsonl", HERE / "search.json"
 BUDGET, SEEDS = 60, 30
-BEST = 0.01  # of the feasible settings
+TRIALS, FINALISTS = 30, 5  # of a study on our own tables
+BEST = 0.01  # of the feasible settings of a public table
+CLOSE = 0.02  # to the recall of the best feasible setting of ours: less than the means of its trainings are sure of
 Params = Mapping[str, Any]
 Curve = Mapping[int, float]  # accuracy by epoch
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one training shows a search: a value to maximise, a constraint that holds if <= 0, accuracy by epoch."""
+    """What one training shows a search: a value to maximise, a constraint that holds if <= 0, accuracy by epoch.
+
+    `at_floor`: the first two with the bias of the important class's logit that gains most while accuracy is kept.
+    """
 
     value: float
     constraint: float
     curve: Curve = field(default_factory=dict)
+    at_floor: tuple[float, float] | None = None
 
 
 class Table(Protocol):
@@ -75,20 +83,19 @@ class Table(Protocol):
 class CamriTable:
     """Trainings with CAMRI loss of one data set; settings are moved to the nearest one that was trained."""
 
-    def __init__(self, dataset: str, *, at_floor: bool = False) -> None:
+    def __init__(self, dataset: str) -> None:
         self.name = dataset
-        self.epochs = grid.EPOCHS
-        self._at_floor = at_floor
         self._header, rows = grid.rows_of(dataset)
-        by_setting: dict[tuple[float, ...], list[dict[str, Any]]] = defaultdict(list)
+        self.epochs = int(self._header["epochs"])
+        self._rows: dict[tuple[float, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
-            by_setting[row["scale"], row["margin"], row["rate"]].append(row)
-        seeds = max(map(len, by_setting.values()))
-        baseline = {rate: found for (scale, _, rate), found in by_setting.items() if scale == 0}
-        self._rows = {key: found for key, found in by_setting.items() if key[0] > 0 and len(found) == seeds}
+            self._rows[row["scale"], row["margin"], row["rate"]].append(row)
+        baseline = {key[2]: self._rows.pop(key) for key in list(self._rows) if key[0] == 0}
         rate = max(baseline, key=lambda r: _mean(baseline[r], "validation", 1))
-        self.floor, self._true_floor = (_mean(baseline[rate], part, 1) for part in ("validation", "truth"))
-        self.baseline = _mean(baseline[rate], "truth", 0)
+        self.floor, self._true_floor = (
+            _mean(baseline[rate], part, 1) - grid.SETUPS[dataset].tolerance * self._header[part]["images"]
+            for part in ("validation", "truth")
+        )
         self._keys = np.array(list(self._rows))
         low, high = self._keys.min(axis=0), self._keys.max(axis=0)
         self.space: Mapping[str, BaseDistribution] = {
@@ -96,36 +103,77 @@ class CamriTable:
             "margin": FloatDistribution(low[1], high[1]),
             "learning_rate": FloatDistribution(low[2], high[2], log=True),
         }
+        classes = {"gtsrb": 43, "cifar10": 10}[grid.SETUPS[dataset].dataset]
         self.known: Sequence[Params] = [
-            {
-                name: min(max(value, low[place]), high[place])
-                for place, name in enumerate(self.space)
-                if (value := point[name]) is not None
-            }
-            for point in starting_points("camri", [self._header["important"]], 43, rate)
+            {name: min(max(point[name], low[place]), high[place]) for place, name in enumerate(self.space)}
+            for point in starting_points("camri", [self._header["important"]], classes, rate)
         ]
-        means = {key: (_mean(found, "truth", 0), _mean(found, "truth", 1)) for key, found in self._rows.items()}
-        feasible = [key for key, (_, right) in means.items() if right >= self._true_floor]
-        self.feasible_share = len(feasible) / len(means)
-        feasible.sort(key=lambda key: -means[key][0])
-        self._best = set(feasible[: math.ceil(BEST * len(means))])
+        true = {key: (_mean(found, "truth", 0), _mean(found, "truth", 1)) for key, found in self._rows.items()}
+        feasible = {key: recalled for key, (recalled, right) in true.items() if right >= self._true_floor}
+        self._recall_of_baseline = _mean(baseline[rate], "truth", 0) / self._header["truth"]["important"]
+        least = max(feasible.values()) - CLOSE * self._header["truth"]["important"]
+        self._best = {key for key, recalled in feasible.items() if recalled >= least}
+        self.about = {
+            "settings": len(true),
+            "trainings of each": round(float(np.mean([len(found) for found in self._rows.values()])), 1),
+            "feasible": len(feasible),
+            "as good as the best": len(self._best),
+            "recall of the best": round(max(feasible.values()) / self._header["truth"]["important"], 3),
+            "recall of cross-entropy": round(_mean(baseline[rate], "truth", 0) / self._header["truth"]["important"], 3),
+        }
 
     def _key(self, params: Params) -> tuple[float, ...]:
         def unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.stack([np.log(rows[..., 0]), rows[..., 1] / 0.6 * 3, np.log(rows[..., 2])], axis=-1)
+            # Neighbours on each axis are about as far apart.
+            return np.stack([np.log(rows[..., 0]) / 0.35, rows[..., 1] / 0.12, np.log(rows[..., 2]) / 0.69], axis=-1)
 
         asked = np.array([params[name] for name in self.space])
         return tuple(self._keys[((unit(self._keys) - unit(asked)) ** 2).sum(axis=1).argmin()].tolist())
 
     def train(self, params: Params, rng: np.random.Generator) -> Seen:
         found = self._rows[self._key(params)]
-        row = found[rng.integers(len(found))]
+        return self._seen(found[rng.integers(len(found))])
+
+    def _seen(self, row: Mapping[str, Any]) -> Seen:
         size = self._header["validation"]
-        recalled, right = row["validation"]
-        if self._at_floor:
-            recalled, right = _at_floor(row, self.floor)
         curve = {epoch: correct / size["images"] for epoch, _, correct in row["curve"]}
-        return Seen(recalled / size["important"], (self.floor - right) / size["images"], curve)
+        scores = [
+            (recalled / size["important"], (self.floor - right) / size["images"])
+            for recalled, right in (row["validation"], self._at_floor(row)[0])
+        ]
+        return Seen(*scores[0], curve, at_floor=scores[1])
+
+    def _at_floor(self, row: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Validation's and truth's images recalled and right, with the bias of the logit that suits validation best.
+
+        It recalls most, then has most right, of those that keep the floor; where none does, it has most right.
+        """
+        points = list(
+            zip(zip(*row["biased validation"], strict=True), zip(*row["biased truth"], strict=True), strict=True)
+        )
+        kept = [point for point in points if point[0][1] >= self.floor]
+        return max(kept) if kept else max(points, key=lambda point: point[0][1])
+
+    def chosen(self, trials: Mapping[int, tuple[Params, Seen]], *, biased: bool) -> tuple[float, bool]:
+        """What a study would export: its true recall, and whether its true accuracy keeps the floor.
+
+        Of the best feasible trials the one whose mean over all seeds is best, as `selection.py` does; with `biased`
+        each model has the bias that suits its validation. Cross-entropy's recall where none is feasible.
+        """
+        records = [
+            TrialRecord(number, "complete", {}, recall=score[0], constraint=score[1], checkpoint="x", sha256="x")
+            for number, (_, seen) in trials.items()
+            if (score := seen.at_floor if biased and seen.at_floor else (seen.value, seen.constraint))
+        ]
+        best: tuple[float, float, bool] | None = None
+        for record in finalists(records, FINALISTS):
+            models = self._rows[self._key(trials[record.number][0])]
+            pairs = [self._at_floor(m) if biased else (m["validation"], m["truth"]) for m in models]
+            validation, truth = np.array(pairs, dtype=float).mean(axis=0)
+            if validation[1] >= self.floor:
+                found = validation[0], truth[0] / self._header["truth"]["important"], bool(truth[1] >= self._true_floor)
+                best = max(best or found, found)
+        return (self._recall_of_baseline, True) if best is None else best[1:]
 
     def is_best(self, params: Params) -> bool:
         return self._key(params) in self._best
@@ -133,13 +181,6 @@ class CamriTable:
 
 def _mean(rows: Sequence[Mapping[str, Any]], part: str, place: int) -> float:
     return float(np.mean([row[part][place] for row in rows]))
-
-
-def _at_floor(row: Mapping[str, Any], floor: float) -> tuple[float, float]:
-    """The most recalled, and then right, along the bias of the logit, where so many are right; else the most right."""
-    points = list(zip(*row["biased validation"], strict=True))
-    kept = [point for point in points if point[1] >= floor]
-    return max(kept) if kept else max(points, key=lambda point: point[1])
 
 
 # --- public tables ----------------------------------------------------------------------------------------------------
@@ -211,6 +252,7 @@ class Contender:
     sampler: Callable[[int], optuna.samplers.BaseSampler]
     knows: bool = False
     prunes: bool = False
+    at_floor: bool = False
 
 
 CONTENDERS = {
@@ -220,34 +262,48 @@ CONTENDERS = {
     "GPSampler": Contender(lambda seed: optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)),
     "ours": Contender(lambda seed: make_sampler(StudyConfig(), seed), knows=True, prunes=True),
     "ours without pruning": Contender(lambda seed: make_sampler(StudyConfig(), seed), knows=True),
+    "ours, told recall at the floor": Contender(
+        lambda seed: make_sampler(StudyConfig(), seed), knows=True, prunes=True, at_floor=True
+    ),
     "ours without known points": Contender(lambda seed: make_sampler(StudyConfig(), seed)),
 }
 
 
-def search(table: Table, contender: Contender, seed: int) -> tuple[int, int]:
-    """Trials and epochs of training until a trial has one of the best settings; one trial more than BUDGET if none."""
+def search(table: Table, contender: Contender, seed: int) -> dict[str, Any]:
+    """One study: trials and epochs until one has one of the best settings, one trial more than BUDGET if none has.
+
+    On our own tables also what TRIALS trials cost, and what they lead to.
+    """
     rng = np.random.default_rng(seed)
     study = optuna.create_study(direction="maximize", sampler=contender.sampler(seed))
     for point in table.known if contender.knows else ():
         study.enqueue_trial(dict(point))
     epochs = 0
-    feasible_curves: list[Curve] = []
+    found: dict[str, Any] = {}
+    finished: dict[int, tuple[Params, Seen]] = {}
     for number in range(1, BUDGET + 1):
         trial = study.ask(dict(table.space))
         seen = table.train(trial.params, rng)
-        stopped = _stopped_at(seen.curve, feasible_curves, table.epochs) if contender.prunes else None
+        curves = [other.curve for _, other in finished.values() if other.constraint <= 0]
+        stopped = _stopped_at(seen.curve, curves, table.epochs) if contender.prunes else None
         epochs += stopped or table.epochs
-        if stopped is not None:
-            trial.set_constraint("accuracy", seen.constraint)
+        told = seen.at_floor if contender.at_floor and seen.at_floor else (seen.value, seen.constraint)
+        trial.set_constraint("accuracy", told[1])
+        if stopped is None:
+            study.tell(trial, told[0])
+            finished[number] = trial.params, seen
+            if "trials" not in found and table.is_best(trial.params):
+                found |= {"trials": number, "epochs": epochs}
+        else:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            continue
-        if table.is_best(trial.params):
-            return number, epochs
-        trial.set_constraint("accuracy", seen.constraint)
-        study.tell(trial, seen.value)
-        if seen.constraint <= 0:
-            feasible_curves.append(seen.curve)
-    return BUDGET + 1, epochs + table.epochs
+        if isinstance(table, CamriTable) and number == TRIALS:
+            found["spent"] = epochs
+            for biased in (False, True):
+                name = "biased" if biased else "chosen"
+                found[f"{name} recall"], found[f"{name} keeps"] = table.chosen(finished, biased=biased)
+        if "trials" in found and (number >= TRIALS or not isinstance(table, CamriTable)):
+            break
+    return {"trials": BUDGET + 1, "epochs": epochs + table.epochs} | found
 
 
 def _stopped_at(curve: Curve, feasible: Sequence[Curve], epochs: int) -> int | None:
@@ -267,13 +323,13 @@ def _study(job: tuple[str, str, str, int]) -> dict[str, Any]:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     torch.set_num_threads(1)  # GPSampler's
     kind, name, contender, seed = job
-    trials, epochs = search(table_called(kind, name), CONTENDERS[contender], seed)
-    return {"kind": kind, "table": name, "contender": contender, "seed": seed, "trials": trials, "epochs": epochs}
+    found = search(table_called(kind, name), CONTENDERS[contender], seed)
+    return {"kind": kind, "table": name, "contender": contender, "seed": seed, **found}
 
 
 def tables_of(kind: str) -> list[str]:
     if kind == "own":
-        return list(grid.SETUPS)
+        return [setup for setup in grid.SETUPS if grid.file_of(setup).exists()]
     return [f"{family}/{name}/{share}" for share in (0.1, 0.5) for family, names in PUBLIC.items() for name in names]
 
 
@@ -285,7 +341,7 @@ def record(kind: str, seeds: int) -> None:
     """Run the studies that are missing, seed after seed."""
     known = {(row["kind"], row["table"], row["contender"], row["seed"]) for row in rows()}
     # Public tables know no points and have no curves.
-    names = [name for name, c in CONTENDERS.items() if kind == "own" or not (c.knows or c.prunes)]
+    names = [name for name, c in CONTENDERS.items() if kind == "own" or not (c.knows or c.prunes or c.at_floor)]
     jobs = [(kind, table, name, seed) for seed in range(seeds) for table in tables_of(kind) for name in names]
     missing = [job for job in jobs if job not in known]
     with multiprocessing.get_context("spawn").Pool() as pool, ROWS.open("a") as out:
