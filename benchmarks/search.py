@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import optuna
@@ -36,7 +36,7 @@ from scipy import stats
 
 from benchmarks import grid
 from camri_tune.config import StudyConfig
-from camri_tune.pruning import below_all
+from camri_tune.pruning import is_hopeless
 from camri_tune.records import TrialRecord
 from camri_tune.search import make_sampler, starting_points
 from camri_tune.selection import finalists
@@ -48,12 +48,12 @@ TRIALS, FINALISTS = 30, 5  # of a study on our own tables
 BEST = 0.01  # of the feasible settings of a public table
 CLOSE = 0.02  # to the recall of the best feasible setting of ours: less than the means of its trainings are sure of
 Params = Mapping[str, Any]
-Curve = Mapping[int, float]  # accuracy by epoch
+Curve = Mapping[int, tuple[float, float]]  # value and accuracy by epoch
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one training shows a search: a value to maximise, a constraint that holds if <= 0, accuracy by epoch.
+    """What one training shows a search: a value to maximise, a constraint that holds if <= 0, both by epoch.
 
     `at_floor`: the first two with the bias of the important class's logit that gains most while accuracy is kept.
     """
@@ -87,6 +87,7 @@ class CamriTable:
         self.name = dataset
         self._header, rows = grid.rows_of(dataset)
         self.epochs = int(self._header["epochs"])
+        self.images = int(self._header["validation"]["images"])
         self._rows: dict[tuple[float, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
             self._rows[row["scale"], row["margin"], row["rate"]].append(row)
@@ -136,7 +137,9 @@ class CamriTable:
 
     def _seen(self, row: Mapping[str, Any]) -> Seen:
         size = self._header["validation"]
-        curve = {epoch: correct / size["images"] for epoch, _, correct in row["curve"]}
+        curve = {
+            epoch: (recalled / size["important"], right / size["images"]) for epoch, recalled, right in row["curve"]
+        }
         scores = [
             (recalled / size["important"], (self.floor - right) / size["images"])
             for recalled, right in (row["validation"], self._at_floor(row)[0])
@@ -252,6 +255,7 @@ class Contender:
     sampler: Callable[[int], optuna.samplers.BaseSampler]
     knows: bool = False
     prunes: bool = False
+    hears: bool = True  # of what was stopped, as of a finished trial that misses the floor
     at_floor: bool = False
 
 
@@ -262,6 +266,9 @@ CONTENDERS = {
     "GPSampler": Contender(lambda seed: optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)),
     "ours": Contender(lambda seed: make_sampler(StudyConfig(), seed), knows=True, prunes=True),
     "ours without pruning": Contender(lambda seed: make_sampler(StudyConfig(), seed), knows=True),
+    "ours, deaf to what was stopped": Contender(
+        lambda seed: make_sampler(StudyConfig(), seed), knows=True, prunes=True, hears=False
+    ),
     "ours, told recall at the floor": Contender(
         lambda seed: make_sampler(StudyConfig(), seed), knows=True, prunes=True, at_floor=True
     ),
@@ -279,23 +286,30 @@ def search(table: Table, contender: Contender, seed: int) -> dict[str, Any]:
     for point in table.known if contender.knows else ():
         study.enqueue_trial(dict(point))
     epochs = 0
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"stopped": 0, "lost": 0}
     finished: dict[int, tuple[Params, Seen]] = {}
     for number in range(1, BUDGET + 1):
         trial = study.ask(dict(table.space))
         seen = table.train(trial.params, rng)
-        curves = [other.curve for _, other in finished.values() if other.constraint <= 0]
-        stopped = _stopped_at(seen.curve, curves, table.epochs) if contender.prunes else None
-        epochs += stopped or table.epochs
-        told = seen.at_floor if contender.at_floor and seen.at_floor else (seen.value, seen.constraint)
-        trial.set_constraint("accuracy", told[1])
-        if stopped is None:
+        stop = _stopped(table, seen, [other for _, other in finished.values()]) if contender.prunes else None
+        if stop is None:
+            epochs += table.epochs
+            told = seen.at_floor if contender.at_floor and seen.at_floor else (seen.value, seen.constraint)
+            trial.set_constraint("accuracy", told[1])
             study.tell(trial, told[0])
             finished[number] = trial.params, seen
             if "trials" not in found and table.is_best(trial.params):
                 found |= {"trials": number, "epochs": epochs}
         else:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            epochs += stop.epoch
+            trial.set_constraint("accuracy", stop.constraint)
+            if contender.hears:
+                study.tell(trial, stop.value)
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            if number <= TRIALS:
+                found["stopped"] += 1
+                found["lost"] += seen.constraint <= 0
         if isinstance(table, CamriTable) and number == TRIALS:
             found["spent"] = epochs
             for biased in (False, True):
@@ -306,12 +320,23 @@ def search(table: Table, contender: Contender, seed: int) -> dict[str, Any]:
     return {"trials": BUDGET + 1, "epochs": epochs + table.epochs} | found
 
 
-def _stopped_at(curve: Curve, feasible: Sequence[Curve], epochs: int) -> int | None:
-    """The epoch after which AccuracyFloorPruner, as it is in a study, ends a training."""
-    rivals = [{str(epoch): accuracy for epoch, accuracy in other.items()} for other in feasible]
-    for epoch, accuracy in curve.items():
-        if epochs / 2 <= epoch < epochs and below_all(accuracy, str(epoch), rivals, min_curves=4, slack=0.005):
-            return epoch
+class _Stop(NamedTuple):
+    epoch: int
+    value: float
+    constraint: float
+
+
+def _stopped(table: Table, seen: Seen, finished: Sequence[Seen]) -> _Stop | None:
+    """Where AccuracyFloorPruner ends a training, and what is known of it then."""
+    if not isinstance(table, CamriTable):
+        return None
+    floor, images = table.floor / table.images, table.images
+    curves = [{str(epoch): accuracy for epoch, (_, accuracy) in other.curve.items()} for other in finished]
+    so_far: dict[str, float] = {}
+    for epoch, (value, accuracy) in seen.curve.items():
+        so_far[str(epoch)] = accuracy
+        if epoch < table.epochs and is_hopeless(so_far, curves, floor=floor, images=images, epochs=table.epochs):
+            return _Stop(epoch, value, floor - accuracy)
     return None
 
 

@@ -1,10 +1,11 @@
-"""Stop a trial early only where it is about to miss the accuracy floor; never for its recall.
+"""Stop a trial early only where it cannot reach the accuracy floor any more; never for its recall.
 
 Optuna's pruners compare values and ignore constraints: an infeasible trial of high recall would raise the bar for
-feasible ones. Here the bar is what feasible trials had at the same epoch, so a trial that one of them once looked like
-is never stopped.
+feasible ones. Here the floor is the bar, and what finished trials still gained tells who can reach it.
+`benchmarks/search.py` has what that saves, and what it costs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import optuna
@@ -14,37 +15,41 @@ from optuna.trial import TrialState as OptunaState
 
 from camri_tune.records import ACCURACY_CURVE
 
+MIN_FINISHED = 5  # trials to learn gains from
+DOUBT = 3.0  # standard errors of the difference of two accuracies
+Curve = Mapping[str, float]  # accuracy by epoch
+
 
 class AccuracyFloorPruner(optuna.pruners.BasePruner):
-    """Prunes a trial whose accuracy at an epoch is below that of every feasible trial at that epoch, less `slack`.
+    """Prunes a trial that would miss `floor` even with the largest gain that a finished trial made from there on.
 
-    It waits for `min_feasible` finished feasible trials and for the first `patience` share of the epochs.
+    `images` are what an accuracy was measured on, `epochs` those of a whole training.
     """
 
-    def __init__(self, *, epochs: int, min_feasible: int = 4, patience: float = 0.5, slack: float = 0.005) -> None:
+    def __init__(self, *, floor: float, images: int, epochs: int) -> None:
+        self._floor = floor
+        self._images = images
         self._epochs = epochs
-        self._min_feasible = min_feasible
-        self._patience = patience
-        self._slack = slack
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         curve = trial.user_attrs.get(ACCURACY_CURVE, {})
-        if not curve:
-            return False
-        epoch = max(curve, key=int)
-        if int(epoch) < self._patience * self._epochs:
-            return False
         others = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
-        curves = [t.user_attrs.get(ACCURACY_CURVE, {}) for t in others if is_feasible(t)]
-        return below_all(curve[epoch], epoch, curves, min_curves=self._min_feasible, slack=self._slack)
+        curves = [other.user_attrs.get(ACCURACY_CURVE, {}) for other in others]
+        return is_hopeless(curve, curves, floor=self._floor, images=self._images, epochs=self._epochs)
 
 
-def below_all(
-    accuracy: float, epoch: str, curves: Sequence[Mapping[str, float]], *, min_curves: int, slack: float
-) -> bool:
-    """Whether `accuracy` is more than `slack` below every curve's accuracy at `epoch`, of at least `min_curves`."""
-    rivals = [curve[epoch] for curve in curves if epoch in curve]
-    return len(rivals) >= min_curves and accuracy < min(rivals) - slack
+def is_hopeless(curve: Curve, finished: Sequence[Curve], *, floor: float, images: int, epochs: int) -> bool:
+    """Whether a training that has come to the end of `curve` cannot reach the floor, as far as others can tell.
+
+    Both accuracies and gains are of `images` images, so that three standard errors of them are given in. Of fewer than
+    five finished trainings nothing is concluded.
+    """
+    if not curve:
+        return False
+    epoch, last = max(curve, key=int), str(epochs)
+    gains = [other[last] - other[epoch] for other in finished if epoch in other and last in other]
+    doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / images) if 0 < floor < 1 else 0.0
+    return len(gains) >= MIN_FINISHED and curve[epoch] + max(gains) + doubt < floor
 
 
 def is_feasible(trial: FrozenTrial) -> bool:

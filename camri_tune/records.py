@@ -10,6 +10,9 @@ from camri_tune.stats import Interval, seed_interval
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
 # A trial's curves, as Optuna stores them with it: {"epoch": accuracy} and {"epoch": recall of each class}.
 ACCURACY_CURVE, RECALL_CURVE = "accuracy_curve", "recall_curve"
+# Of a trial that was stopped early: the epoch. For Optuna it is complete, since its Gaussian process learns from no
+# other, and would go on proposing what was stopped.
+STOPPED = "stopped_after_epoch"
 BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 

@@ -17,7 +17,7 @@ from camri_tune.bundle import ModelSpec
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset
 from camri_tune.losses import adacos_scale
-from camri_tune.records import biases_of
+from camri_tune.records import STOPPED, biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec
 
@@ -149,12 +149,15 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
         "recall": lambda t: float(t.user_attrs["recall"]),
         "accuracy": lambda t: float(t.user_attrs["accuracy"]),
     }
-    study = store.optuna_study("search")
-    complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+    complete = [
+        trial
+        for trial in store.optuna_study("search").get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+        if STOPPED not in trial.user_attrs
+    ]
     if len(complete) > MOST_TRIALS_FOR_IMPORTANCE:
         complete = random.Random(0).sample(complete, MOST_TRIALS_FOR_IMPORTANCE)
-        study = optuna.create_study(direction="maximize")
-        study.add_trials(complete)
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(complete)
     found = {}
     for name, target in targets.items():
         values = {target(t) for t in complete if "recall" in t.user_attrs}

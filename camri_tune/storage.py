@@ -29,7 +29,7 @@ from camri_tune.database import Storage, patiently
 from camri_tune.errors import InputError, StudyMismatchError
 from camri_tune.files import code_version, sha256
 from camri_tune.heartbeat import GRACE_SECONDS, WORKER, Heart, is_gone, seconds_silent
-from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, EpochScores, TrialRecord, TrialState
+from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED, EpochScores, TrialRecord, TrialState
 
 if TYPE_CHECKING:  # to look at a study must not cost the seconds that torch takes
     from camri_tune.datasets import Dataset
@@ -40,7 +40,7 @@ _STATES: dict[OptunaState, TrialState] = {
     OptunaState.WAITING: "waiting",
     OptunaState.RUNNING: "running",
     OptunaState.COMPLETE: "complete",
-    OptunaState.PRUNED: "pruned",
+    OptunaState.PRUNED: "pruned",  # by whoever adds trials from outside
     OptunaState.FAIL: "failed",
 }
 MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
@@ -418,7 +418,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     accuracies, curves = attributes.get(ACCURACY_CURVE, {}), attributes.get(RECALL_CURVE, {})
     return TrialRecord(
         number=trial.number,
-        state=_STATES[trial.state],
+        state="pruned" if trial.state == OptunaState.COMPLETE and STOPPED in attributes else _STATES[trial.state],
         params=trial.params,
         seed=attributes.get("seed"),
         accuracy=attributes.get("accuracy"),

@@ -29,7 +29,7 @@ from camri_tune.files import code_version
 from camri_tune.heartbeat import Heart
 from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
 from camri_tune.pruning import AccuracyFloorPruner
-from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE
+from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED
 from camri_tune.search import Plan, suggest
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train
@@ -95,7 +95,7 @@ class _Run:
             trial.set_user_attr("device", str(self.plan.device))
             value = self._set_scores(self._train(), self.folds)
         except optuna.TrialPruned:
-            ended = OptunaState.PRUNED
+            value = self.values[str(trial.user_attrs[STOPPED])]
         except StoppedError as stopped:
             self._give_back(stopped.reason)
             raise
@@ -199,9 +199,10 @@ class _Run:
         self.trial.report(self.values[epoch], progress.epoch)
         if self.stage != "search" or (progress.epoch == progress.epochs and len(self.folds) == 1):
             return
-        study, pruner = self.trial.study, AccuracyFloorPruner(epochs=self.plan.epochs)
+        study, floor = self.trial.study, self.plan.floors[self.folds[0]]
+        pruner = AccuracyFloorPruner(floor=floor, images=int(confusion.sum()), epochs=self.plan.epochs)
         if pruner.prune(study, study._storage.get_trial(self.trial._trial_id)):
-            # Before pruning: a trial without constraint looks feasible.
+            self.trial.set_user_attr(STOPPED, progress.epoch)
             self._keep_confusion(confusion)
             self._set_scores(confusion, self.folds[:1])
             raise optuna.TrialPruned
