@@ -3,7 +3,7 @@
 CLAIM
 
 `python -m benchmarks.scale measure` writes image caches of random pixels of each size into a scratch folder (up to
-36 GB, removed afterwards), has two processes of one thread each train on them at once, as workers do, and writes
+30 GB, removed afterwards), has two processes of one thread each train on them at once, as workers do, and writes
 `benchmarks/scale.json`; `report` prints it. *own* is the memory that belongs to one worker alone, above what it had
 before it opened the data; *shared* the pages of the images that all map. *images/s* is of both workers together, from
 the first step on, with the page cache emptied before (*cold*) and then once more (*warm*).
@@ -31,7 +31,7 @@ from camri_tune.memory import free_memory, keep_freed_memory
 from camri_tune.training import HeadSpec, Recipe, train
 
 FIGURES = Path(__file__).with_suffix(".json")
-CASES = ((10_000, 32), (100_000, 32), (1_000_000, 32), (37_000, 224), (240_000, 224))  # images, side
+CASES = ((10_000, 32), (100_000, 32), (1_000_000, 32), (37_000, 224), (200_000, 224))  # images, side
 STEPS = {32: 48, 224: 6}
 CLASSES, BATCH, WORKERS, REPEATS = 43, 128, 2, 3
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6)

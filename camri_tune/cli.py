@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from camri_tune import prefork
 from camri_tune.config import MOST_WORKERS, NAME_RULE, StudyConfig, is_name, printable, read_study_file, shown
 from camri_tune.errors import CamriTuneError, InputError
+from camri_tune.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -388,6 +389,7 @@ def doctor() -> None:
 def main() -> NoReturn:
     """Entry point. Errors made on purpose are one line; an interrupt says how to resume."""
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_freed_memory()  # a model is judged in three quarters of the time
     _mend_streams()
     try:
         _require_text()

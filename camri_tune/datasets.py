@@ -6,7 +6,9 @@ pages, and nobody opens the test part before it is asked for.
 
 import json
 import math
+import mmap
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +22,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.errors import DataError
@@ -33,6 +33,7 @@ from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_
 
 Progress = Callable[[int, int], None]
 HELD_OUT_FRACTION = 0.2
+MOST_OF_A_HEADER = 2**16  # bytes; ours has a few hundred
 
 
 class Dataset:
@@ -238,6 +239,11 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
     return Unseen(replace(images, labels=labels), text, size, own=False)
 
 
+# What a cache file holds: of each image, but for the pixels, its class, its group and whether it could be decoded.
+_TENSORS = {"labels": torch.int64, "groups": torch.int64, "pixels": torch.uint8, "good": torch.bool}
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the mmap module does not name everywhere
+
+
 class _Cache:
     """The decoded parts of one source on disk, each a safetensors file written whole or not at all."""
 
@@ -331,8 +337,22 @@ class _Cache:
 def _stored(path: Path) -> tuple[int, Images] | None:
     """Of a cache, mapped into memory; None where there is none yet, or one that was cut short or is another's."""
     try:
-        return _unpack(load_file(path))
-    except (OSError, SafetensorError, KeyError):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(min(length, MOST_OF_A_HEADER)))
+            # Private, so that nobody's mistake gets into the file; without reserve, for memory may hold less than that.
+            # safetensors' own mapping is refused where the file is larger than memory.
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
+        if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != len(mapped):
+            return None
+        tensors = {}
+        for name, dtype in _TENSORS.items():
+            begin, end = entries[name]["data_offsets"]
+            count = (end - begin) // dtype.itemsize
+            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=8 + length + begin)
+            tensors[name] = tensors[name].view(entries[name]["shape"])
+        return _unpack(tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None
 
 
