@@ -394,7 +394,10 @@ def _written_whole(path: Path, layout: Mapping[str, tuple[type, tuple[int, ...]]
         with open(handle, "r+b") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.flush()
-            os.posix_fallocate(handle, 0, start + end)  # a disk that is full says so now, and not by a signal
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, start + end)  # a disk that is full says so now, and not by a signal
+            else:
+                file.truncate(start + end)
     except OSError as error:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
