@@ -124,8 +124,7 @@ def run(
     for key in ("context", "study", "as_json", "quiet"):
         del options[key]
     config = _config(context, study, options)
-    if config.has_local_workers:
-        prefork.begin()  # it imports while this process does
+    prefork.begin_for(config, [config.dataset])  # it imports while this process does
 
     from camri_tune.console import Console  # noqa: PLC0415
     from camri_tune.pipeline import run as run_study  # noqa: PLC0415
@@ -181,8 +180,7 @@ def compare(
     from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
 
     datasets, chosen, rules = read_datasets(dataset), read_methods(methods), read_protocol(protocol)
-    if config.has_local_workers:
-        prefork.begin()
+    prefork.begin_for(config, datasets)
 
     from camri_tune.comparison import compare as compare_methods  # noqa: PLC0415
     from camri_tune.console import Console  # noqa: PLC0415

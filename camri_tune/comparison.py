@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
@@ -32,7 +33,7 @@ from camri_tune.search import looks_at_class
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
-from camri_tune.workers import device_here, ready_to_start
+from camri_tune.workers import device_here
 
 Models = Sequence[TrialRecord]  # of one setting, one for each seed
 Logits = NDArray[np.float32]
@@ -57,7 +58,8 @@ def compare(
     folder = (config.out / (config.name or "compare")).resolve()
     if not is_writable_folder(folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
-    with ready_to_start(config), only_run(folder), console:
+    prefork.begin_for(config, datasets)
+    with prefork.at_hand(), only_run(folder), console:
         studies = [_study_of(dataset, config, folder) for dataset in datasets]
         if len({study.name for study in studies}) < len(studies):
             raise InputError(f"--dataset {','.join(datasets)!r} has two of one name; compare them under two --name")

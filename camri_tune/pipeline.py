@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
 from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of
@@ -29,7 +30,7 @@ from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import StudyStore, storage_url
-from camri_tune.workers import device_here, ready_to_start
+from camri_tune.workers import device_here
 
 
 def run(config: StudyConfig, console: Console | None = None) -> Result:
@@ -42,7 +43,8 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
     device = device_here(config)
     if not is_writable_folder(config.folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
-    with ready_to_start(config), only_run(config.folder), console:
+    prefork.begin_for(config, [config.dataset])
+    with prefork.at_hand(), only_run(config.folder), console:
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)

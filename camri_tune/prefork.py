@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
+
 MODULE = "camri_tune.worker"  # what the forker runs, and forks
 POLL_SECONDS = 0.05
 CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not bear it
@@ -153,11 +155,16 @@ def begin() -> None:
         _forker = Forker()
 
 
+def begin_for(config: StudyConfig, datasets: Sequence[str]) -> None:
+    """The same where a run will start workers here, which it will not where a data set cannot be there."""
+    if config.has_local_workers and all(name in BUILT_IN_DATASETS or os.path.isdir(name) for name in datasets):
+        begin()
+
+
 @contextmanager
 def at_hand() -> Iterator[None]:
-    """Have a forker meanwhile, and none afterwards."""
+    """Whatever forker there is or is begun meanwhile, there is none afterwards."""
     global _forker  # noqa: PLW0603
-    begin()
     try:
         yield
     finally:

@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -151,16 +150,6 @@ def local_launch(*, name: str, storage_url: str, devices: Sequence[str], log_fol
             raise WorkerError(f"worker processes cannot be started: {error}") from None
 
     return launch
-
-
-@contextmanager
-def ready_to_start(config: StudyConfig) -> Iterator[None]:
-    """Have what local workers are started from at hand, where there will be any."""
-    if not config.has_local_workers:
-        yield
-        return
-    with prefork.at_hand():
-        yield
 
 
 def device_here(config: StudyConfig) -> torch.device:

@@ -1,9 +1,9 @@
 """A training that goes on from a saved state ends with the very weights of one that was never interrupted."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +18,7 @@ def test_a_resumed_training_ends_with_the_same_weights(model: Model, tmp_path: P
     """Dropout, batch norm's statistics, the optimizer's moments and the order of the images all go on."""
     data = open_dataset(StudyConfig())
     states: list[TrainingState] = []
-    few = replace(data.train, **{n: getattr(data.train, n)[:200] for n in ("pixels", "labels", "groups")})
+    few = data.train[np.arange(200)]
 
     def trained(resume: TrainingState | None = None) -> Trained:
         recipe = recipe_of(model, epochs=3, learning_rate=4e-3, augmentation=data.augmentation, images=len(few))

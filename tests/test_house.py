@@ -28,7 +28,7 @@ FLOORS = [
     {"progress"},
     {"result"},
     {"augmentation", "images", "losses", "splits", "records", "differences"},
-    {"evidence", "chart_style"},
+    {"evidence", "chart_style", "prefork"},
     {
         "metrics",
         "stats",
@@ -39,7 +39,6 @@ FLOORS = [
         "database",
         "artifacts",
         "heartbeat",
-        "prefork",
         "memory",
     },
     {"errors"},
