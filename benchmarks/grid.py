@@ -12,7 +12,6 @@ end, and at each of those biases. All are counts of images, so that nothing is l
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,9 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.training import open_data, processor
+from benchmarks.training import as_a_worker, machine_of, open_data
 from camri_tune.images import Images
-from camri_tune.memory import keep_freed_memory
 from camri_tune.metrics import IntArray
 from camri_tune.training import HeadSpec, Progress, Recipe, cpu_count, pick_device, predict_logits, train
 
@@ -104,9 +102,7 @@ class Trainer:
     """Trains cells of one setup in this process."""
 
     def __init__(self, setup: str, device: torch.device) -> None:
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-        keep_freed_memory()
+        as_a_worker()
         self.device = device
         self.setup = SETUPS[setup]
         self.data = open_data(self.setup.dataset, **self.setup.subset)
@@ -118,9 +114,6 @@ class Trainer:
         def size(images: Images) -> dict[str, int]:
             return {"images": len(images), "important": int((images.labels == self.setup.important).sum())}
 
-        where = f"{os.cpu_count()} cores of {processor()}"
-        if self.device.type == "cuda":
-            where = torch.cuda.get_device_name(self.device)
         return {
             "dataset": str(self.data),
             "important": self.setup.important,
@@ -128,7 +121,7 @@ class Trainer:
             "batch": self.setup.batch,
             "validation": size(self.validation),
             "truth": size(self.truth),
-            "machine": f"{where}, torch {torch.__version__}",
+            "machine": machine_of(self.device),
         }
 
     def row(self, cell: Cell) -> dict[str, Any]:

@@ -20,7 +20,6 @@ processes at once, without study, storage or checkpoints, in turns: what a train
 
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -33,9 +32,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import open_data, processor
+from benchmarks.training import as_a_worker, machine_of, open_data
 from camri_tune.database import open_storage
-from camri_tune.memory import keep_freed_memory
 from camri_tune.records import ACCURACY_CURVE
 from camri_tune.storage import StudyStore
 from camri_tune.training import HeadSpec, cpu_count, recipe_of, train
@@ -46,9 +44,7 @@ SUBSET, EPOCHS, TRIALS, ROUNDS = {"per_group": 5}, 6, 30, 3
 
 
 def _alone(barrier: Barrier, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    keep_freed_memory()
+    as_a_worker()
     data = open_data("gtsrb", **SUBSET)
     recipe = recipe_of(
         "compact", epochs=EPOCHS, learning_rate=4e-3, augmentation=data.augmentation, images=len(data.train)
@@ -117,7 +113,7 @@ def measure() -> None:
     }
     figures = {
         "command": " ".join(["camri-tune", *map(str, words)]),
-        "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        "machine": machine_of(torch.device("cpu")),
         "workers": workers,
         "trials": len(trials),
         "seconds": round(wall, 1),

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.training import processor
+from benchmarks.training import as_a_worker, machine_of
 from camri_tune.augmentation import Augmentation
 from camri_tune.datasets import _stored, _written_whole
-from camri_tune.memory import free_memory, keep_freed_memory
+from camri_tune.memory import free_memory
 from camri_tune.training import HeadSpec, Recipe, train
 
 FIGURES = Path(__file__).with_suffix(".json")
@@ -45,14 +45,12 @@ class _EnoughError(Exception):
 
 def write(path: Path, count: int, side: int) -> None:
     """A cache file as a data set's decoding leaves it."""
-    shape = (count, 3, side, side)
-    layout: Any = {"labels": (np.int64, shape[:1]), "groups": (np.int64, shape[:1]), "pixels": (np.uint8, shape)}
     rng = np.random.default_rng(0)
-    with _written_whole(path, {**layout, "good": (np.bool_, shape[:1])}) as arrays:
+    with _written_whole(path, (count, 3, side, side)) as arrays:
         arrays["labels"][:] = rng.integers(CLASSES, size=count)
         arrays["groups"][:] = np.arange(count)
         arrays["good"][:] = True
-        block = rng.integers(256, size=(1_000, *shape[1:]), dtype=np.uint8)
+        block = rng.integers(256, size=(1_000, 3, side, side), dtype=np.uint8)
         for start in range(0, count, len(block)):
             arrays["pixels"][start : start + len(block)] = block[: count - start]
 
@@ -65,9 +63,7 @@ def memory_of() -> dict[str, float]:
 
 
 def _work(path: Path, side: int, barrier: Barrier, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    keep_freed_memory()
+    as_a_worker()
     before, opening = memory_of(), time.perf_counter()
     stored = _stored(path)
     assert stored is not None
@@ -148,7 +144,7 @@ def measure() -> None:
             figures[f"{count:,} at {side}x{side}"] = {"GB of images": round(path.stat().st_size / 1e9, 2), **row}
             print(json.dumps(figures, indent=2), flush=True)
     about = {
-        "machine": f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        "machine": machine_of(torch.device("cpu")),
         "free GB": round(free / 1e9, 1),
         "workers": WORKERS,
         "batch": BATCH,

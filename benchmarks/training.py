@@ -288,7 +288,7 @@ def _ours(
     barrier: Barrier,
     results: "multiprocessing.SimpleQueue[float]",
 ) -> None:
-    _as_a_worker(threads)
+    as_a_worker(threads)
     train_ours(some(images, WARM_IMAGES), validation, classes, recipe, torch.device(device))
     barrier.wait()
     seconds, _ = train_ours(images, validation, classes, recipe, torch.device(device))
@@ -296,7 +296,8 @@ def _ours(
     results.put(seconds)
 
 
-def _as_a_worker(threads: int) -> None:
+def as_a_worker(threads: int = 1) -> None:
+    """Have this process train as a study's workers do."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
@@ -375,7 +376,7 @@ def accuracy_of_both(options: argparse.Namespace) -> None:
     classes, recipe = len(data.classes), recipe_for(data, options.epochs)
     shown = device.type == "cuda" or cpu_count() == 1
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "plain loop": []}
-    _as_a_worker(1 if shown else cpu_count())
+    as_a_worker(1 if shown else cpu_count())
     for seed in range(options.seeds):
         for name, rows in found.items():
             if name == "ours":
@@ -485,14 +486,22 @@ def keep(name: str, figures: dict[str, Any], device: torch.device, file: Path = 
         for package in ("torch", "torchvision", "lightning", "airbench")
         if importlib.util.find_spec(package) is not None
     }
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     machine = {"device": where, "cores": cpu_count(), "bfloat16": has_fast_bfloat16(device), **versions}
     recorded[name] = {**figures, "machine": machine}
     file.write_text(json.dumps(recorded, indent=2) + "\n")
     print(json.dumps({name: recorded[name]}, indent=2))
 
 
-def processor() -> str:
+def machine_of(device: torch.device) -> str:
+    """What a figure was measured on, in words."""
+    where = f"{os.cpu_count()} cores of {_processor()}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return f"{where}, torch {torch.__version__}"
+
+
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -240,7 +240,13 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
 
 
 # What a cache file holds: of each image, but for the pixels, its class, its group and whether it could be decoded.
-_TENSORS = {"labels": torch.int64, "groups": torch.int64, "pixels": torch.uint8, "good": torch.bool}
+# By name, the type as safetensors, NumPy and PyTorch call it.
+_TENSORS: dict[str, tuple[str, type, torch.dtype]] = {
+    "labels": ("I64", np.int64, torch.int64),
+    "groups": ("I64", np.int64, torch.int64),
+    "pixels": ("U8", np.uint8, torch.uint8),
+    "good": ("BOOL", np.bool_, torch.bool),
+}
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the mmap module does not name everywhere
 
 
@@ -277,15 +283,7 @@ class _Cache:
         items = self._source.parts.get(part, [])
         side = self._source.image_size
         shape = (len(items), 3, side, side) if packed is None else tuple(packed.pixels.shape)
-        with _written_whole(
-            path,
-            {
-                "labels": (np.int64, shape[:1]),
-                "groups": (np.int64, shape[:1]),
-                "pixels": (np.uint8, shape),
-                "good": (np.bool_, shape[:1]),
-            },
-        ) as arrays:
+        with _written_whole(path, shape) as arrays:
             if packed is not None:
                 for name in ("labels", "groups", "pixels"):
                     arrays[name][:] = getattr(packed, name).numpy()
@@ -346,7 +344,7 @@ def _stored(path: Path) -> tuple[int, Images] | None:
         if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != len(mapped):
             return None
         tensors = {}
-        for name, dtype in _TENSORS.items():
+        for name, (_, _, dtype) in _TENSORS.items():
             begin, end = entries[name]["data_offsets"]
             count = (end - begin) // dtype.itemsize
             tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=8 + length + begin)
@@ -372,17 +370,18 @@ def _cache_folder() -> Path:
 
 
 @contextmanager
-def _written_whole(path: Path, layout: Mapping[str, tuple[type, tuple[int, ...]]]) -> Iterator[dict[str, NDArray[Any]]]:
-    """Arrays to be filled, which then are a safetensors file: mapped into memory, for they may be larger than that.
+def _written_whole(path: Path, shape: tuple[int, ...]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The arrays of `_TENSORS` for pixels (N, C, S, S), to be filled, which then are a safetensors file.
 
-    The file gets its name once it is whole. One that cannot be written is only slower: then they are in memory alone.
+    They are mapped into memory, for they may be larger than that. The file gets its name once it is whole. One that
+    cannot be written is only slower: then they are in memory alone.
     """
     entries: dict[str, Any] = {}
+    shapes = {name: shape if name == "pixels" else shape[:1] for name in _TENSORS}
     end = 0
-    for name, (kind, shape) in layout.items():
-        begin, end = end, end + math.prod(shape) * np.dtype(kind).itemsize
-        dtype = {np.int64: "I64", np.uint8: "U8", np.bool_: "BOOL"}[kind]
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    for name, (dtype, kind, _) in _TENSORS.items():
+        begin, end = end, end + math.prod(shapes[name]) * np.dtype(kind).itemsize
+        entries[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     start = 8 + len(header)
@@ -404,14 +403,14 @@ def _written_whole(path: Path, layout: Mapping[str, tuple[type, tuple[int, ...]]
         warnings.warn(
             f"the image cache {str(path)!r} could not be written ({error}); images are decoded again", stacklevel=2
         )
-        yield {name: np.empty(shape, kind) for name, (kind, shape) in layout.items()}
+        yield {name: np.empty(shapes[name], kind) for name, (_, kind, _) in _TENSORS.items()}
         return
     try:
         mapped = np.memmap(scratch, np.uint8, "r+", offset=start, shape=(end,))
         arrays: dict[str, NDArray[Any]] = {}
-        for name, (kind, shape) in layout.items():
+        for name, (_, kind, _) in _TENSORS.items():
             first, last = entries[name]["data_offsets"]
-            arrays[name] = mapped[first:last].view(kind).reshape(shape)
+            arrays[name] = mapped[first:last].view(kind).reshape(shapes[name])
         yield arrays
         mapped.flush()
         os.replace(scratch, path)

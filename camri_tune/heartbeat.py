@@ -43,7 +43,7 @@ def is_gone(attributes: Mapping[str, Any], started: datetime | None) -> bool:
     if worker is None:
         return time.time() - since > CLAIM_SECONDS
     place, _, pid = worker.rpartition(":")
-    if place == _place() and not _lives(int(pid)):
+    if place == _place() and not lives(int(pid)):
         return True
     return time.time() - beat > GRACE_SECONDS
 
@@ -53,7 +53,8 @@ def seconds_silent(attributes: Mapping[str, Any]) -> float:
     return max(0.0, time.time() - float(attributes.get(HEARTBEAT, time.time())))
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     if sys.platform == "win32":  # asking there would end it
         return True
     try:

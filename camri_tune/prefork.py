@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
+from camri_tune.heartbeat import lives
 
 MODULE = "camri_tune.worker"  # what the forker runs, and forks
 POLL_SECONDS = 0.05
@@ -107,7 +108,7 @@ class Forked:
     def poll(self) -> int | None:
         """Its exit code, as in `subprocess`; None while it runs."""
         self._forker.listen()
-        if self.pid not in self._forker.codes and self._forker.gone and not _lives(self.pid):
+        if self.pid not in self._forker.codes and self._forker.gone and not lives(self.pid):
             self._forker.codes[self.pid] = -signal.SIGKILL  # for all that is known
         return self._forker.codes.get(self.pid)
 
@@ -120,9 +121,6 @@ class Forked:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, sig)
 
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
     def wait(self, timeout: float | None = None) -> int:
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
         while (code := self.poll()) is None:
@@ -130,14 +128,6 @@ class Forked:
                 raise subprocess.TimeoutExpired(MODULE, timeout or 0.0)
             time.sleep(POLL_SECONDS)
         return code
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 _forker: Forker | None = None

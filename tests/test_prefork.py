@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from camri_tune import prefork
+from camri_tune.heartbeat import lives
 from camri_tune.prefork import Forked, Forker
 from tests.patience import wait_for
 
@@ -106,7 +107,7 @@ def test_it_ends_with_whoever_began_it(tmp_path: Path) -> None:
         "from camri_tune.prefork import Forker; print(Forker('tests.forked').pid, flush=True); import os; os._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    wait_for(lambda: not prefork._lives(int(done.stdout)) or None, seconds=60)
+    wait_for(lambda: not lives(int(done.stdout)) or None, seconds=60)
 
 
 def test_one_is_at_hand_once_and_then_no_more() -> None:
@@ -115,7 +116,7 @@ def test_one_is_at_hand_once_and_then_no_more() -> None:
     assert first is not None
     with prefork.at_hand():
         assert prefork._forker is first, "the one that was begun early"
-    wait_for(lambda: not prefork._lives(first.pid) or None, seconds=60)
+    wait_for(lambda: not lives(first.pid) or None, seconds=60)
     assert prefork._forker is None
 
 
