@@ -189,19 +189,22 @@ class Study:
         rival = base[measured.index(rank_models(measured)[0])]
         old = self.right(rival, "test", baseline=True)
 
-        def judge(number: int, shared: float) -> _Measured:
+        judged: dict[int, _Measured] = {}
+
+        def judge(number: int, shared: float) -> PairedDifference:
             skills = self.skills[number, rank_models(retrained[number])[0].seed or 0]
             new, first, at = self.right(skills, "test"), world.test[0], confidence(shared)
             truth, groups = (self.truth(skills), self.truth(rival, baseline=True)), self.groups(len(new))
-            return _Measured(
+            judged[number] = _Measured(
                 PairedDifference.of(new, old, groups, at),
                 PairedDifference.of(new[:first], old[:first], groups[:first], at),
                 (truth[0][0] - truth[1][0], truth[0][1] - truth[1][1]),
             )
+            return judged[number].accuracy_difference
 
-        verdict, best, judged = certify(order, judge, world.epsilon)
-        assert best is not None
-        exported = next(number for number, found in judged.items() if found is best)
+        verdict, exported, _ = certify(order, judge, world.epsilon)
+        assert exported is not None
+        best = judged[exported]
         top = chosen[0]
         return Outcome(
             verdict=verdict,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,29 +18,37 @@ from camri_tune.bundle import load_classifier, read_bundle
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, Unseen, open_test_images
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
-from camri_tune.errors import BundleError, DataError, InputError
+from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
 from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
 from camri_tune.images import Images, resized
-from camri_tune.metrics import accuracy, confusion_matrix, recall_per_class
+from camri_tune.metrics import accuracy, confusion_matrix, pack, recall_per_class, unpack
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
-from camri_tune.records import BIAS, Measured, TrialRecord, measured_on_validation, without_nan
+from camri_tune.records import BIAS, Measured, TrialRecord, biases_of, measured_on_validation, without_nan
 from camri_tune.result import Best, Side
 from camri_tune.search import model_spec
 from camri_tune.selection import rank_models
 from camri_tune.stats import Hidden
 from camri_tune.storage import StudyStore
-from camri_tune.training import cpu_count, predict_embeddings, predict_logits
+from camri_tune.training import cpu_count, predict, predict_logits
 
 Answers = NDArray[np.int64]  # predicted class of each test image
 
 
+class Shown(NamedTuple):
+    """What a model shows on test: predicted classes (N,), and angles (N,) in degrees as in `Evidence`."""
+
+    answers: Answers
+    to_important: NDArray[np.float32]
+    to_other: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Entrant:
-    """One setting's R models, what each answers on test, and the place of the one that validation chose."""
+    """One setting's R models, and the place of the one that validation chose."""
 
     records: Sequence[TrialRecord]
-    answers: Sequence[Answers]
+    loss: Loss
     place: int
 
     @property
@@ -59,7 +67,7 @@ class Judge:
         self._important = important
         self._model = model
         self._device = device
-        self._baseline_right: dict[tuple[int, int], NDArray[np.bool_] | None] = {}  # of validation, by trial and fold
+        self._shown: dict[tuple[str | float | None, ...], Shown] = {}  # by checkpoint and biases
 
     @cached_property
     def test(self) -> Images:
@@ -83,7 +91,8 @@ class Judge:
             return None
         bias = tune_bias(logits.numpy(), labels, important=important, floor=floor).bias
         logits[:, important] += bias  # as the exported model does, to the last bit
-        confusion = confusion_matrix(labels, logits.argmax(dim=1).numpy(), len(self._data.classes))
+        answers = logits.argmax(dim=1).numpy()
+        confusion = confusion_matrix(labels, answers, len(self._data.classes))
         recalls = recall_per_class(confusion)
         return replace(
             record,
@@ -92,26 +101,42 @@ class Judge:
             recall=float(recalls[important]),
             recall_per_class=tuple(recalls.tolist()),
             constraint=floor - accuracy(confusion),
+            right=pack(labels == answers),
         )
 
     def entrant(self, records: Sequence[TrialRecord], loss: Loss) -> Entrant | None:
-        """A setting's models with their answers on test; None where a checkpoint is missing or altered."""
-        answers = []
-        for record in records:
-            logits = self.logits(record, loss, self.test)
-            if logits is None:
-                return None
-            answers.append(logits.argmax(dim=1).numpy())
-        return Entrant(records, answers, list(records).index(rank_models(records)[0]))
+        """A setting's models; None where a checkpoint of them is missing or altered."""
+        if any(self._classifier(record, loss) is None for record in records):
+            return None
+        return Entrant(records, loss, list(records).index(rank_models(records)[0]))
+
+    def shown(self, record: TrialRecord, loss: Loss) -> Shown:
+        """What a model shows on test; each is asked once. Raises CamriTuneError where its checkpoint has just gone."""
+        key = record.sha256, *biases_of(record.params).values()
+        if key not in self._shown:
+            classifier, important = self._required(record, loss), list(self._important)
+            weights = classifier.head.class_weights.detach().float().cpu().numpy()
+            parts, first = [], 0
+            for embeddings, logits in predict(classifier, self.test, self._device):
+                labels = self.test.labels[first : first + len(logits)].numpy()
+                parts.append((logits.argmax(dim=1).numpy(), *angles(embeddings.numpy(), weights, labels, important)))
+                first += len(logits)
+            self._shown[key] = Shown(*map(np.concatenate, zip(*parts, strict=True)))
+        return self._shown[key]
 
     def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
         """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
         classifier = self._classifier(record, loss)
         return None if classifier is None else predict_logits(classifier, images, self._device)
 
-    def _right(self, record: TrialRecord, loss: Loss, images: Images) -> NDArray[np.bool_] | None:
-        logits = self.logits(record, loss, images)
-        return None if logits is None else (logits.argmax(dim=1) == images.labels).numpy()
+    def _required(self, record: TrialRecord, loss: Loss) -> Classifier:
+        classifier = self._classifier(record, loss)
+        if classifier is None:
+            raise CamriTuneError(
+                f"the checkpoint of trial {record.number} ({loss}) was removed or altered just now; put it back under "
+                f"{self._store.artifacts_url} and run again"
+            )
+        return classifier
 
     def _classifier(self, record: TrialRecord, loss: Loss) -> Classifier | None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -124,65 +149,53 @@ class Judge:
             except BundleError:
                 return None
 
-    def evidence(self, new: Entrant, loss: Loss, old: Entrant) -> Evidence | None:
-        """What test shows of the exported model beside the baseline's, image by image, for a report.
-
-        None where a checkpoint went missing just now.
-        """
-        labels, important = self.test.labels.numpy(), list(self._important)
-        answers = np.stack([old.answers[old.place], new.answers[new.place]])
-        places = []
-        sides: list[tuple[Entrant, Loss]] = [(old, "ce"), (new, loss)]
-        for entrant, head in sides:
-            classifier = self._classifier(entrant.chosen, head)
-            if classifier is None:
-                return None
-            embeddings = predict_embeddings(classifier, self.test, self._device).numpy()
-            weights = classifier.head.class_weights.detach().float().cpu().numpy()
-            places.append(angles(embeddings, weights, labels, important))
-        kinds = kinds_of_images(labels, answers, important)
+    def evidence(self, new: Entrant, old: Entrant) -> Evidence:
+        """What test shows of the exported model beside the baseline's, image by image, for a report."""
+        labels = self.test.labels.numpy()
+        both = [self.shown(entrant.chosen, entrant.loss) for entrant in (old, new)]
+        answers, to_important, to_other = (np.stack(side) for side in zip(*both, strict=True))
+        kinds = kinds_of_images(labels, answers, list(self._important))
         rows = np.unique(np.concatenate([rows[:SHOWN] for rows in kinds.values()]))
         shown = resized(self.test[rows], min(SIDE, self._data.image_size)).pixels.numpy()
-        to_important, to_other = (np.stack(side) for side in zip(*places, strict=True))
         return Evidence(labels, answers, to_important, to_other, rows, shown)
 
-    def measured(self, answers: Sequence[Answers]) -> Measured:
-        """Figures over the seeds of one setting, from its models' answers."""
+    def measured(self, entrant: Entrant) -> Measured:
+        """Figures on test over the seeds of one setting."""
         labels = self.test.labels.numpy()
+        answers = [self.shown(record, entrant.loss).answers for record in entrant.records]
         recalls = [recall_per_class(confusion_matrix(labels, a, len(self._data.classes))).tolist() for a in answers]
         return Measured.over_seeds([float((a == labels).mean()) for a in answers], recalls, self._important)
 
-    def best(self, trial: int, new: Entrant, loss: Loss, old: Entrant, confidence: float) -> Best | None:
+    def accuracy_difference(self, new: Entrant, old: Entrant, confidence: float) -> PairedDifference:
+        """Of a setting's chosen model to the baseline's on test, with bounds that hold at `confidence`, one-sided.
+
+        No other model is asked for it.
+        """
+        return self._difference(new, old, None, confidence, self._tracks(new, old))
+
+    def best(self, trial: int, new: Entrant, old: Entrant, confidence: float) -> Best:
         """What test says of a setting beside the baseline, with bounds that hold at `confidence`, one-sided.
 
-        The important classes share the doubt of what is said of recall. None where a checkpoint went missing just now.
+        The important classes share the doubt of what is said of recall.
         """
         labels, groups, important = self.test.labels.numpy(), self.test.groups.numpy(), self._important
-        right, old_right = (np.stack(entrant.answers) == labels for entrant in (new, old))
-        chosen, rival = right[new.place], old_right[old.place]
-        tracks = None
-        if self._data.hidden_group_size > 1:
-            tracks = self._tracks(new, loss, old)
-            if tracks is None:
-                return None
+        right, old_right = (np.stack([self._right(r, e.loss) for r in e.records]) for e in (new, old))
+        chosen = right[new.place]
+        tracks = self._tracks(new, old)
         of_class = {c: labels == c for c in important}
         shared = 1 - (1 - confidence) / len(important)
-        one = {c: None if tracks is None else tracks.of_one(c) for c in (None, *important)}
         all_seeds = {c: None if tracks is None else tracks.of_all(c).hidden for c in (None, *important)}
         shares = {c: None if tracks is None else tracks.of_exported(c).hidden for c in (None, *important)}
         return Best(
             trial=trial,
             params={k: float(v) for k, v in new.chosen.params.items()},
-            side=Side(measured_on_validation(new.records, important), self.measured(new.answers)),
+            side=Side(measured_on_validation(new.records, important), self.measured(new)),
             exported_seed=new.chosen.seed or 0,
             exported_accuracy=Share.of(chosen, groups, shares[None]),
             exported_recall={c: Share.of(chosen[own], groups[own], shares[c]) for c, own in of_class.items()},
             baseline_seed=old.chosen.seed or 0,
-            accuracy_difference=PairedDifference.of(chosen, rival, groups, confidence, one[None]),
-            recall_difference={
-                c: PairedDifference.of(chosen[own], rival[own], groups[own], shared, one[c])
-                for c, own in of_class.items()
-            },
+            accuracy_difference=self._difference(new, old, None, confidence, tracks),
+            recall_difference={c: self._difference(new, old, c, shared, tracks) for c in important},
             recall_over_seeds={
                 c: SeedDifference.of(right[:, own], old_right[:, own], groups[own], all_seeds[c])
                 for c, own in of_class.items()
@@ -190,20 +203,41 @@ class Judge:
             accuracy_over_seeds=SeedDifference.of(right, old_right, groups, all_seeds[None]),
         )
 
-    def _tracks(self, new: Entrant, loss: Loss, old: Entrant) -> "_Tracks | None":
-        """What validation, where groups are known, shows of the same models; None where a checkpoint is gone.
+    def _difference(
+        self, new: Entrant, old: Entrant, c: int | None, confidence: float, tracks: "_Tracks | None"
+    ) -> PairedDifference:
+        """Of the two chosen models' right answers to the test images of class `c`, or to all."""
+        labels, groups = self.test.labels.numpy(), self.test.groups.numpy()
+        own = np.ones(len(labels), bool) if c is None else labels == c
+        right, old_right = (self._right(e.chosen, e.loss)[own] for e in (new, old))
+        return PairedDifference.of(
+            right, old_right, groups[own], confidence, None if tracks is None else tracks.of_one(c)
+        )
+
+    def _right(self, record: TrialRecord, loss: Loss) -> NDArray[np.bool_]:
+        """Whether a model gets each test image right (N,)."""
+        right: NDArray[np.bool_] = self.shown(record, loss).answers == self.test.labels.numpy()
+        return right
+
+    def _known(self, record: TrialRecord, loss: Loss, images: Images) -> NDArray[np.bool_]:
+        """Whether a model gets each validation image of its fold right, as its training noted."""
+        if record.right is not None:
+            return unpack(record.right, len(images))
+        # A study that an earlier version began.
+        logits = predict_logits(self._required(record, loss), images, self._device)
+        return (logits.argmax(dim=1) == images.labels).numpy()
+
+    def _tracks(self, new: Entrant, old: Entrant) -> "_Tracks | None":
+        """What validation, where groups are known, shows of the same models; None where those of test are, too.
 
         Each pair of one seed is asked about the fold on which both were scored, and neither was trained.
         """
+        if self._data.hidden_group_size <= 1:
+            return None
         found: list[tuple[Images, NDArray[np.bool_], NDArray[np.bool_]]] = []
         for ours, theirs in zip(new.records, old.records, strict=True):
             images = self._data.fold(ours.fold)[1]
-            key = theirs.number, ours.fold  # every finalist is compared with the same baseline
-            if key not in self._baseline_right:
-                self._baseline_right[key] = self._right(theirs, "ce", images)
-            right, old_right = self._right(ours, loss, images), self._baseline_right[key]
-            if right is None or old_right is None:
-                return None
+            right, old_right = self._known(ours, new.loss, images), self._known(theirs, old.loss, images)
             found.append((images, right, old_right))
         return _Tracks(self._data.hidden_group_size, found, [r.fold for r in new.records], new.place)
 

@@ -1,5 +1,7 @@
 """Accuracy and recall from predictions. Pure NumPy."""
 
+import base64
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,19 @@ def recall_per_class(confusion: IntArray) -> NDArray[np.float64]:
     shares = np.full(len(totals), np.nan)
     np.divide(np.diag(confusion), totals, out=shares, where=totals > 0)
     return shares
+
+
+def pack(truths: NDArray[np.bool_]) -> str:
+    """Truth values (N,) as text, six of them in a character."""
+    return base64.b64encode(np.packbits(truths).tobytes()).decode()
+
+
+def unpack(text: str, count: int) -> NDArray[np.bool_]:
+    """The `count` truth values that `pack` made text of. ValueError where the text holds another number of them."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{8 * len(packed)} truth values or a few less; {count} were expected")
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 def important_recall(confusion: IntArray, important: list[int]) -> float:

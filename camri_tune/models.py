@@ -148,7 +148,11 @@ class Classifier(nn.Module):
         return embeddings
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.head.get_logits(self.embed(images))
+        return self.logits(self.embed(images))
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Logits (N, C) of embeddings (N, D)."""
+        logits = self.head.get_logits(embeddings)
         for c, bias in self.logit_bias.items():
             logits[:, c] += bias
         return logits

@@ -17,6 +17,7 @@ from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import open_storage
 from camri_tune.datasets import open_dataset
+from camri_tune.differences import PairedDifference
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.evidence import Evidence
@@ -27,7 +28,7 @@ from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_val
 from camri_tune.report import model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.search import model_spec
-from camri_tune.selection import certify, rank_settings, recall_bounds
+from camri_tune.selection import certify, rank_settings, recall_bounds, shared_confidence
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.workers import device_here
@@ -135,18 +136,19 @@ def _judge(
         )
     entrants: dict[int, Entrant] = {}
 
-    def judged(number: int, confidence: float) -> Best | None:
+    def judged(number: int, confidence: float) -> PairedDifference | None:
         entrant = judge.entrant(retrained[number], config.loss)
-        found = None if entrant is None else judge.best(number, entrant, config.loss, old, confidence)
-        if entrant is None or found is None:
+        if entrant is None:
             notices.append(f"Trial {number} was passed over: a checkpoint of it is missing or altered.")
             console.say(notices[-1])
             return None
         entrants[number] = entrant
+        found = judge.accuracy_difference(entrant, old, confidence)
         console.judging(len(entrants), len(order))
         return found
 
-    verdict, best, found = certify(order, judged, config.epsilon / 100)
+    verdict, number, found = certify(order, judged, config.epsilon / 100)
+    best = None if number is None else judge.best(number, entrants[number], old, shared_confidence(len(order)))
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
@@ -155,13 +157,13 @@ def _judge(
     if best is None:
         return result, None, None
     entrant = entrants[best.trial]
-    return result, entrant.chosen, judge.evidence(entrant, config.loss, old)
+    return result, entrant.chosen, judge.evidence(entrant, old)
 
 
 def _finalists(
     retrained: Mapping[int, Sequence[TrialRecord]],
     order: Sequence[int],
-    judged: Mapping[int, Best],
+    judged: Mapping[int, PairedDifference],
     important: Sequence[int],
 ) -> list[Finalist]:
     """Every finalist, those that kept accuracy first, in the order in which test may judge them."""
@@ -173,7 +175,7 @@ def _finalists(
             validation=measured_on_validation(retrained[number], important) if number in bounds else None,
             recall_bound=bounds.get(number),
             kept_accuracy=number in order,
-            judged=judged[number].accuracy_difference if number in judged else None,
+            judged=judged.get(number),
         )
         for number in dict.fromkeys([*order, *retrained])
     ]
@@ -286,7 +288,7 @@ def _result(
             "test_important": _count(judge.test, important),
         },
         folds=stages.folds,
-        baseline=Side(baseline.measured(important), judge.measured(old.answers)),
+        baseline=Side(baseline.measured(important), judge.measured(old)),
         baseline_learning_rate=baseline.learning_rate,
         best=best,
         finalists=tuple(finals),

@@ -29,7 +29,8 @@ class EpochScores:
 class TrialRecord:
     """One training as it stands in the storage. `constraint` <= 0 means that the accuracy floor was met.
 
-    `confusion` (C, C) is of validation, rows true; `curve` has what validation said after some of the epochs.
+    `confusion` (C, C) is of validation, rows true; `curve` has what validation said after some of the epochs. `right`,
+    packed (see metrics.py), says which validation images the model gets right: of those that test may judge.
     """
 
     number: int
@@ -49,6 +50,7 @@ class TrialRecord:
     fold: int = 0
     device: str | None = None
     confusion: tuple[tuple[int, ...], ...] = ()
+    right: str | None = None
     curve: tuple["EpochScores", ...] = ()
 
     @property

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
 
 from scipy import special
 
@@ -79,36 +78,29 @@ def rank_models(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     return sorted(feasible, key=lambda r: (-_of(r.recall), -_of(r.accuracy), r.seed or 0))
 
 
-class _Judged(Protocol):
-    @property
-    def accuracy_difference(self) -> PairedDifference: ...
-
-
-Judged = TypeVar("Judged", bound=_Judged)
-
-
 def certify(
-    order: Sequence[int], judge: Callable[[int, float], Judged | None], epsilon: float
-) -> tuple[Verdict, Judged | None, dict[int, Judged]]:
+    order: Sequence[int], judge: Callable[[int, float], PairedDifference | None], epsilon: float
+) -> tuple[Verdict, int | None, dict[int, PairedDifference]]:
     """Judge settings in a fixed order until one is certified: its accuracy is shown to be within `epsilon`, a fraction.
 
-    `judge(number, confidence)` measures one setting's model on test, its bounds holding at that confidence; None where
-    its files are damaged, and it is passed over. Returns the verdict, what is exported (where nothing was certified,
-    the first in the order) and everything that was judged. All settings share the 5 % of doubt evenly (Bonferroni), so
-    that a certificate is wrong in about 5 % of studies at most, however many settings were judged. About: Tango's bound
-    is approximate (6.7 % with one setting, 540 images and none gained), and a rare loss of whole groups that the test
-    set happens not to hold cannot be seen in it (`benchmarks/certificate.py`).
+    `judge(number, confidence)` compares the accuracy of one setting's model on test with the baseline's, its bounds
+    holding at that confidence; None where its files are damaged, and it is passed over. Returns the verdict, which
+    setting is exported (where nothing was certified, the first in the order) and everything that was judged. All
+    settings share the 5 % of doubt evenly (Bonferroni), so that a certificate is wrong in about 5 % of studies at most,
+    however many settings were judged. About: Tango's bound is approximate (6.7 % with one setting, 540 images and none
+    gained), and a rare loss of whole groups that the test set happens not to hold cannot be seen in it
+    (`benchmarks/certificate.py`).
     """
     confidence = shared_confidence(len(order))
-    judged: dict[int, Judged] = {}
+    judged: dict[int, PairedDifference] = {}
     for number in order:
         found = judge(number, confidence)
         if found is None:
             continue
         judged[number] = found
-        if found.accuracy_difference.lower_bound >= -epsilon:
-            return "certified", found, judged
-    return ("feasible", next(iter(judged.values())), judged) if judged else ("none", None, judged)
+        if found.lower_bound >= -epsilon:
+            return "certified", number, judged
+    return ("feasible", next(iter(judged)), judged) if judged else ("none", None, judged)
 
 
 def shared_confidence(count: int) -> float:

@@ -434,6 +434,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         fold=attributes.get("fold", 0),
         device=attributes.get("device"),
         confusion=tuple(tuple(row) for row in attributes.get("confusion", ())),
+        right=attributes.get("right"),
         curve=tuple(
             EpochScores(int(epoch), accuracies[epoch], tuple(recalls))
             for epoch, recalls in curves.items()

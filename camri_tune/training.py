@@ -7,11 +7,13 @@ has it. Head, margin and softmax stay in float32 (see losses.py), and so does th
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from camri_tune.augmentation import Augmentation, augment, draw
@@ -111,10 +113,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model with its validation confusion (C, C) in float32 and the seconds it took."""
+    """A trained model with what float32 says of it on validation, and the seconds it took.
+
+    `confusion` is (C, C), and `right` (N,) says which images were predicted right.
+    """
 
     classifier: Classifier
     confusion: IntArray
+    right: NDArray[np.bool_]
     seconds: float
 
 
@@ -207,7 +213,9 @@ def train(
                 state = TrainingState.of(epoch, classifier, optimizer, rng, device)
                 on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
     assert confusion is not None  # the last epoch always evaluates
-    return Trained(classifier, confusion, time.perf_counter() - start)
+    return Trained(
+        classifier, confusion, (logits.argmax(dim=1) == validation.labels).numpy(), time.perf_counter() - start
+    )
 
 
 def evaluate(
@@ -233,10 +241,12 @@ def predict_logits(
 
 
 @torch.no_grad()
-def predict_embeddings(classifier: Classifier, images: Images, device: torch.device) -> Tensor:
-    """Embeddings (N, D) on the CPU."""
+def predict(classifier: Classifier, images: Images, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Embeddings (B, D) and logits (B, C) on the CPU, batch after batch, from one pass."""
     classifier.eval()
-    return torch.cat([classifier.embed(some.to(device)).float().cpu() for some in images.split(EVALUATION_BATCH)])
+    for some in images.split(EVALUATION_BATCH):
+        embeddings = classifier.embed(some.to(device))
+        yield embeddings.float().cpu(), classifier.logits(embeddings).float().cpu()
 
 
 def fits(images: Images, device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from camri_tune.datasets import Dataset
 from camri_tune.errors import OutOfMemoryError, StoppedError, StorageError, TrainingDivergedError, WorkerError
 from camri_tune.files import code_version
 from camri_tune.heartbeat import Heart
-from camri_tune.metrics import IntArray, accuracy, important_recall, recall_per_class
+from camri_tune.metrics import IntArray, accuracy, important_recall, pack, recall_per_class
 from camri_tune.pruning import AccuracyFloorPruner
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED
 from camri_tune.search import Plan, suggest
@@ -147,6 +147,8 @@ class _Run:
             )
             self.state = None
             self.confusions.append(trained.confusion)
+            if self.stage != "search":  # test may judge it, and needs to know how it fares on groups that have names
+                self.trial.set_user_attr("right", pack(trained.right))
             if not self.first:
                 self.first = {name: tensor.cpu() for name, tensor in trained.classifier.state_dict().items()}
         self._keep_checkpoint()

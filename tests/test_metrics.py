@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, recall_per_class
+from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, pack, recall_per_class, unpack
 
 
 @st.composite
@@ -75,3 +75,13 @@ def test_a_small_example_by_hand() -> None:
     assert recall_per_class(confusion).tolist() == [0.75, pytest.approx(2 / 3), pytest.approx(2 / 3)]
     assert important_recall(confusion, [0]) == 0.75
     assert important_recall(confusion, [0, 1]) == pytest.approx(2 / 3)
+
+
+@given(st.lists(st.booleans(), max_size=70))
+def test_packed_truth_values_come_back(values: list[bool]) -> None:
+    text = pack(np.array(values, dtype=bool))
+    assert text.isascii()
+    assert len(text) <= 4 * -(-len(values) // 24)
+    assert unpack(text, len(values)).tolist() == values
+    with pytest.raises(ValueError, match="were expected"):
+        unpack(text, len(values) + 8)

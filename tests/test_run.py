@@ -7,6 +7,8 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from camri_tune import pipeline
+from camri_tune import evaluation, pipeline
 from camri_tune.bundle import read_bundle
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
-from camri_tune.evaluation import Judge, _hidden
+from camri_tune.evaluation import Entrant, Judge, _hidden
 from camri_tune.images import Images
+from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
 from camri_tune.sources import find_source
 from camri_tune.stats import Hidden, crossed_interval, design_effect, hidden_size, tango_interval
 from camri_tune.storage import Stage, StudyStore
-from camri_tune.training import predict_logits
+from camri_tune.training import predict, predict_logits
 from tests.command import COMMAND, assert_one_line_error, camri_tune, result_of
 from tests.patience import wait_for
 
@@ -172,6 +176,42 @@ def _right(folder: Path, data: Dataset, stage: Stage, images: Images) -> NDArray
         assert logits is not None
         rows.append((logits.argmax(dim=1) == images.labels).numpy())
     return np.stack(rows)
+
+
+def test_judging_asks_each_model_about_each_test_image_once_and_none_about_validation(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the last training grows with the test part alone, and with whom it has to be asked about."""
+    folder, _ = finished
+    mine = shutil.copytree(folder, tmp_path / "d")
+    asked: list[int] = []
+
+    def counted(classifier: Classifier, images: Images, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        asked.append(len(images))
+        return predict(classifier, images, device)
+
+    def forbidden(*_: object) -> Tensor:
+        raise AssertionError("a pass over images that another pass could have done")
+
+    monkeypatch.setattr(evaluation, "predict", counted)
+    monkeypatch.setattr(evaluation, "predict_logits", forbidden)
+    monkeypatch.setattr(pipeline, "open_dataset", lambda config, _: _Grouped(config))  # where validation is looked at
+    options = dict(zip([o.removeprefix("--") for o in SMALL[::2]], SMALL[1::2], strict=True))
+    config = StudyConfig.build({**options, "out": tmp_path, "name": "d"})
+    assert pipeline.run(config).best is not None
+    assert asked == [359] * 4, "two seeds of the exported setting, two of the baseline"
+    asked.clear()
+    store = StudyStore.existing(open_storage(f"sqlite:///{mine / 'study.db'}"), "d").at(mine)
+    judge = Judge(_Grouped(config), store, (0,), "compact", torch.device("cpu"))
+
+    def entrant(stage: Stage, loss: Loss) -> Entrant | None:
+        return judge.entrant([replace(r, constraint=0.0) for r in store.records(stage) if r.seed in (0, 1)], loss)
+
+    new, old = entrant("finalists", "camri"), entrant("baseline", "ce")
+    assert new is not None
+    assert old is not None
+    judge.accuracy_difference(new, old, 0.95)
+    assert asked == [359] * 2, "whoever is not exported is asked with the one model that would have been"
 
 
 def test_test_images_of_unnamed_tracks_count_as_fewer_in_every_claim(

@@ -198,22 +198,18 @@ def test_models_scored_on_different_images_are_taken_by_seed() -> None:
 # The certificate
 
 
-class _Answer:
-    """What test says of one setting: as many images gained and lost, of so many."""
-
-    def __init__(self, gained: int, lost: int, n: int, confidence: float) -> None:
-        self.accuracy_difference = PairedDifference(gained, lost, n, n, confidence)
-
-
 def _judge(
     counts: Mapping[int, tuple[int, int, int] | None], asked: list[tuple[int, float]]
-) -> Callable[[int, float], _Answer | None]:
-    """A judge that knows these counts of each setting (None: damaged), and notes what it is asked."""
+) -> Callable[[int, float], PairedDifference | None]:
+    """A judge that knows of each setting how many images it gained and lost of how many (None: damaged).
 
-    def judge(number: int, confidence: float) -> _Answer | None:
+    It notes what it is asked.
+    """
+
+    def judge(number: int, confidence: float) -> PairedDifference | None:
         asked.append((number, confidence))
         found = counts[number]
-        return None if found is None else _Answer(*found, confidence)
+        return None if found is None else PairedDifference(*found, found[2], confidence)
 
     return judge
 
@@ -222,8 +218,7 @@ def test_the_first_that_passes_is_exported_and_nothing_after_it_is_judged() -> N
     asked: list[tuple[int, float]] = []
     counts = {5: (0, 900, 10_000), 2: (90, 80, 10_000), 9: (500, 0, 10_000)}
     verdict, best, judged = certify([5, 2, 9], _judge(counts, asked), 0.005)
-    assert verdict == "certified"
-    assert best is judged[2]
+    assert (verdict, best) == ("certified", 2)
     assert list(judged) == [5, 2], "the better one comes later in validation's order: test does not choose"
     assert [number for number, _ in asked] == [5, 2]
 
@@ -231,15 +226,13 @@ def test_the_first_that_passes_is_exported_and_nothing_after_it_is_judged() -> N
 def test_where_none_passes_the_first_in_validations_order_is_feasible() -> None:
     counts = {5: (0, 900, 10_000), 2: (0, 100, 10_000)}
     verdict, best, judged = certify([5, 2], _judge(counts, []), 0.005)
-    assert verdict == "feasible"
-    assert best is judged[5], "not the one that came out better on test"
+    assert (verdict, best) == ("feasible", 5), "not the one that came out better on test"
     assert list(judged) == [5, 2]
 
 
 def test_a_damaged_setting_is_passed_over() -> None:
     verdict, best, judged = certify([5, 2], _judge({5: None, 2: (90, 80, 10_000)}, []), 0.005)
-    assert (verdict, list(judged)) == ("certified", [2])
-    assert best is judged[2]
+    assert (verdict, best, list(judged)) == ("certified", 2, [2])
     assert certify([5], _judge({5: None}, []), 0.005) == ("none", None, {})
     assert certify([], _judge({}, []), 0.005) == ("none", None, {})
 
