@@ -1,27 +1,21 @@
 """camri-tune: raise the recall of the class that must not be missed, keep accuracy, and prove both."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from camri_tune.config import StudyConfig
+    from camri_tune.objective import ConstrainedObjective
     from camri_tune.pipeline import run
     from camri_tune.result import Result
 
-__all__ = ["Result", "StudyConfig", "run"]
+__all__ = ["ConstrainedObjective", "Result", "StudyConfig", "run"]
+
+_HOMES = {"ConstrainedObjective": "objective", "Result": "result", "StudyConfig": "config", "run": "pipeline"}
 
 
 def __getattr__(name: str) -> object:
     # Importing the package must not cost the seconds that torch takes: the command's help does not need it.
-    if name == "run":
-        from camri_tune.pipeline import run  # noqa: PLC0415
-
-        return run
-    if name == "StudyConfig":
-        from camri_tune.config import StudyConfig  # noqa: PLC0415
-
-        return StudyConfig
-    if name == "Result":
-        from camri_tune.result import Result  # noqa: PLC0415
-
-        return Result
+    if name in _HOMES:
+        return getattr(import_module(f"camri_tune.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -74,6 +75,21 @@ StorageOption = Annotated[
     str | None,
     typer.Option(envvar="CAMRI_STORAGE", help="Database URL of the study (default: SQLite in its folder)."),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"camri-tune {metadata.version('camri-tune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -131,13 +131,17 @@ def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
     """A trial's head and learning rate: from the sampler, or as enqueued."""
     if stage == "baseline":
         return HeadSpec("ce"), trial.suggest_float("learning_rate", 1e-5, 1.0, log=True)
-    loss, base = plan.config.loss, plan.baseline_learning_rate
-    learning_rate = trial.suggest_float("learning_rate", base / 4, base * 4, log=True)
-    params = {}
-    for name, kind in parameter_names(loss, plan.important).items():
+    params = suggest_loss(trial, plan.config.loss, plan.important, plan.baseline_learning_rate)
+    return head_spec(plan.config.loss, params, plan.important), params["learning_rate"]
+
+
+def suggest_loss(trial: Trial, loss: Loss, important: Sequence[int], base: float) -> dict[str, float]:
+    """A trial's learning rate, from a quarter to four times of `base`, and the parameters of its loss."""
+    params = {"learning_rate": trial.suggest_float("learning_rate", base / 4, base * 4, log=True)}
+    for name, kind in parameter_names(loss, important).items():
         allowed = SPACES[loss][kind]
         params[name] = trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)
-    return head_spec(loss, params, plan.important), learning_rate
+    return params
 
 
 def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
