@@ -21,11 +21,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the sdist, built from what git would hand out."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    names = ["camri_tune", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "cli.py"]
+    names: list[str] = ["camri_tune", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "cli.py"]
     source.mkdir()
     for name in names:
         subprocess.run(["cp", "-r", REPOSITORY / name, source], check=True)
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source]
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -56,7 +56,18 @@ def test_the_sdist_can_be_built_from_again(built: Path) -> None:
 def test_the_command_runs_from_the_wheel_alone(built: Path, tmp_path: Path) -> None:
     (wheel,) = built.glob("*.whl")
     place = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", place, wheel]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(place),
+        str(wheel),
+    ]
     subprocess.run(pip, check=True)
     inside = "import camri_tune; print(camri_tune.__file__); from camri_tune.cli import main; main()"
     done = subprocess.run(
