@@ -46,7 +46,7 @@ SPACES: dict[Loss, dict[str, Range]] = {
     "cosface-i": {"scale": SCALE, "margin": MARGIN},
 }
 MIN_TRIALS_FOR_IMPORTANCE, MOST_TRIALS_FOR_IMPORTANCE = 5, 400  # its time grows faster than they do: 50 s at 2,000
-MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at 2,000: see README.md
+MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at 2,000: see docs/many-workers.md
 
 
 @dataclass(frozen=True)
