@@ -148,7 +148,9 @@ class _Run:
             self.state = None
             self.confusions.append(trained.confusion)
             if not self.first:
-                self.first = {name: tensor.cpu() for name, tensor in trained.classifier.state_dict().items()}
+                self.first = {
+                    name: tensor.cpu().contiguous() for name, tensor in trained.classifier.state_dict().items()
+                }
         self._keep_checkpoint()
         pooled: IntArray = np.sum(self.confusions, axis=0)
         self._keep_confusion(pooled)
