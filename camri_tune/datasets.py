@@ -141,15 +141,15 @@ class Dataset:
         if self._has_test:
             own["test"] = "test"
         source = self._source
-        copies = "remove one of each"
+        way_out = ""
         if source.groups_by:
-            copies += f", or say which images show one object ({source.groups_by}), and they stay on one side"
+            way_out = f": remove one of each, or name what they show ({source.groups_by}), and they stay on one side"
         self._concerns = [
             *source.notices,
             *self._ungrouped(),
             *tell_imbalance(self.train, self.classes),
             *tell_few(parts, self.classes),
-            *tell_all([self._looks(name, own[name], images) for name, images in parts.items()], copies),
+            *tell_all([self._looks(name, own[name], images) for name, images in parts.items()], way_out),
         ]
 
     def _ungrouped(self) -> list[str]:

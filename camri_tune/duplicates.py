@@ -4,7 +4,7 @@ Two hashes of each image are kept with the decoded images. Of duplicates it is o
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ from camri_tune.images import Images
 
 LEAST_SIDE = 16  # pixels: smaller images are alike too often to say that two are nearly the same
 LEAST_CONTRAST = 4.0  # levels of 255, standard deviation: what is flatter has no shape to compare
-MOST_APART = 8.0  # levels of 255, in the mean over all pixels
-MOST_COMPARED, MOST_ALIKE = 20_000, 4  # images compared by pixels, and with how many of one hash each
+MOST_APART = 0.1  # of the image's own standard deviation; two of MNIST's ones are 0.2 apart
+MOST_COMPARED, MOST_ALIKE = 5_000, 4  # images compared by pixels, and with how many of one hash each
+PIECE_BYTES = 2**22  # of images that are compared at a time
 
 Hashes = NDArray[np.int64]
 
@@ -62,34 +63,52 @@ def near_hashes(pixels: NDArray[np.uint8]) -> Hashes:
 
 
 def duplicates(later: Looks, earlier: Looks) -> Duplicates:
-    """Images of `later` that are in `earlier` pixel for pixel, and others that are nearly: of one difference hash, and
-    at most `MOST_APART` levels apart. Of these at most `MOST_COMPARED` are looked for."""
+    """Images of `later` that are in `earlier` pixel for pixel, and others that are there nearly.
+
+    These have the same difference hash, and the root mean square of what their pixels differ by is at most `MOST_APART`
+    of the image's standard deviation. `MOST_COMPARED` at most are compared, each with `MOST_ALIKE` of its hash.
+    """
     place = dict(zip(earlier.exact[::-1].tolist(), range(len(earlier.exact) - 1, -1, -1), strict=True))
     exact = [(row, place[value]) for row, value in enumerate(later.exact.tolist()) if value in place]
-    same = {row for row, _ in exact}
     order = np.argsort(earlier.near, kind="stable")
     starts = np.searchsorted(earlier.near[order], later.near)
     ends = np.searchsorted(earlier.near[order], later.near, side="right")
-    candidates = [row for row in np.flatnonzero((later.near != 0) & (ends > starts)).tolist() if row not in same]
+    candidates = (later.near != 0) & (ends > starts)
+    candidates[[row for row, _ in exact]] = False
+    rows = np.flatnonzero(candidates)[:MOST_COMPARED]
+    at_a_time = max(1, PIECE_BYTES // (later.images.store[0].numel() * MOST_ALIKE))
     near = []
-    for row in candidates[:MOST_COMPARED]:
-        others = order[starts[row] : min(ends[row], starts[row] + MOST_ALIKE)]
-        apart = (_floats(earlier.images, others) - _floats(later.images, [row])).abs().flatten(1).mean(dim=1)
-        if float(apart.min()) <= MOST_APART:
-            near.append((row, int(others[int(apart.argmin())])))
+    for start in range(0, len(rows), at_a_time):
+        some = rows[start : start + at_a_time]
+        # Those of fewer than MOST_ALIKE are compared with their last one more than once.
+        places = np.minimum(starts[some, None] + np.arange(MOST_ALIKE), ends[some, None] - 1)
+        others = order[places]  # (n, MOST_ALIKE)
+        mine = _flat(later.images, some)[:, None]
+        theirs = _flat(earlier.images, others.reshape(-1)).view(len(some), MOST_ALIKE, -1)
+        apart = ((mine - theirs).square().mean(dim=2).sqrt() / mine.std(dim=2)).numpy()  # not flat, by its hash
+        best = apart.argmin(axis=1)
+        near += [
+            (int(row), int(others[index, best[index]]))
+            for index, row in enumerate(some)
+            if apart[index, best[index]] <= MOST_APART
+        ]
     return Duplicates(later, earlier, exact, near)
 
 
-def _floats(images: Images, places: Sequence[int] | Hashes) -> torch.Tensor:
-    return images.batch(torch.as_tensor(places))[0].float()
+def _flat(images: Images, places: Hashes) -> torch.Tensor:
+    return images.batch(torch.from_numpy(places))[0].float().flatten(1)
 
 
 def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
-    """In plain words, with the first pair of each kind; `way_out` follows on what is to be done."""
+    """In plain words, with the first pair of each kind; `way_out` goes on with what is to be done."""
     later, earlier = found.later, found.earlier
     kinds = (
         ("", found.exact, "pixel for pixel"),
-        ("At least ", found.near, f"nearly (same 8x8 difference hash, at most {MOST_APART:g} of 255 levels apart)"),
+        (
+            "At least ",
+            found.near,
+            f"nearly (one 8x8 difference hash, at most {MOST_APART:g} standard deviations apart)",
+        ),
     )
     lines = []
     for least, pairs, how in kinds:
@@ -101,7 +120,7 @@ def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
         lines.append(
             f"{least}{len(pairs):,} of {len(later.images):,} {later.part} images are {earlier.part} images, too, {how}"
             f"{classes}: {later.name_of(row)} is {earlier.name_of(other)}. What was learned by heart looks like skill "
-            f"there: {way_out}."
+            f"there{way_out}."
         )
     return lines
 
