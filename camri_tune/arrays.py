@@ -304,7 +304,7 @@ def _split(arrays: _Arrays, where: str) -> dict[Part, NDArray[np.int64]]:
     for value in np.unique(split).tolist():
         part = PARTS.get(str(value).strip().lower())
         if part is None:
-            known = ", ".join(names[0] for names in PART_NAMES.values())
+            known = ", ".join(PART_NAMES)
             raise DataError(f"{where} has a split {shown(value)}, but should have some of {known}; rename it")
         masks[part] = masks.get(part, False) | (split == value)
     return {part: np.flatnonzero(masks[part]) for part in PART_NAMES if part in masks}

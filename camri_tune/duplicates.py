@@ -15,9 +15,9 @@ from camri_tune.images import Images
 
 LEAST_SIDE = 16  # pixels: smaller images are alike too often to say that two are nearly the same
 LEAST_CONTRAST = 4.0  # levels of 255, standard deviation: what is flatter has no shape to compare
+MOST_BITS = 3  # of 64 between two difference hashes; of 100 photographs saved again as JPEG none had more
 MOST_APART = 0.1  # of the image's own standard deviation; two of MNIST's ones are 0.2 apart
-MOST_COMPARED, MOST_ALIKE = 5_000, 4  # images compared by pixels, and with how many of one hash each
-PIECE_BYTES = 2**22  # of images that are compared at a time
+MOST_PAIRS, PIECE = 2**26, 2**20  # of hashes that are compared, a second or two; and at a time
 
 Hashes = NDArray[np.int64]
 
@@ -65,38 +65,35 @@ def near_hashes(pixels: NDArray[np.uint8]) -> Hashes:
 def duplicates(later: Looks, earlier: Looks) -> Duplicates:
     """Images of `later` that are in `earlier` pixel for pixel, and others that are there nearly.
 
-    These have the same difference hash, and the root mean square of what their pixels differ by is at most `MOST_APART`
-    of the image's standard deviation. `MOST_COMPARED` at most are compared, each with `MOST_ALIKE` of its hash.
+    These have a difference hash that is at most `MOST_BITS` from the nearest, and the root mean square of what the two
+    images differ by is at most `MOST_APART` of the standard deviation. Of many images, some are looked for.
     """
     place = dict(zip(earlier.exact[::-1].tolist(), range(len(earlier.exact) - 1, -1, -1), strict=True))
     exact = [(row, place[value]) for row, value in enumerate(later.exact.tolist()) if value in place]
-    order = np.argsort(earlier.near, kind="stable")
-    starts = np.searchsorted(earlier.near[order], later.near)
-    ends = np.searchsorted(earlier.near[order], later.near, side="right")
-    candidates = (later.near != 0) & (ends > starts)
-    candidates[[row for row, _ in exact]] = False
-    rows = np.flatnonzero(candidates)[:MOST_COMPARED]
-    at_a_time = max(1, PIECE_BYTES // (later.images.store[0].numel() * MOST_ALIKE))
-    near = []
-    for start in range(0, len(rows), at_a_time):
+    hashed = later.near != 0
+    hashed[[row for row, _ in exact]] = False
+    rows, others = np.flatnonzero(hashed), np.flatnonzero(earlier.near)
+    most = MOST_PAIRS // max(1, len(others))
+    if len(rows) > most:
+        rows = rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
+    near: list[tuple[int, int]] = []
+    hashes = earlier.near[others].view(np.uint64)
+    at_a_time = max(1, PIECE // max(1, len(others)))
+    for start in range(0, len(rows) if len(others) else 0, at_a_time):
         some = rows[start : start + at_a_time]
-        # Those of fewer than MOST_ALIKE are compared with their last one more than once.
-        places = np.minimum(starts[some, None] + np.arange(MOST_ALIKE), ends[some, None] - 1)
-        others = order[places]  # (n, MOST_ALIKE)
-        mine = _flat(later.images, some)[:, None]
-        theirs = _flat(earlier.images, others.reshape(-1)).view(len(some), MOST_ALIKE, -1)
-        apart = ((mine - theirs).square().mean(dim=2).sqrt() / mine.std(dim=2)).numpy()  # not flat, by its hash
-        best = apart.argmin(axis=1)
-        near += [
-            (int(row), int(others[index, best[index]]))
-            for index, row in enumerate(some)
-            if apart[index, best[index]] <= MOST_APART
-        ]
+        bits = np.bitwise_count(later.near[some].view(np.uint64)[:, None] ^ hashes)
+        nearest = bits.argmin(axis=1)
+        for index in np.flatnonzero(bits[np.arange(len(some)), nearest] <= MOST_BITS):
+            row, other = int(some[index]), int(others[nearest[index]])
+            if _apart(later.images, row, earlier.images, other) <= MOST_APART:
+                near.append((row, other))
     return Duplicates(later, earlier, exact, near)
 
 
-def _flat(images: Images, places: Hashes) -> torch.Tensor:
-    return images.batch(torch.from_numpy(places))[0].float().flatten(1)
+def _apart(images: Images, row: int, others: Images, other: int) -> float:
+    places = ((images, row), (others, other))
+    mine, theirs = (some.batch(torch.tensor([place]))[0].numpy().astype(np.float32) for some, place in places)
+    return float(np.sqrt(np.square(mine - theirs).mean()) / mine.std())  # which is not flat, for it has a hash
 
 
 def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
@@ -107,7 +104,7 @@ def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
         (
             "At least ",
             found.near,
-            f"nearly (one 8x8 difference hash, at most {MOST_APART:g} standard deviations apart)",
+            f"nearly (8x8 difference hashes at most {MOST_BITS} bits apart, pixels {MOST_APART:g} standard deviations)",
         ),
     )
     lines = []

@@ -47,7 +47,7 @@ def listed_files(table: Path, group_by: str | None = None) -> Source:
             raise DataError(f"{here}: label is {what}, but should be a name as a folder can have; give one")
         part = PARTS.get(row.get("split", "train").lower())
         if part is None:
-            known = ", ".join(names[0] for names in PART_NAMES.values())
+            known = ", ".join(PART_NAMES)
             raise DataError(f"{here}: split is {shown(row['split'])}, but should be one of {known}")
         found.setdefault(part, []).append((path, row["label"], row.get("group") or None))
     return _source(table, found, group_by, where)

@@ -31,7 +31,7 @@ def file_for(config: StudyConfig) -> Path:
     """Where a study keeps a data set from Python. Raises InputError where the study has no name of its own."""
     if "dataset" in config.model_fields_set:
         raise InputError(
-            f"dataset={config.dataset!r} is in the configuration, and a data set beside it; give one of them"
+            f"the configuration names the data set {config.dataset!r}, and another is given; leave one out"
         )
     if config.name is None:
         raise InputError("a data set from Python has no name to call its study by: give StudyConfig(name=…)")
