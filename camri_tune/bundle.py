@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from camri_tune.config import Model, is_printable, printable
+from camri_tune.config import MOST_PATTERN, Model, is_printable, printable
 from camri_tune.errors import BundleError
 from camri_tune.files import sha256
 from camri_tune.folders import is_class_name
@@ -72,6 +72,7 @@ class BundleConfig(BaseModel):
     dataset: str = Field(min_length=1, max_length=4096)
     dataset_fingerprint: str
     seed: int = Field(ge=0, lt=2**31)
+    group_by: str | None = Field(None, min_length=1, max_length=MOST_PATTERN)
     skip_corrupt: bool
     weights_sha256: str = ""  # filled in when the bundle is written
     input: str = (
@@ -89,10 +90,10 @@ class BundleConfig(BaseModel):
             raise ValueError("must differ from each other")
         return value
 
-    @field_validator("dataset")
+    @field_validator("dataset", "group_by")
     @classmethod
-    def _dataset_is_printable(cls, value: str) -> str:
-        if not is_printable(value):
+    def _text_is_printable(cls, value: str | None) -> str | None:
+        if value is not None and not is_printable(value):
             raise ValueError("must have no control characters")
         return value
 

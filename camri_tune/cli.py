@@ -46,6 +46,13 @@ DataDirOption = Annotated[
     typer.Option(help="Where built-in data sets lie or are downloaded to (default: $CAMRI_DATA, else ./data)."),
 ]
 
+GroupByOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Which files show one object: what the pattern's (?P<group>…) finds in their paths, say patient numbers.",
+    ),
+]
 FinalistsOption = Annotated[
     int | None,
     typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
@@ -96,7 +103,9 @@ def _(
 def run(
     context: typer.Context,
     study: Annotated[Path | None, typer.Argument(help="A study file (.toml); options given here win over it.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="digits, gtsrb, cifar10, mnist, awa2, or a folder.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, gtsrb, cifar10, mnist, awa2, or a folder, .csv or .npz.")
+    ] = None,
     data_dir: DataDirOption = None,
     important: Annotated[
         str | None,
@@ -120,6 +129,7 @@ def run(
     image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images: for trying things out.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
+    group_by: GroupByOption = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
     workers: WorkersOption = None,
@@ -172,6 +182,7 @@ def compare(
     image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
+    group_by: GroupByOption = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Base of all random numbers.")] = None,
     workers: WorkersOption = None,
@@ -306,7 +317,7 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(help="An exported model, such as runs/NAME/best.")],
     data: Annotated[
         str | None,
-        typer.Option(help="A folder of class folders, a data set's name, or where one lies (default: as trained)."),
+        typer.Option(help="Class folders, a .csv or .npz, a data set's name, or where one lies (default: as trained)."),
     ] = None,
     data_dir: DataDirOption = None,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = False,
@@ -382,6 +393,13 @@ def datasets() -> None:
     print("awa2      37,322 photographs of 50 animals, resized to 64x64; from DATA_DIR/awa2, else downloaded (13 GB)")
     print("gtsrb     51,839 traffic signs at 32x32, 43 classes; from DATA_DIR/gtsrb, else downloaded")
     print("PATH      a folder: PATH/train/CLASS/*, optional PATH/val and PATH/test; or PATH/CLASS/*, split by us")
+    print(
+        "PATH.csv  a list: columns path,label and perhaps group,split (train, validation, test); paths from its folder"
+    )
+    print("PATH.npz  arrays: images (uint8), labels and perhaps groups, split, classes; or train_images, val_images, …")
+    print(
+        r"          --group-by '(?P<group>patient\d+)_' names what files show, so that it stays on one side of a split"
+    )
 
 
 @app.command()

@@ -93,6 +93,7 @@ def _one_dataset(
     config = config.model_copy(update={"important": ("worst1",)})
     device = device_here(config)
     data = open_dataset(config, console.reading)
+    data.examine()
     config.folder.mkdir(exist_ok=True)
     storage = open_storage(storage_url(config))
     head = Stages(config, data, StudyStore.create(storage, config, data))

@@ -17,6 +17,7 @@ Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = Literal["compact", "paper-cnn"]
 Launcher = Literal["local", "ray"]
 BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
+DATA_FILES = (".csv", ".npz")  # endings of files that are data sets
 
 MOST_FINALISTS = 5
 MOST_FOLDS = 5
@@ -29,6 +30,7 @@ SEEDS_APART, TUNING_SEED_OFFSET = 100_000, 20_000
 MOST_TRIALS, MOST_SEEDS = 50_000, 1_000  # each takes one of the SEEDS_APART
 
 MOST_STUDY_FILE = 2**14  # bytes: a study has some twenty keys, and to parse 64 KiB of hostile TOML takes 10 s
+MOST_PATTERN = 200  # characters
 MOST_SHOWN = 300  # characters of foreign text in a message
 # What acts on a terminal or a page instead of standing there: control characters, what turns the direction of writing,
 # and what stands for bytes that are not UTF-8.
@@ -48,6 +50,8 @@ class StudyConfig(BaseModel):
     text, or ranks by the baseline's validation recall: `worst1`, `worst2`, …, `median`. `epochs` and `image_size`
     default to what suits the data set, `finalists` to a quarter of the trials, at most five. With several `folds`
     a trial trains one model on each: `auto` asks for them where the important class has few validation images.
+    `group_by`, a pattern, is searched in the paths of a data set's files, and its group named `group` says which of
+    them show one object.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +72,7 @@ class StudyConfig(BaseModel):
     image_size: int | None = Field(None, ge=8, le=512)
     limit: int | None = Field(None, ge=1, lt=2**31)
     per_group: int | None = Field(None, ge=1, lt=2**31)
+    group_by: str | None = Field(None, min_length=1, max_length=MOST_PATTERN)
     skip_corrupt: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int | Literal["auto"] = "auto"
@@ -127,6 +132,13 @@ class StudyConfig(BaseModel):
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
 
+    @field_validator("group_by")
+    @classmethod
+    def _pattern_is_text(cls, value: str | None) -> str | None:
+        if value is not None and not is_printable(value):
+            raise ValueError("must be a pattern without control characters")
+        return value
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str | None) -> str | None:
@@ -153,8 +165,11 @@ class StudyConfig(BaseModel):
 
     @property
     def source_name(self) -> str:
-        """The data set's name, for a folder that folder's own."""
-        return self.dataset if self.dataset in BUILT_IN_DATASETS else Path(os.path.realpath(self.dataset)).name
+        """The data set's name, for a folder that folder's own, for a file without its ending."""
+        if self.dataset in BUILT_IN_DATASETS:
+            return self.dataset
+        path = Path(os.path.realpath(self.dataset))
+        return path.stem if is_data_file(path) else path.name
 
     @property
     def has_local_workers(self) -> bool:
@@ -291,6 +306,11 @@ def shown(value: object) -> str:
         return printable(repr(value))
     except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
         return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def is_data_file(path: str | Path) -> bool:
+    """Whether a data set of this path is a file, and no folder."""
+    return os.path.splitext(path)[1].lower() in DATA_FILES and not os.path.isdir(path)
 
 
 def is_name(text: str) -> bool:

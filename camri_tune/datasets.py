@@ -1,7 +1,7 @@
 """A data set opened for a study: uint8 tensors in memory, split by group, decoded once and cached.
 
 The cache, keyed by the source's files, holds one file per part, so that a second start is instant, workers share the
-pages, and nobody opens the test part before it is asked for.
+pages, and workers never open the test part.
 """
 
 import json
@@ -24,9 +24,12 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
+from camri_tune.counts import tell_few, tell_imbalance
+from camri_tune.duplicates import Looks, exact_hashes, near_hashes, tell_all
 from camri_tune.errors import DataError
-from camri_tune.folders import Item, Part, Source
-from camri_tune.images import Images, describe_counts, read_image, resized
+from camri_tune.folders import PIECE, Part, Source
+from camri_tune.grouping import Item, NotGroupedError
+from camri_tune.images import Images, Pieces, describe_counts, read_image, squeezed
 from camri_tune.memory import free_memory
 from camri_tune.sources import find_source, is_data_dir_of
 from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_groups
@@ -57,6 +60,8 @@ class Dataset:
         self._has_test = source.has("test")
 
         self._config = config
+        self._source = source
+        self._concerns: list[str] = []
         self._pool = self._read_pool()
         self._own_validation = self._cache.read("validation") if source.has("validation") else None
         if config.folds not in ("auto", 1) and not self.has_folds:
@@ -123,9 +128,54 @@ class Dataset:
     def channels(self) -> int:
         return self.train.channels
 
+    def examine(self) -> None:
+        """Have `notices` tell also of what makes hours of training worth less; for a run that is about to begin.
+
+        The test part is decoded for that, its images counted by class and compared with the others. No model answers
+        them, and nothing is chosen by them. Raises DataError where an image of it cannot be decoded.
+        """
+        parts = {"training": self.train, "validation": self.validation, "test": self.test()}
+        own: dict[str, Part] = {"training": "train", "validation": "train", "test": "train"}
+        if self._own_validation is not None:
+            own["validation"] = "validation"
+        if self._has_test:
+            own["test"] = "test"
+        source = self._source
+        way_out = ""
+        if source.groups_by:
+            way_out = f": remove one of each, or name what they show ({source.groups_by}), and they stay on one side"
+        self._concerns = [
+            *source.notices,
+            *self._ungrouped(),
+            *tell_imbalance(self.train, self.classes),
+            *tell_few(parts, self.classes),
+            *tell_all([self._looks(name, own[name], images) for name, images in parts.items()], way_out),
+        ]
+
+    def _ungrouped(self) -> list[str]:
+        """A split that was drawn image by image is right only where no two show one object, which nobody has said."""
+        if not self._source.groups_by or self.grouped or not (self.has_folds or not self._has_test):
+            return []
+        return [
+            f"No groups are named, so images were split one by one. If several show one object (frames, a patient, a "
+            f"place), name it ({self._source.groups_by}): else near duplicates stand on both sides, and figures are "
+            f"too good."
+        ]
+
+    def _looks(self, name: str, part: Part, images: Images) -> Looks:
+        rows = np.arange(len(images)) if images.rows is None else images.rows.numpy()
+        decoded = self._cache.decoded(part)
+        return Looks(
+            name,
+            images,
+            decoded.exact[rows],
+            decoded.near[rows],
+            lambda row: self._source.name_of(part, int(rows[row])),
+        )
+
     def notices(self) -> list[str]:
-        """What a user should know of the files that were read."""
-        lines = []
+        """What a user should know of the files that were read, and of what `examine` found."""
+        lines = [*self._concerns]
         if self._cache.skipped:
             lines.append(f"{self._cache.skipped} corrupt image file(s) were left out (--skip-corrupt).")
         if self.ignored_files:
@@ -144,7 +194,7 @@ class Dataset:
         return f"{self.name}, {len(self.classes)} classes, {parts}"
 
     def test(self) -> Images:
-        """The test part. Only the final judgement may call this."""
+        """The test part. Only the final judgement may have a model answer it."""
         if self._has_test:
             return self._cache.read("test")
         images = self._cache.read("train")
@@ -211,7 +261,10 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
             config = config.model_copy(update={"dataset": where})
     elif where is not None:
         config = config.model_copy(update={"dataset": where})
-    source = find_source(config)
+    try:
+        source = find_source(config)
+    except NotGroupedError:  # the groups of training are named in other images' paths
+        source = find_source(config.model_copy(update={"group_by": None}))
     if source.fingerprint() == fingerprint:
         text = f"the test part of {source.name}, which neither trained nor chose the model"
         data = Dataset(source, config)
@@ -223,8 +276,8 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
             f"class {foreign[0]!r} of {str(source.root or source.name)!r} is unknown to the model, which has {known}"
         )
     parts: list[Part] = ["test"] if source.has("test") else sorted({*source.parts, *source.packed})
-    same_root = source.root is not None and source.root.resolve() == Path(trained_on.dataset).resolve()
-    if parts != ["test"] and (same_root or config.dataset == trained_on.dataset):
+    same_place = Path(config.dataset).resolve() == Path(trained_on.dataset).resolve()
+    if parts != ["test"] and same_place:
         raise DataError(
             f"data set {str(source.root or source.name)!r} has changed since the model was trained on it, so what it "
             f"learned from cannot be told from the rest: restore the folder, or name other images with --data"
@@ -239,15 +292,27 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
     return Unseen(replace(images, labels=labels), text, size, own=False)
 
 
-# What a cache file holds: of each image, but for the pixels, its class, its group and whether it could be decoded.
+# What a cache file holds: of each image, but for the pixels, its class, its group, its hashes and whether it could be
+# decoded.
 # By name, the type as safetensors, NumPy and PyTorch call it.
 _TENSORS: dict[str, tuple[str, type, torch.dtype]] = {
     "labels": ("I64", np.int64, torch.int64),
     "groups": ("I64", np.int64, torch.int64),
+    "exact": ("I64", np.int64, torch.int64),
+    "near": ("I64", np.int64, torch.int64),
     "pixels": ("U8", np.uint8, torch.uint8),
     "good": ("BOOL", np.bool_, torch.bool),
 }
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the mmap module does not name everywhere
+
+
+class _Decoded(NamedTuple):
+    """A part, how many of its files were left out, and both hashes (M,) of every row of its store."""
+
+    skipped: int
+    images: Images
+    exact: NDArray[np.int64]
+    near: NDArray[np.int64]
 
 
 class _Cache:
@@ -258,13 +323,21 @@ class _Cache:
         self._skip_corrupt = skip_corrupt
         self._on_progress = on_progress
         self._folder = _cache_folder() / f"{source.cache_key()}{'-skip' if skip_corrupt else ''}"
-        self._skipped: dict[str, int] = {}
+        self._decoded: dict[Part, _Decoded] = {}
 
     @property
     def skipped(self) -> int:
-        return sum(self._skipped.values())
+        return sum(decoded.skipped for decoded in self._decoded.values())
 
     def read(self, part: Part) -> Images:
+        return self.decoded(part).images
+
+    def decoded(self, part: Part) -> _Decoded:
+        if part not in self._decoded:
+            self._decoded[part] = self._find(part)
+        return self._decoded[part]
+
+    def _find(self, part: Part) -> _Decoded:
         path = self._folder / f"{part}.safetensors"
         found = _stored(path)
         if found is None:
@@ -274,36 +347,47 @@ class _Cache:
                     # Many workers start at once: one decodes, and the others wait for it.
                     lock.enter_context(FileLock(f"{path}.lock"))
                 found = _stored(path) or self._decode(part, path)
-        self._skipped[part], images = found
-        return images
+        return found
 
-    def _decode(self, part: Part, path: Path) -> tuple[int, Images]:
+    def _decode(self, part: Part, path: Path) -> _Decoded:
         """Decode a part into a file at `path`, or into memory where none can be written."""
-        packed = self._unpacked(part) if part in self._source.packed else None
+        pieces = self._pieces(part) if part in self._source.packed else None
         items = self._source.parts.get(part, [])
         side = self._source.image_size
-        shape = (len(items), 3, side, side) if packed is None else tuple(packed.pixels.shape)
-        with _written_whole(path, shape) as arrays:
-            if packed is not None:
-                for name in ("labels", "groups", "pixels"):
-                    arrays[name][:] = getattr(packed, name).numpy()
+        count, channels = (len(items), 3) if pieces is None else (len(pieces.labels), pieces.channels)
+        with _written_whole(path, (count, channels, side, side)) as arrays:
+            if pieces is not None:
+                arrays["labels"][:] = pieces.labels.numpy()
+                arrays["groups"][:] = pieces.groups.numpy()
+                self._unpack_into(arrays["pixels"], pieces)
                 arrays["good"][:] = True
             else:
                 arrays["labels"][:] = [item.label for item in items]
                 arrays["groups"][:] = [item.group for item in items]
                 arrays["good"][:] = self._decode_into(arrays["pixels"], items)
+            for start in range(0, count, PIECE):
+                some = slice(start, start + PIECE)
+                arrays["exact"][some] = exact_hashes(arrays["pixels"][some])
+                arrays["near"][some] = near_hashes(arrays["pixels"][some])
         return _stored(path) or _unpack({name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    def _unpacked(self, part: Part) -> Images:
+    def _pieces(self, part: Part) -> Pieces:
         """A part whose images lie together in a few files."""
         try:
-            images = self._source.packed[part].read()
+            return self._source.packed[part].pieces()
         except (RuntimeError, OSError) as error:  # the files were whole when the data set was opened
             raise DataError(
                 f"the {part} part of {self._source.name} can no longer be read ({error}): "
                 f"put the files under {self._source.root} back and run again"
             ) from None
-        return resized(images, self._source.image_size)
+
+    def _unpack_into(self, pixels: NDArray[np.uint8], pieces: Pieces) -> None:
+        done = 0
+        for some in pieces.pixels:
+            pixels[done : done + len(some)] = squeezed(some, pixels.shape[-1]).numpy()
+            done += len(some)
+            if self._on_progress is not None:
+                self._on_progress(done, len(pixels))
 
     def _decode_into(self, pixels: NDArray[np.uint8], items: Sequence[Item]) -> NDArray[np.bool_]:
         """Decode files into rows of `pixels`. Returns which of them could be."""
@@ -332,7 +416,7 @@ class _Cache:
         return good
 
 
-def _stored(path: Path) -> tuple[int, Images] | None:
+def _stored(path: Path) -> _Decoded | None:
     """Of a cache, mapped into memory; None where there is none yet, or one that was cut short or is another's."""
     try:
         with path.open("rb") as file:
@@ -354,12 +438,12 @@ def _stored(path: Path) -> tuple[int, Images] | None:
         return None
 
 
-def _unpack(tensors: Mapping[str, torch.Tensor]) -> tuple[int, Images]:
+def _unpack(tensors: Mapping[str, torch.Tensor]) -> _Decoded:
     good = tensors["good"]
     images = Images(tensors["pixels"], tensors["labels"], tensors["groups"])
-    if bool(good.all()):
-        return 0, images
-    return int((~good).sum()), images[np.flatnonzero(good.numpy())]
+    if not bool(good.all()):
+        images = images[np.flatnonzero(good.numpy())]
+    return _Decoded(int((~good).sum()), images, tensors["exact"].numpy(), tensors["near"].numpy())
 
 
 def _cache_folder() -> Path:

@@ -293,6 +293,7 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
         dataset=config.dataset,
         data_dir=data_dir,
         seed=config.seed,
+        group_by=config.group_by,
         skip_corrupt=config.skip_corrupt or skip_corrupt,
         image_size=config.spec.image_size,
     )

@@ -3,25 +3,42 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from camri_tune.augmentation import Augmentation
-from camri_tune.config import is_printable
+from camri_tune.config import is_printable, shown
 from camri_tune.errors import DataError
-from camri_tune.images import Images, is_image_file
+from camri_tune.grouping import Item, Listed, match_groups, number_groups, tell_unmatched
+from camri_tune.images import Images, Pieces, is_image_file
 
 Part = Literal["train", "validation", "test"]
-CACHE_FORMAT = 2  # raise when decoding changes, so that old caches are not read
+PART_NAMES: dict[Part, tuple[str, ...]] = {  # what users call them
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+PARTS: dict[str, Part] = {name: part for part, names in PART_NAMES.items() for name in names}
+CACHE_FORMAT = 3  # raise when decoding changes, so that old caches are not read
 
 
-class Item(NamedTuple):
-    path: str  # of a hundred thousand files, `Path`s would take seconds
-    label: int
-    group: int
+PIECE = 1024  # images that are read at a time
+
+
+class Together(Protocol):
+    """A part whose images lie together, in a few files or in none."""
+
+    def contents(self) -> bytes:
+        """What tells these images from others."""
+
+    def pieces(self) -> Pieces:
+        """The images, to be read once. Raises RuntimeError, OSError or DataError where that is no longer possible."""
+
+    def name_of(self, row: int) -> str:
+        """What a message calls one of them."""
 
 
 class Packed(NamedTuple):
@@ -41,6 +58,13 @@ class Packed(NamedTuple):
                 digests.append(hashlib.file_digest(file, "sha256").digest())
         return b"".join(digests)
 
+    def pieces(self) -> Pieces:
+        images = self.read()
+        return Pieces(images.labels, images.groups, images.channels, images.split(PIECE))
+
+    def name_of(self, row: int) -> str:
+        return f"image {row:,}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -48,6 +72,7 @@ class Source:
 
     Where a part is missing, it is split from the training part. The images of the test part come in groups of about
     `hidden_group_size` that nobody names: frames of one object without the object's number. 1: each stands alone.
+    `groups_by` says how a user may name groups, '' where there is no way; `notices` what is to be known of the files.
     """
 
     name: str
@@ -57,9 +82,11 @@ class Source:
     epochs: int
     augmentation: Augmentation
     parts: dict[Part, list[Item]] = field(default_factory=dict)
-    packed: dict[Part, Packed] = field(default_factory=dict)
+    packed: Mapping[Part, Together] = field(default_factory=dict)
     ignored: int = 0
     hidden_group_size: int = 1
+    groups_by: str = ""
+    notices: tuple[str, ...] = ()
 
     @cached_property
     def _found(self) -> dict[Part, list[os.stat_result]]:
@@ -68,14 +95,22 @@ class Source:
     def has(self, part: Part) -> bool:
         return part in self.parts or part in self.packed
 
+    def name_of(self, part: Part, row: int) -> str:
+        """What a message calls an image of a part."""
+        if part in self.packed:
+            return self.packed[part].name_of(row)
+        return shown(self._inside(self.parts[part][row].path))
+
+    def _inside(self, path: str) -> str:
+        """A file's path, from the data set's folder on."""
+        return path if self.root is None else path.removeprefix(f"{self.root}{os.sep}")
+
     def fingerprint(self) -> str:
         """What a study is on: names and sizes of files, or the bytes of packed ones; moving the folder keeps it."""
         digest = hashlib.sha256(json.dumps([self.classes, self.image_size]).encode())
-        inside = "" if self.root is None else f"{self.root}{os.sep}"
         for part, items in sorted(self.parts.items()):
             for item, found in zip(items, self._found[part], strict=True):
-                path = item.path.removeprefix(inside)
-                line = f"{part}\0{path}\0{found.st_size}\0{item.label}\0{item.group}\n"
+                line = f"{part}\0{self._inside(item.path)}\0{found.st_size}\0{item.label}\0{item.group}\n"
                 digest.update(line.encode(errors="surrogateescape"))  # a file's name may be any bytes
         for part, packed in sorted(self.packed.items()):
             digest.update(part.encode() + packed.contents())
@@ -90,13 +125,17 @@ class Source:
         return digest.hexdigest()[:20]
 
 
-def class_folders(root: Path) -> Source:
-    """`root/CLASS/*`, or `root/train/CLASS/*` with `val/` and `test/` beside it. Raises DataError, or OSError."""
-    names: dict[Part, tuple[str, ...]] = {
-        "train": ("train", "training"),
-        "validation": ("val", "valid", "validation"),
-        "test": ("test", "testing"),
-    }
+def own_data(name: str, root: Path, classes: tuple[str, ...], **values: Any) -> Source:
+    """A source of images that nobody here knows: small, and changed as is safe with what may not be mirrored."""
+    usual = {"image_size": 32, "epochs": 20, "augmentation": Augmentation(rotate=8, shift=0.1, zoom=0.1, light=0.1)}
+    return Source(name=name, root=root, classes=classes, **{**usual, **values})
+
+
+def class_folders(root: Path, group_by: str | None = None) -> Source:
+    """`root/CLASS/*`, or `root/train/CLASS/*` with `val/` and `test/` beside it. Raises DataError, or OSError.
+
+    `group_by` is a pattern that is searched in the files' paths from `root` on; see `match_groups`.
+    """
     # A folder called "train" or "test" that holds no folders is a class of that name.
     by_lower_name = {
         entry.name.lower(): entry
@@ -104,7 +143,7 @@ def class_folders(root: Path) -> Source:
         if entry.is_dir() and any(_is_class_folder(inner) for inner in entry.iterdir())
     }
     folders: dict[Part, Path] = {}
-    for part, choices in names.items():
+    for part, choices in PART_NAMES.items():
         for name in choices:
             if name in by_lower_name:
                 folders.setdefault(part, by_lower_name[name])
@@ -124,7 +163,7 @@ def class_folders(root: Path) -> Source:
                 f"class folder {str(folders['train'] / name)!r} must have a name in UTF-8 without control characters, "
                 f"for it is shown in reports and on terminals; rename it"
             )
-    parts: dict[Part, list[Item]] = {}
+    parts: dict[Part, list[Listed]] = {}
     ignored = 0
     for part, folder in folders.items():
         unknown = sorted({entry.name for entry in folder.iterdir() if _is_class_folder(entry)} - set(classes))
@@ -143,18 +182,33 @@ def class_folders(root: Path) -> Source:
             ignored += others
             if not found:
                 raise DataError(f"class folder {str(folder / name)!r} has no images; add some or remove the folder")
-            items += [(path, label) for path in found]
-        parts[part] = [Item(path, label, index) for index, (path, label) in enumerate(items)]
-    return Source(
-        name=root.resolve().name,
-        root=root,
-        classes=classes,
-        image_size=32,
-        epochs=20,
-        augmentation=Augmentation(rotate=8, shift=0.1, zoom=0.1, light=0.1),
-        parts=parts,
+            items += [Listed(path, label) for path in found]
+        parts[part] = items
+    notices: list[str] = []
+    if group_by is not None:
+        parts, notices = grouped_by(group_by, parts, root)
+    return own_data(
+        root.resolve().name,
+        root,
+        classes,
+        parts=number_groups(parts),
         ignored=ignored,
+        groups_by="--group-by",
+        notices=tuple(notices),
     )
+
+
+def grouped_by(
+    pattern: str, parts: Mapping[Part, list[Listed]], root: Path
+) -> tuple[dict[Part, list[Listed]], list[str]]:
+    """The same files with the groups that `pattern` finds in their paths from `root` on, and what to tell of them."""
+    names = [
+        file.path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/") for files in parts.values() for file in files
+    ]
+    groups = match_groups(pattern, names)
+    found = iter(groups)
+    named = {part: [file._replace(group=next(found)) for file in files] for part, files in parts.items()}
+    return named, tell_unmatched(pattern, names, groups)
 
 
 def _is_class_folder(entry: Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +94,18 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), self.groups.to(device))
 
 
+class Pieces(NamedTuple):
+    """Images that are read piece by piece, for they may be larger than memory.
+
+    `labels` and `groups` int64 (N,); `pixels` gives uint8 (n, C, H, W) of any H and W, N images in all, once.
+    """
+
+    labels: torch.Tensor
+    groups: torch.Tensor
+    channels: int
+    pixels: Iterator[torch.Tensor]
+
+
 def describe_counts(images: Images) -> str:
     """'31,380 images in 1,046 groups', or without groups where every image is its own."""
     groups = len(torch.unique(images.groups))
@@ -104,14 +117,17 @@ def resized(images: Images, size: int) -> Images:
     """The same images at `size` x `size`."""
     if images.side == size:
         return images
-    resized = [  # in pieces: as floats, all of them together would be large
-        torch.nn.functional.interpolate(some.float(), (size, size), mode="bilinear", antialias=True)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        for some in images.split(1024)
-    ]
-    return Images(torch.cat(resized), images.labels, images.groups)
+    # In pieces: as floats, all of them together would be large.
+    pieces = [squeezed(some, size) for some in images.split(1024)]
+    return Images(torch.cat(pieces), images.labels, images.groups)
+
+
+def squeezed(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (n, C, H, W) as (n, C, `size`, `size`): whole images, bilinear with antialiasing."""
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    floats = torch.nn.functional.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True)
+    return floats.round().clamp(0, 255).to(torch.uint8)
 
 
 class _Budget:
@@ -150,7 +166,7 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
             raise ValueError(f"{length:,} bytes, but at most {MOST_BYTES:,} are read; save it smaller")
         # Always in this order, so that no two threads wait for each other.
         with _BYTES.of(length), Image.open(path, formats=_FORMATS) as opened, _PIXELS.of(_pixels_of(opened, path)):
-            image = _to_rgb(ImageOps.exif_transpose(opened), opened.format)
+            image = to_rgb(ImageOps.exif_transpose(opened), opened.format)
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
@@ -177,8 +193,8 @@ def _pixels_of(opened: Image.Image, path: Path) -> int:
     return pixels
 
 
-def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
-    """To RGB; `name` is the file's format, which `image`, a copy, no longer knows."""
+def to_rgb(image: Image.Image, name: str | None) -> Image.Image:
+    """To RGB; `name` is the file's format, which `image`, a copy, no longer knows, None where it is of no file."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it as 8 or 16 bit")
     if image.mode.startswith("I"):  # 16-bit greyscale (and 32-bit containers of it)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
@@ -22,6 +24,7 @@ from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.evidence import Evidence
 from camri_tune.files import is_writable_folder, write_text
+from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
@@ -31,23 +34,60 @@ from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds, shared_confidence
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import StudyStore, storage_url
+from camri_tune.torch_data import file_for, write_arrays
 from camri_tune.workers import device_here
 
 
-def run(config: StudyConfig, console: Console | None = None) -> Result:
+def run(
+    config: StudyConfig,
+    console: Console | None = None,
+    *,
+    dataset: "Dataset[Any] | None" = None,
+    validation: "Dataset[Any] | None" = None,
+    test: "Dataset[Any] | None" = None,
+    classes: Sequence[str] | None = None,
+) -> Result:
     """Tune, select and export as `config` says; the same call again resumes. Progress goes to `console`, if any.
+
+    The images are those that `config` names, or those of `dataset`, whose items are (image, label) or (image, label,
+    group): a PIL image or a tensor (C, H, W) of uint8, or of floats from 0 to 1; an integer or text; and what the image
+    shows, so that no two images of it stand on both sides of a split. `validation` and `test` are drawn from it unless
+    they are given, and `classes` names the labels 0, 1, …. They are read once, into a file in the study's folder.
+
+    >>> import torch
+    >>> from camri_tune import StudyConfig, run
+    >>> class Stripes(torch.utils.data.Dataset):
+    ...     def __len__(self):
+    ...         return 120
+    ...     def __getitem__(self, index):
+    ...         image = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(index)) / 2
+    ...         image[:, :: 1 + index % 2] += 0.5  # every line, or every other
+    ...         return image, index % 2
+    >>> config = StudyConfig(name="stripes", important=("striped",), trials=1, epochs=1, seeds=1, folds=1)
+    >>> result = run(config, dataset=Stripes(), classes=["plain", "striped"])
+    >>> result.dataset, result.classes, result.images["train"], result.images["validation"], result.images["test"]
+    ('stripes', ('plain', 'striped'), 76, 20, 24)
 
     Raises InputError for what the user can mend. A result with verdict `none` is a result: nothing is exported then.
     """
     console = console or Console(quiet=True)
+    given: dict[Part, Dataset[Any] | None] = {"train": dataset, "validation": validation, "test": test}
+    if dataset is None and any(value is not None for value in (validation, test, classes)):
+        raise InputError("validation, test and classes belong to a data set from Python: give dataset=… as well")
+    arrays = None if dataset is None else file_for(config)
     config = config.absolute()
     device = device_here(config)
     if not is_writable_folder(config.folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
     prefork.begin_for(config, [config.dataset])
     with prefork.at_hand(), only_run(config.folder), console:
+        if arrays is not None:
+            parts = {part: data for part, data in given.items() if data is not None}
+            write_arrays(arrays, parts, classes=classes, side=config.image_size, on_progress=console.reading)
+            config = config.model_copy(update={"dataset": str(arrays.resolve())})
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
+        data.examine()
         store = StudyStore.create(open_storage(storage_url(config)), config, data)
         stages = Stages(config, data, store)
         planned = {
@@ -225,6 +265,7 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         dataset=config.dataset,
         dataset_fingerprint=stages.data.fingerprint,
         seed=config.seed,
+        group_by=config.group_by,
         skip_corrupt=config.skip_corrupt,
     )
     place = stages.seeds().index(best.exported_seed)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_data_file
 from camri_tune.heartbeat import lives
 
 MODULE = "camri_tune.worker"  # what the forker runs, and forks
@@ -147,8 +147,13 @@ def begin() -> None:
 
 def begin_for(config: StudyConfig, datasets: Sequence[str]) -> None:
     """The same where a run will start workers here, which it will not where a data set cannot be there."""
-    if config.has_local_workers and all(name in BUILT_IN_DATASETS or os.path.isdir(name) for name in datasets):
+    if config.has_local_workers and all(map(_can_be_there, datasets)):
         begin()
+
+
+def _can_be_there(dataset: str) -> bool:
+    is_file = is_data_file(dataset) and os.path.isfile(dataset)
+    return dataset in BUILT_IN_DATASETS or is_file or os.path.isdir(dataset)
 
 
 @contextmanager

@@ -15,11 +15,14 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from camri_tune.arrays import array_source, holds_arrays
 from camri_tune.augmentation import Augmentation
-from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_printable
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_data_file, is_printable
 from camri_tune.errors import DataError
-from camri_tune.folders import Item, Packed, Part, Source, class_folders, image_files, is_class_name
+from camri_tune.folders import Packed, Part, Source, class_folders, image_files, is_class_name
+from camri_tune.grouping import Item, NotGroupedError
 from camri_tune.images import Images
+from camri_tune.listed import listed_files
 
 Opened = TypeVar("Opened")
 PHOTOGRAPHS = Augmentation(shift=0.12, zoom=0.12, light=0.1, mirror=True)
@@ -51,12 +54,14 @@ def find_source(config: StudyConfig) -> Source:
     """The source that `config` names. Raises DataError in one clear line where there is none."""
     built_in = {"gtsrb": _gtsrb, "cifar10": _cifar10, "mnist": _mnist, "awa2": _awa2}
     try:
+        if config.dataset in BUILT_IN_DATASETS and config.group_by is not None:
+            raise NotGroupedError(f"--group-by is for images of your own, and {config.dataset} is not; leave it out")
         if config.dataset == "digits":
             source = _digits()
         elif config.dataset in built_in:
             source = built_in[config.dataset](config.data_dir)
         else:
-            source = _folder(config.dataset)
+            source = _own(config.dataset, config.group_by)
     except OSError as error:
         where = f"{error.strerror}: {error.filename!r}"
         raise DataError(f"data set {config.dataset!r} cannot be read ({where}); mend that, or name another") from None
@@ -159,13 +164,13 @@ def _cifar10(data_dir: Path) -> Source:
     """From torchvision's files, or from class folders DATA_DIR/cifar10/{train,test}/CLASS/*."""
     folder = data_dir / "cifar10"
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        source = _folder(str(folder))
+        source = _own(str(folder))
         if odd := sorted({*source.classes} ^ {*CIFAR10_CLASSES}):
             raise DataError(
                 f"{folder / 'train'} must hold the class folders {', '.join(CIFAR10_CLASSES)} and no others, but "
                 f"{odd[0]!r} is {'one too many' if odd[0] in source.classes else 'missing'}; unpack the images again"
             )
-        return replace(source, name="cifar10", epochs=20, augmentation=PHOTOGRAPHS)
+        return replace(source, name="cifar10", epochs=20, augmentation=PHOTOGRAPHS, groups_by="")
 
     from torchvision.datasets import CIFAR10  # noqa: PLC0415 - two seconds that other data sets need not pay
 
@@ -305,16 +310,23 @@ def _awa2(data_dir: Path) -> Source:
     )
 
 
-def _folder(dataset: str) -> Source:
-    root = Path(dataset)
-    if not os.path.isdir(root):
-        known = ", ".join(BUILT_IN_DATASETS)
-        if os.path.exists(root):
-            raise DataError(f"data set {dataset!r} is a file; give a folder of class folders, or one of {known}")
-        raise DataError(f"unknown data set {dataset!r}: give one of {known}, or the path of a folder of class folders")
-    if not all(map(is_printable, (dataset, str(root.resolve())))):
-        raise DataError(f"data set folder {dataset!r} must have a path in UTF-8 without control characters; rename it")
-    return class_folders(root)
+def _own(dataset: str, group_by: str | None = None) -> Source:
+    """A user's own images, by what lies at the path `dataset`."""
+    path = Path(dataset)
+    known = f"a folder of class folders, a .csv or .npz file, or one of {', '.join(BUILT_IN_DATASETS)}"
+    if not os.path.exists(path):
+        raise DataError(f"unknown data set {dataset!r}: give one of {known}")
+    if not os.path.isdir(path) and not (os.path.isfile(path) and is_data_file(path)):  # a pipe would wait for a writer
+        raise DataError(f"data set {dataset!r} is a file of another kind; give {known}")
+    if not all(map(is_printable, (dataset, str(path.resolve())))):
+        raise DataError(f"data set {dataset!r} must have a path in UTF-8 without control characters; rename it")
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return listed_files(path, group_by)
+    if path.is_file() or holds_arrays(path):
+        if group_by is not None:
+            raise NotGroupedError(f"--group-by is for paths, which {dataset!r} has none of; save an array 'groups'")
+        return array_source(path)
+    return class_folders(path, group_by)
 
 
 def _open_or_download(open_it: Callable[[bool], Opened], problem: str, way_out: str) -> Opened:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from camri_tune.errors import DataError
 
 IntArray = NDArray[np.int64]
+DRAWS = 30  # tries where groups span classes; of 600 small random cases that could be split one try missed one in 15
 
 
 class Split(NamedTuple):
@@ -61,11 +62,34 @@ def hold_out_groups(
     """Hold out about `fraction` of every class, in whole groups, chosen by `seed`, those in `last` only at need.
 
     `labels` and `groups` are (N,). Each class gives at least one group and keeps at least one. Raises DataError, naming
-    the class, where a class has fewer than two groups or where groups that span classes make that impossible;
+    the class, where a class has fewer than two groups or where groups that span classes seem to make that impossible;
     `purpose` says in the message what the held-out part is for.
     """
     late = set() if last is None else set(last.tolist())
     rng = np.random.default_rng(seed)
+    one_sided = ""
+    for _ in range(DRAWS):  # the first succeeds, unless groups span classes
+        mask = np.isin(groups, list(_draw_groups(labels, groups, fraction, rng, classes, purpose, late)))
+        lacking = [name for c, name in enumerate(classes) if len(np.unique(mask[labels == c])) < 2]
+        if not lacking:
+            return Split(np.flatnonzero(~mask), np.flatnonzero(mask))
+        one_sided = one_sided or lacking[0]
+    raise DataError(
+        f"class {one_sided!r} cannot have images both for training and for {purpose}, because its groups are shared "
+        f"with other classes: provide a folder for {purpose}"
+    )
+
+
+def _draw_groups(
+    labels: IntArray,
+    groups: IntArray,
+    fraction: float,
+    rng: np.random.Generator,
+    classes: Sequence[str],
+    purpose: str,
+    late: set[int],
+) -> set[int]:
+    """Groups to hold out, as good as they can be had class by class."""
     held: set[int] = set()
     kept: set[int] = set()
     # Classes with the fewest groups choose first: with groups that span classes, they have the least choice.
@@ -90,14 +114,7 @@ def hold_out_groups(
             have += sizes[g]
             spare -= 1
         kept.update(g for g in sizes if g not in held)
-    mask = np.isin(groups, list(held))
-    for c, name in enumerate(classes):
-        if not mask[labels == c].any() or mask[labels == c].all():
-            raise DataError(
-                f"class {name!r} cannot have images both for training and for {purpose}, because its groups are shared "
-                f"with other classes: provide a folder for {purpose}"
-            )
-    return Split(np.flatnonzero(~mask), np.flatnonzero(mask))
+    return held
 
 
 def limit_groups(labels: IntArray, groups: IntArray, *, limit: int, seed: int, classes: Sequence[str]) -> IntArray:

@@ -150,7 +150,9 @@ class _Run:
             if self.stage != "search":  # test may judge it, and needs to know how it fares on groups that have names
                 self.trial.set_user_attr("right", pack(trained.right))
             if not self.first:
-                self.first = {name: tensor.cpu() for name, tensor in trained.classifier.state_dict().items()}
+                self.first = {
+                    name: tensor.cpu().contiguous() for name, tensor in trained.classifier.state_dict().items()
+                }
         self._keep_checkpoint()
         pooled: IntArray = np.sum(self.confusions, axis=0)
         self._keep_confusion(pooled)

@@ -43,6 +43,8 @@ REPOSITORY = Path(__file__).parents[1]
         (["--workers", "many"], ["--workers", "'many'", "auto"]),
         (["--name", "../x"], ["--name", "'../x'", "letters"]),
         (["--limit", "5"], ["--limit 5", "at least 10"]),
+        (["--group-by", "x"], ["--group-by", "images of your own", "digits"]),
+        (["--group-by", "\x1b[2J"], ["--group-by", "'\\x1b[2J'", "control characters"]),
         (["--storage", "nonsense"], ["storage", "sqlite:///study.db"]),
         (["--storage", ""], ["--storage", "''", "at least 1 character"]),
         (["--bogus"], ["--bogus"]),
@@ -238,7 +240,9 @@ def test_doctor_and_datasets_say_what_is_there() -> None:
     assert doctor.returncode == 0
     assert "torch" in doctor.stdout
     assert "trains in" in doctor.stdout
-    assert "digits" in camri_tune("datasets").stdout
+    datasets = camri_tune("datasets").stdout
+    for part in ("digits", "PATH/CLASS/*", "PATH.csv", "path,label", "PATH.npz", "--group-by '(?P<group>"):
+        assert part in datasets
 
 
 def test_study_files_of_the_house_are_valid() -> None:

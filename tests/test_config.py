@@ -54,6 +54,10 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("limit", 2**31, "less than 2147483648"),
     ("per_group", 0, "greater than or equal to 1"),
     ("per_group", 2**31, "less than 2147483648"),
+    ("group_by", "", "at least 1 character"),
+    ("group_by", "x" * 201, "at most 200 characters"),
+    ("group_by", "(?P<group>\x1b)", "without control characters"),
+    ("group_by", 3, "string"),
     ("skip_corrupt", "perhaps", "boolean"),
     ("calibrate", "perhaps", "boolean"),
     ("seed", -1, "greater than or equal to 0"),
@@ -289,6 +293,7 @@ OTHER_VALUES: dict[str, object] = {
     "folds": 3,
     "image_size": 16,
     "limit": 100,
+    "group_by": "(?P<group>patient[0-9]+)_",
     "skip_corrupt": True,
     "seed": 1,
 }

@@ -126,6 +126,7 @@ PLAUSIBLE = {
     "tolerance": 0.5,
     "workers": "auto",
     "folds": 3,
+    "group_by": "(?P<group>patient[0-9]+)_",
     "name": "mine",
     "out": "runs",
     "data_dir": "data",

@@ -107,6 +107,27 @@ def test_groups_that_span_classes_work_or_name_a_class(rows: list[tuple[int, int
         _assert_a_good_split(split, labels, groups, classes)
 
 
+@given(
+    members=st.lists(st.sets(st.integers(0, 3), min_size=1, max_size=3), min_size=4, max_size=8),
+    sizes=st.lists(st.integers(1, 4), min_size=8, max_size=8),
+    seed=SEEDS,
+)
+@settings(deadline=None, max_examples=300)
+def test_patients_with_several_findings_are_split_wherever_that_is_possible(
+    members: list[set[int]], sizes: list[int], seed: int
+) -> None:
+    """`members`: the classes that each group has images of. Whether any split will do is tried by all subsets."""
+    rows = [(c, g) for g, of_group in enumerate(members) for c in sorted(of_group) for _ in range(sizes[g])]
+    present = sorted({c for c, _ in rows})
+    groups_of = [{g for g, of_group in enumerate(members) if c in of_group} for c in present]
+    subsets = (set(np.flatnonzero([mask >> g & 1 for g in range(len(members))])) for mask in range(2 ** len(members)))
+    assume(any(all(own & held and own - held for own in groups_of) for held in subsets))
+    labels, groups = np.array([present.index(c) for c, _ in rows]), np.array([g for _, g in rows])
+    classes = [f"class {c}" for c in present]
+    split = _hold_out(labels, groups, classes, fraction=0.2, seed=seed)
+    _assert_a_good_split(split, labels, groups, classes)
+
+
 def test_a_class_of_one_group_is_named() -> None:
     labels, groups = np.array([0, 0, 1, 1, 1]), np.array([1, 2, 3, 3, 3])
     with pytest.raises(DataError, match=r"^class 'stop' has 3 image\(s\) in 1 group\(s\), .* 2 groups .*test.*$"):
