@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from camri_tune.bundle import load
     from camri_tune.config import StudyConfig
     from camri_tune.pipeline import run
     from camri_tune.result import Result
 
-__all__ = ["Result", "StudyConfig", "run"]
+__all__ = ["Result", "StudyConfig", "load", "run"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> object:
         from camri_tune.pipeline import run  # noqa: PLC0415
 
         return run
+    if name == "load":
+        from camri_tune.bundle import load  # noqa: PLC0415
+
+        return load
     if name == "StudyConfig":
         from camri_tune.config import StudyConfig  # noqa: PLC0415
 

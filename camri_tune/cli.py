@@ -309,6 +309,16 @@ def evaluate(
     for c in figures["important"]:
         share = figures["shares"]["recall"][str(c)]
         print(f"recall of {named(c, figures['classes'])}: {'no such images' if share is None else _share(share)}")
+    if (found := figures["calibration"]) is not None:
+        before = found["before"]
+        print(
+            f"probabilities at temperature {found['temperature']:.4g} (at 1): expected calibration error "
+            f"{found['decided']['expected_calibration_error']:.4f} "
+            f"({before['decided']['expected_calibration_error']:.4f}), negative log-likelihood "
+            f"{found['negative_log_likelihood']:.4f} ({before['negative_log_likelihood']:.4f})"
+        )
+    else:
+        print("the model has no temperature: its numbers are scores, not probabilities")
     print(f"the stored test figures are {'reproduced exactly' if figures['matches_stored'] else 'other than these'}")
 
 
@@ -441,7 +451,8 @@ def _usage(error: typer.TyperException) -> str:
     message, cause = error.format_message(), error.__cause__
     if not isinstance(cause, ValidationError):
         return message
-    return f"{message}, which {shown(cause.errors()[0]['input'])} is not"
+    value, message = shown(cause.errors()[0]["input"]), message.replace("Value error, ", "").rstrip(".")
+    return message if value in message else f"{message}, which {value} is not"
 
 
 def _config(context: typer.Context, study: Path | None, options: Mapping[str, Any]) -> StudyConfig:

@@ -31,6 +31,7 @@ FLOORS = [
     {"evidence", "chart_style", "prefork"},
     {
         "metrics",
+        "calibration",
         "stats",
         "posthoc",
         "config",

@@ -18,6 +18,7 @@ from PIL import Image
 
 from camri_tune import pipeline
 from camri_tune.bundle import read_bundle
+from camri_tune.calibration import fit_temperature, probabilities
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
@@ -127,6 +128,26 @@ def test_evaluating_the_bundle_reproduces_the_stored_figures(
     assert {key: figures[key] for key in stored} == stored
     assert figures["matches_stored"]
     assert "reproduced exactly" in camri_tune("evaluate", moved).stdout
+
+
+def test_the_temperature_is_validations_and_test_says_how_good_it_is(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    bundle = read_bundle(folder / "best")
+    data, cpu = open_dataset(StudyConfig()), torch.device("cpu")
+    parts = data.validation, data.test()
+    held_out, unseen = (predict_logits(bundle.classifier, images.pixels, cpu).numpy() for images in parts)
+    temperature = bundle.config.spec.temperature
+    assert temperature is not None
+    assert temperature == pytest.approx(fit_temperature(held_out, data.validation.labels.numpy()), rel=1e-3)
+    stored = bundle.metrics["calibration"]
+    assert stored == result["best"]["exported"]["calibration"]
+    assert (stored["temperature"], stored["fitted_on"], stored["n"]) == (temperature, len(data.validation), 359)
+    own = np.arange(359), data.test().labels.numpy()
+    for text, t in ((stored, temperature), (stored["before"], 1.0)):
+        assert text["negative_log_likelihood"] == pytest.approx(-np.log(probabilities(unseen, t)[own]).mean(), rel=1e-4)
+    assert sum(b["n"] for b in stored["decided"]["bins"]) == 359
+    figures = json.loads(camri_tune("evaluate", folder / "best", "--json").stdout)
+    assert figures["calibration"] == {**stored, "fitted_on": None}
 
 
 def test_evaluating_gives_the_important_class_an_interval_too(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -295,6 +316,7 @@ def test_calibrating_adds_the_bias_that_validation_asks_for_and_trains_nothing(
     logits = predict_logits(bundle.classifier, data.validation.pixels, torch.device("cpu"))
     logits[:, important] -= bias
     labels = data.validation.labels.numpy()
+    assert bundle.config.spec.temperature == pytest.approx(fit_temperature(logits.numpy(), labels), rel=1e-3)
     assert tune_bias(logits.numpy(), labels, important=important, floor=-1).bias == pytest.approx(bias, abs=1e-4)
     assert "reproduced exactly" in camri_tune("evaluate", mine / "best").stdout
     assert f"{bias:+.4g} is added to the logit of class {important}" in (mine / "best" / "README.md").read_text()
