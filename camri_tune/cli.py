@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -334,6 +334,28 @@ def _share(share: Mapping[str, Any]) -> str:
 
 
 @app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="An exported model, such as runs/NAME/best.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders that are looked through.")],
+    form: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="How the answers are printed.")
+    ] = "table",
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = False,
+) -> None:
+    """What an exported model decides for images of any number, and how surely; it says if its numbers are scores."""
+    from camri_tune.answers import meaning  # noqa: PLC0415
+    from camri_tune.bundle import read_bundle  # noqa: PLC0415
+    from camri_tune.predict import Predictions, lines_of  # noqa: PLC0415
+
+    predictions = Predictions(read_bundle(bundle), images, on_corrupt=_warn if skip_corrupt else None)
+    for line in lines_of(predictions, form):
+        print(line)
+    if predictions.left_out:
+        _warn(f"{predictions.left_out:,} corrupt image file(s) were left out (--skip-corrupt)")
+    _warn(meaning(predictions.config.spec))
+
+
+@app.command()
 def figures(
     which: Annotated[str, typer.Option(help="2 (the losses over a plane), 3 (MNIST in a plane), or both.")] = "2,3",
     data_dir: DataDirOption = None,
@@ -520,6 +542,11 @@ def _result_console(as_json: bool) -> "RichConsole":
 def _fail(message: str, code: int) -> NoReturn:
     print(f"camri-tune: {printable(' '.join(message.split()), 4000)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _warn(message: object) -> None:
+    """Say something that is no result, on standard error."""
+    print(f"camri-tune: {printable(str(message), 4000)}", file=sys.stderr)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "camri_tune"
 # Top to bottom; a module may import only from lines below its own.
 FLOORS = [
     {"cli"},
-    {"pipeline", "comparison"},
+    {"pipeline", "comparison", "predict"},
     {"report", "stages", "figures"},
     {"study_page", "study_note", "console", "dashboard", "ray_workers"},
     {"ray_foreman"},
@@ -20,6 +20,7 @@ FLOORS = [
     {"overview", "trials"},
     {"search", "selection", "claims", "table1"},
     {"storage", "pruning", "baseline"},
+    {"answers"},
     {"bundle", "plane"},
     {"training"},
     {"models", "datasets"},
