@@ -356,6 +356,34 @@ def predict(
 
 
 @app.command()
+def export(
+    what: Annotated[
+        str | None, typer.Argument(help="A study's name, its folder, or a bundle's (default: the last study).")
+    ] = None,
+    form: Annotated[
+        Literal["bundle", "onnx", "torchscript", "torch-export"],
+        typer.Option("--format", help="bundle: the study's best/ again, or a copy. onnx needs camri-tune[onnx]."),
+    ] = "bundle",
+    to: Annotated[
+        Path | None, typer.Option(help="File, or a bundle's folder, to write (default: beside the bundle).")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to compare both models on, as for evaluate (default: the study's test).")
+    ] = None,
+    data_dir: DataDirOption = None,
+    out: OutOption = Path("runs"),
+    storage: StorageOption = None,
+) -> None:
+    """Write an exported model in another format, compared with the original on real images, or its bundle again."""
+    from camri_tune.export import export as export_model  # noqa: PLC0415
+
+    done = export_model(what, form, to=to, data=data, out=out, storage=storage, data_dir=_data_dir(data_dir))
+    print(done.path)
+    if done.parity is not None:
+        print(f"compared with the PyTorch model on {done.parity}")
+
+
+@app.command()
 def figures(
     which: Annotated[str, typer.Option(help="2 (the losses over a plane), 3 (MNIST in a plane), or both.")] = "2,3",
     data_dir: DataDirOption = None,

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "camri_tune"
 # Top to bottom; a module may import only from lines below its own.
 FLOORS = [
     {"cli"},
-    {"pipeline", "comparison", "predict"},
+    {"pipeline", "comparison", "export", "predict"},
     {"report", "stages", "figures"},
     {"study_page", "study_note", "console", "dashboard", "ray_workers"},
     {"ray_foreman"},

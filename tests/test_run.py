@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -329,6 +330,28 @@ def test_an_altered_bundle_is_refused(finished: tuple[Path, dict[str, Any]], tmp
     weights = bundle / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert_one_line_error(camri_tune("evaluate", bundle), "model.safetensors")
+
+
+def test_a_lost_bundle_is_written_again_as_it_was_and_in_another_format(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    mine = shutil.copytree(folder, tmp_path / "d")
+    shutil.rmtree(mine / "best")
+    done = camri_tune("export", "d", "--out", tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{mine / 'best'}\n"), done.stderr
+    for path in (folder / "best").iterdir():
+        assert (mine / "best" / path.name).read_bytes() == path.read_bytes(), path.name
+    done = camri_tune("export", "d", "--out", tmp_path, "--format", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no warning reaches the user"
+    assert "359 images (the test part of digits" in done.stdout
+    assert "0 predictions differ" in done.stdout
+    session = onnxruntime.InferenceSession(str(mine / "best.onnx"), providers=["CPUExecutionProvider"])
+    images = open_dataset(StudyConfig()).test()
+    decided = session.run(["class_index"], {"images": images.pixels.numpy()})[0]
+    stored = json.loads((mine / "best" / "metrics.json").read_text())["test"]["accuracy"]
+    assert (decided == images.labels.numpy()).mean() == stored, "the figures of the file are the bundle's"
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished: tuple[Path, dict[str, Any]]) -> None:
