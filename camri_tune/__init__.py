@@ -4,14 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from camri_tune.bundle import load
     from camri_tune.config import StudyConfig
     from camri_tune.objective import ConstrainedObjective
     from camri_tune.pipeline import run
     from camri_tune.result import Result
 
-__all__ = ["ConstrainedObjective", "Result", "StudyConfig", "run"]
+__all__ = ["ConstrainedObjective", "Result", "StudyConfig", "load", "run"]
 
-_HOMES = {"ConstrainedObjective": "objective", "Result": "result", "StudyConfig": "config", "run": "pipeline"}
+_HOMES = {
+    "ConstrainedObjective": "objective",
+    "Result": "result",
+    "StudyConfig": "config",
+    "load": "bundle",
+    "run": "pipeline",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from camri_tune.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from camri_tune.config import MOST_PATTERN, Model, is_printable, printable
 from camri_tune.errors import BundleError
 from camri_tune.files import sha256
@@ -31,7 +33,11 @@ _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 
 class ModelSpec(BaseModel):
-    """All that inference needs beside the weights. `scale` belongs to a cosine head; `logit_bias` is by class."""
+    """All that inference needs beside the weights. `scale` belongs to a cosine head; `logit_bias` is by class.
+
+    The class is decided by logits with the bias, a rule that raises recall; probabilities are the softmax of the logits
+    without it over `temperature`. Without a temperature nobody has fitted them, and they are scores.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,6 +48,7 @@ class ModelSpec(BaseModel):
     head: Literal["dense", "cosine"]
     scale: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: dict[int, FiniteFloat] = Field(default_factory=dict)
+    temperature: float | None = Field(None, ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)
 
     @field_validator("classes")
     @classmethod
@@ -231,6 +238,29 @@ def read_bundle(folder: Path) -> Bundle:
     if sha256(folder / WEIGHTS) != config.weights_sha256:
         raise BundleError(f"{str(folder / WEIGHTS)!r} was altered after it was written; export the model again")
     return Bundle(classifier, config, metrics)
+
+
+def load(folder: str | os.PathLike[str]) -> nn.Module:
+    """The model of a bundle as a plain module, in evaluation mode on the CPU. Raises BundleError.
+
+    It takes uint8 images (N, C, S, S) of the size in `config.json`, normalises them itself, and gives logits (N,
+    classes); the class is their argmax.
+
+    >>> import camri_tune, torch
+    >>> model = camri_tune.load("runs/digits-camri-worst1/best")
+    >>> images = torch.zeros((2, 1, 8, 8), dtype=torch.uint8)
+    >>> model(images).shape
+    torch.Size([2, 10])
+    """
+    return read_bundle(Path(folder)).classifier
+
+
+def read_card(folder: Path) -> str:
+    """The model card of a bundle that was read; empty where it has none of its own."""
+    path = folder / CARD
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        return ""
+    return _content(path).decode(errors="replace")
 
 
 def _content(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -336,6 +336,16 @@ def evaluate(
     for c in figures["important"]:
         share = figures["shares"]["recall"][str(c)]
         print(f"recall of {named(c, figures['classes'])}: {'no such images' if share is None else _share(share)}")
+    if (found := figures["calibration"]) is not None:
+        before = found["before"]
+        print(
+            f"probabilities at temperature {found['temperature']:.4g} (at 1): expected calibration error "
+            f"{found['decided']['expected_calibration_error']:.4f} "
+            f"({before['decided']['expected_calibration_error']:.4f}), negative log-likelihood "
+            f"{found['negative_log_likelihood']:.4f} ({before['negative_log_likelihood']:.4f})"
+        )
+    else:
+        print("the model has no temperature: its numbers are scores, not probabilities")
     print(f"the stored test figures are {'reproduced exactly' if figures['matches_stored'] else 'other than these'}")
 
 
@@ -348,6 +358,56 @@ def _share(share: Mapping[str, Any]) -> str:
     hidden = share["hidden_groups"]
     groups = f" of about {share['n'] / hidden['size']:,.0f} unnamed tracks" if hidden else " in groups"
     return f"{text}; {share['n']:,} images{groups}, which count as {share['effective_n']:,.0f})"
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="An exported model, such as runs/NAME/best.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders that are looked through.")],
+    form: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="How the answers are printed.")
+    ] = "table",
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = False,
+) -> None:
+    """What an exported model decides for images of any number, and how surely; it says if its numbers are scores."""
+    from camri_tune.answers import meaning  # noqa: PLC0415
+    from camri_tune.bundle import read_bundle  # noqa: PLC0415
+    from camri_tune.predict import Predictions, lines_of  # noqa: PLC0415
+
+    predictions = Predictions(read_bundle(bundle), images, on_corrupt=_warn if skip_corrupt else None)
+    for line in lines_of(predictions, form):
+        print(line)
+    if predictions.left_out:
+        _warn(f"{predictions.left_out:,} corrupt image file(s) were left out (--skip-corrupt)")
+    _warn(meaning(predictions.config.spec))
+
+
+@app.command()
+def export(
+    what: Annotated[
+        str | None, typer.Argument(help="A study's name, its folder, or a bundle's (default: the last study).")
+    ] = None,
+    form: Annotated[
+        Literal["bundle", "onnx", "torchscript", "torch-export"],
+        typer.Option("--format", help="bundle: the study's best/ again, or a copy. onnx needs camri-tune[onnx]."),
+    ] = "bundle",
+    to: Annotated[
+        Path | None, typer.Option(help="File, or a bundle's folder, to write (default: beside the bundle).")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to compare both models on, as for evaluate (default: the study's test).")
+    ] = None,
+    data_dir: DataDirOption = None,
+    out: OutOption = Path("runs"),
+    storage: StorageOption = None,
+) -> None:
+    """Write an exported model in another format, compared with the original on real images, or its bundle again."""
+    from camri_tune.export import export as export_model  # noqa: PLC0415
+
+    done = export_model(what, form, to=to, data=data, out=out, storage=storage, data_dir=_data_dir(data_dir))
+    print(done.path)
+    if done.parity is not None:
+        print(f"compared with the PyTorch model on {done.parity}")
 
 
 @app.command()
@@ -475,7 +535,8 @@ def _usage(error: typer.TyperException) -> str:
     message, cause = error.format_message(), error.__cause__
     if not isinstance(cause, ValidationError):
         return message
-    return f"{message}, which {shown(cause.errors()[0]['input'])} is not"
+    value, message = shown(cause.errors()[0]["input"]), message.replace("Value error, ", "").rstrip(".")
+    return message if value in message else f"{message}, which {value} is not"
 
 
 def _config(context: typer.Context, study: Path | None, options: Mapping[str, Any]) -> StudyConfig:
@@ -543,6 +604,11 @@ def _result_console(as_json: bool) -> "RichConsole":
 def _fail(message: str, code: int) -> NoReturn:
     print(f"camri-tune: {printable(' '.join(message.split()), 4000)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _warn(message: object) -> None:
+    """Say something that is no result, on standard error."""
+    print(f"camri-tune: {printable(str(message), 4000)}", file=sys.stderr)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from camri_tune.bundle import load_classifier, read_bundle
+from camri_tune.bundle import Bundle, load_classifier, read_bundle
+from camri_tune.calibration import Calibration, fit_temperature
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset, Unseen, open_test_images
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
@@ -159,6 +160,27 @@ class Judge:
         shown = resized(self.test[rows], min(SIDE, self._data.image_size)).pixels.numpy()
         return Evidence(labels, answers, to_important, to_other, rows, shown)
 
+    def calibration(self, record: TrialRecord, loss: Loss) -> Calibration | None:
+        """A temperature fitted on validation images that the model was not trained on, and what test says of it.
+
+        A bias on the important class's logit belongs to the decision alone. None where the checkpoint went missing just
+        now, or logits are not finite.
+        """
+        plain = replace(record, params={name: v for name, v in record.params.items() if not name.startswith(BIAS)})
+        validation = self._data.fold(record.fold)[1]
+        found = [self.logits(plain, loss, images) for images in (validation, self.test)]
+        held_out, unseen = (None if logits is None else logits.numpy() for logits in found)
+        if held_out is None or unseen is None or not (np.isfinite(held_out).all() and np.isfinite(unseen).all()):
+            return None
+        return Calibration.of(
+            unseen,
+            self.test.labels.numpy(),
+            temperature=fit_temperature(held_out, validation.labels.numpy()),
+            bias=biases_of(record.params),
+            important=self._important,
+            fitted_on=len(validation),
+        )
+
     def measured(self, entrant: Entrant) -> Measured:
         """Figures on test over the seeds of one setting."""
         labels = self.test.labels.numpy()
@@ -283,11 +305,10 @@ class _Tracks:
         return Known(self.size, np.concatenate(values), np.concatenate(groups))
 
 
-def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> dict[str, Any]:
-    """Measure an exported model on a data set, from its files alone. Figures as JSON values; see `open_test_images`."""
+def images_for(bundle: Bundle, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> Unseen:
+    """Images to judge an exported model on (see `open_test_images`), as large and of as many channels as it takes."""
     if where == "":  # as of a variable that is not set; a path would take it for the current folder
         raise InputError("--data is '', but must be a folder or a data set's name; leave it out for the study's own")
-    bundle = read_bundle(folder)
     config = bundle.config
     trained_on = StudyConfig(
         dataset=config.dataset,
@@ -300,12 +321,20 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
     unseen = open_test_images(
         where, trained_on=trained_on, fingerprint=config.dataset_fingerprint, classes=bundle.classes
     )
-    images = unseen.images
-    if images.channels != config.spec.channels:
+    if unseen.images.channels != config.spec.channels:
         raise InputError(
-            f"{where!r} has images of {images.channels} channel(s), but the model takes {config.spec.channels}"
+            f"{where!r} has images of {unseen.images.channels} channel(s), but the model takes {config.spec.channels}"
         )
-    answers = predict_logits(bundle.classifier, images, torch.device("cpu")).argmax(dim=1).numpy()
+    return unseen
+
+
+def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> dict[str, Any]:
+    """Measure an exported model on a data set, from its files alone. Figures as JSON values; see `open_test_images`."""
+    bundle = read_bundle(folder)
+    config, unseen = bundle.config, images_for(bundle, where, data_dir=data_dir, skip_corrupt=skip_corrupt)
+    images = unseen.images
+    logits = predict_logits(bundle.classifier, images, torch.device("cpu"))
+    answers = logits.argmax(dim=1).numpy()
     labels, groups = images.labels.numpy(), images.groups.numpy()
     recalls = recall_per_class(confusion_matrix(labels, answers, len(bundle.classes)))
     present = [c for c in config.important if not math.isnan(recalls[c])]
@@ -328,10 +357,23 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
             "accuracy": overall.as_json(),
             "recall": {str(c): shares[c].as_json() if c in shares else None for c in config.important},
         },
+        "calibration": _calibration(bundle, logits, labels),
         "important": list(config.important),
         "classes": list(bundle.classes),
         "matches_stored": all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class")),
     }
+
+
+def _calibration(bundle: Bundle, logits: torch.Tensor, labels: NDArray[np.int64]) -> dict[str, Any] | None:
+    """What these images say of the model's probabilities; None where it has but scores."""
+    spec = bundle.config.spec
+    if spec.temperature is None or not bool(logits.isfinite().all()):
+        return None
+    plain = logits.numpy().astype(np.float64)
+    for c, value in spec.logit_bias.items():
+        plain[:, c] -= value
+    temperature, important = spec.temperature, bundle.config.important
+    return Calibration.of(plain, labels, temperature=temperature, bias=spec.logit_bias, important=important).as_json()
 
 
 def _hidden(unseen: Unseen, metrics: Mapping[str, Any], c: int | None) -> Hidden | None:

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
-from camri_tune.report import model_card, write_report
+from camri_tune.report import Facts, model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.search import model_spec
 from camri_tune.selection import certify, rank_settings, recall_bounds, shared_confidence
 from camri_tune.stages import Crew, Stages, only_run, show
-from camri_tune.storage import StudyStore, storage_url
+from camri_tune.storage import EXPORTED, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
 from camri_tune.workers import device_here
 
@@ -192,6 +193,7 @@ def _judge(
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
+        best = replace(best, calibration=judge.calibration(entrants[best.trial].chosen, config.loss))
     finals = _finalists(retrained, order, found, stages.important)
     result = _result(stages, baseline, judge, old, verdict, best, finals, reads, notices)
     if best is None:
@@ -257,10 +259,14 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
     if chosen is None or best is None:
         if folder.exists():
             folder.rename(config.folder / f"withdrawn-{int(time.time())}")
+        stages.store.set(EXPORTED, None)
         return
+    spec = model_spec(stages.data, config.model, config.loss, chosen.params)
+    if best.calibration is not None:
+        spec = spec.model_copy(update={"temperature": best.calibration.temperature})
     bundle_config = BundleConfig(
         schema=1,
-        spec=model_spec(stages.data, config.model, config.loss, chosen.params),
+        spec=spec,
         important=stages.important,
         dataset=config.dataset,
         dataset_fingerprint=stages.data.fingerprint,
@@ -276,15 +282,37 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
             part: measured.of_seed(place)
             for part, measured in (("test", best.side.test), ("validation", best.side.validation))
         },
-        "study": result.as_json(),
+        "calibration": best.calibration.as_json() if best.calibration else None,
     }
+    earlier = stages.store.attributes.get(EXPORTED) or {}
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    facts = Facts(
+        command=config.command(),
+        asked=",".join(config.important),
+        network=config.model,
+        epochs=config.epochs or stages.data.epochs,
+        sha256=chosen.sha256 or "",
+        date=earlier["date"] if earlier.get("sha256") == chosen.sha256 else today,
+    )
+    card = model_card(result, bundle_config, facts)
+    # What writes the bundle again (see export.py); the study's result is in its own file.
+    stages.store.set(
+        EXPORTED,
+        {
+            "trial": chosen.number,
+            "sha256": chosen.sha256,
+            "date": facts.date,
+            "config": bundle_config.model_dump(mode="json", by_alias=True),
+            "metrics": without_nan(metrics),
+            "card": card,
+        },
+    )
+    metrics["study"] = result.as_json()
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "model.safetensors"
         if not stages.store.fetch_checkpoint(chosen, weights):
             raise CamriTuneError(f"the checkpoint of the chosen model (trial {chosen.number}) was altered just now")
-        write_bundle(
-            folder, weights=weights, config=bundle_config, metrics=without_nan(metrics), card=model_card(result)
-        )
+        write_bundle(folder, weights=weights, config=bundle_config, metrics=without_nan(metrics), card=card)
 
 
 def _result(

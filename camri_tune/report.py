@@ -3,10 +3,15 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from camri_tune.bundle import BundleConfig, ModelSpec
+from camri_tune.calibration import BINS, Calibration
 from camri_tune.claims import few_test_images, floor_in_words, provenance
+from camri_tune.config import printable
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.evidence import Evidence
 from camri_tune.files import write_text
@@ -19,6 +24,8 @@ from camri_tune.storage import StudyStore
 from camri_tune.study_page import study_page
 from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
 
+MOST_OF_A_TEXT = 4_000  # characters of foreign text in one place of a card
+
 
 def write_report(store: StudyStore) -> Path:
     """Write a study's `report.html` from what is stored, whether or not it is finished. Returns the file's path."""
@@ -30,11 +37,31 @@ def write_report(store: StudyStore) -> Path:
     return path
 
 
-def model_card(result: Result) -> str:
-    """Markdown for the bundle's README: what the model is for, what was measured on which data, what is not claimed."""
+@dataclass(frozen=True)
+class Facts:
+    """What a model card says beside the result: how the model was made and when, and its weights' SHA-256.
+
+    `asked` are the important classes as the study was told them: names, indices or ranks.
+    """
+
+    command: str
+    asked: str
+    network: str
+    epochs: int
+    sha256: str
+    date: str
+
+
+def model_card(result: Result, bundle: BundleConfig, facts: Facts) -> str:
+    """Markdown for the bundle's README: what a reviewer files, all of it from what is stored.
+
+    What the model is for, its data, training and figures, what its probabilities are worth, what is not claimed, and
+    how it is used. Names from elsewhere are escaped, so that none can be markup.
+    """
     best = result.best
     assert best is not None, "only an exported model has a card"
-    accuracy, classes = best.accuracy_difference, result.classes
+    accuracy, classes = best.accuracy_difference, [escaped(name) for name in result.classes]
+    names = ", ".join(named(c, classes) for c in result.important)
     shares = {f"recall of {named(c, classes)}": share for c, share in best.exported_recall.items()}
     shares["accuracy"] = best.exported_accuracy
     rows = "\n".join(
@@ -50,15 +77,24 @@ def model_card(result: Result) -> str:
         f"recall of {named(c, classes)} on test {_gain(found)} points" for c, found in best.recall_over_seeds.items()
     )
     params = ", ".join(f"{name} = {value:.4g}" for name, value in sorted(best.params.items()))
-    claims = "\n".join(f"- {line}" for line in [*provenance(result), *few_test_images(best, classes)])
+    claims = "\n".join(f"- {escaped(line)}" for line in [*provenance(result), *few_test_images(best, result.classes)])
     stays = f"within {result.tolerance:g} points of" if result.tolerance else "at"
     of_fold = " of the first fold (the other folds' are about as many)" if result.folds > 1 else ""
-    return f"""# {result.study}
+    spec, images = bundle.spec, result.images
+    colours = {1: "one channel", 3: "RGB"}.get(spec.channels, f"{spec.channels} channels")
+    versions = "; ".join(f"{name} {escaped(version)}" for name, version in result.versions.items())
+    return f"""# {escaped(result.study)}
 
-Image classifier of {len(classes)} classes ({result.dataset}), trained so that class {result.important_names} is
+Image classifier of {len(classes)} classes ({escaped(result.dataset)}), trained so that class {names} is
 missed less often, while accuracy stays {stays} the cross-entropy baseline's. Written by camri-tune {result.versions["camri-tune"]}.
 
-**{result.sentence}**
+**{escaped(result.sentence)}**
+
+## What it is for
+To tell the {len(classes)} classes of {escaped(result.dataset)} from each other in images like the test set's, where to miss an image of class
+{names} costs more than other errors do. The study was told so (`--important`: "{escaped(facts.asked)}"; worst1, worst2 and median are
+ranks by the baseline's recall on validation). Its recall, the share of its images that are found, is what was to rise, and
+accuracy what was to stay; what was shown of both, and what was not, is said above and in the figures below.
 
 ## This model (one seed, {best.exported_seed})
 | figure | value | right | {exact}95 % interval |
@@ -79,14 +115,81 @@ Against the baseline model of seed {best.baseline_seed}, on the same test images
 All seeds, beside the baseline's, with other images in mind as well (95 % interval over seeds and images):
 {over_seeds}, accuracy {_gain(best.accuracy_over_seeds)} points.
 
+## Probabilities
+{_probabilities(best.calibration, result, spec)}
+
+## Data
+- {escaped(result.dataset)} (fingerprint {escaped(bundle.dataset_fingerprint)}), images of {spec.image_size}x{spec.image_size}, {colours}.
+- Trained on {images["train"]:,} images{of_fold}; validation {images["validation"]:,} ({images["validation_important"]:,} of the important class); test {images["test"]:,} ({images["test_important"]:,}).
+
+## Training
+- Network {facts.network}, loss {result.loss} ({params}), {facts.epochs} epochs; weights of seed {best.exported_seed}.
+- {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; {result.seeds} seeds; tolerance {result.tolerance:g} points of validation accuracy.
+- The command, where a folder's path is that of the machine it ran on:
+
+      {printable(facts.command, 4000)}
+
 ## How it was judged
 {claims}
-- Trained on {result.images["train"]:,} images{of_fold}. {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; tolerance {result.tolerance:g} points of validation accuracy;
-  margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
-{_bias_line(best.params, result.tolerance)}- The logits have no margin; their softmax is not a calibrated probability.
+- Margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
+{_bias_line(best.params, result.tolerance)}
+## Input, and how to use it
+Takes {escaped(bundle.input)}. Here: {spec.image_size}x{spec.image_size}, {colours}.
 
-Use: `camri-tune evaluate FOLDER`. Weights: safetensors, no code.
+```python
+import camri_tune
+
+model = camri_tune.load("FOLDER")  # a torch.nn.Module in evaluation mode
+logits = model(images)  # uint8 (N, {spec.channels}, {spec.image_size}, {spec.image_size}) -> (N, {len(classes)}); the class is the argmax
+```
+
+`camri-tune predict FOLDER IMAGE…`, `camri-tune evaluate FOLDER` (these figures again), `camri-tune export FOLDER --format
+onnx`. The logits have no margin. Class names are in `config.json`, all figures in `metrics.json`.
+
+## What it is
+- {facts.date}; {versions}.
+- Weights: `model.safetensors`, no code, SHA-256 `{facts.sha256}`.
 """
+
+
+def escaped(text: str) -> str:
+    """Text from elsewhere as Markdown shows it, in one line: what it holds is no markup and no HTML."""
+    return re.sub(r"([\\`*_\[\]<>|~&#$])", r"\\\1", printable(text, MOST_OF_A_TEXT))
+
+
+def _probabilities(found: Calibration | None, result: Result, spec: ModelSpec) -> str:
+    """What the softmax of the logits is worth."""
+    if found is None:
+        return "The softmax of the logits is a score, not a probability: no temperature was fitted."
+    classes = [escaped(name) for name in result.classes]
+    lines = [
+        f"The softmax of the logits over a temperature of {found.temperature:.4g}, fitted on the {found.fitted_on:,} "
+        f"validation images that this model was not trained on (they chose the model, too). On {found.n:,} test images, "
+        f"which chose nothing:",
+        "",
+        f"| | temperature 1 | temperature {found.temperature:.4g} |",
+        "|---|---|---|",
+        f"| mean negative log-likelihood | {found.nll_before:.4f} | {found.nll:.4f} |",
+        f"| expected calibration error of the class decided for ({BINS} bins) | {found.decided_before.error:.4f} | "
+        f"{found.decided.error:.4f} |",
+    ]
+    lines += [
+        f"| the same of class {named(c, classes)} against all others | {before.error:.4f} | {after.error:.4f} |"
+        for (c, after), before in zip(found.of_class.items(), found.of_class_before.values(), strict=True)
+    ]
+    lines += ["", "| stated probability of the class decided for | images | share right |", "|---|---|---|"]
+    lines += [f"| {b.probability:.3f} | {b.n:,} | {b.share:.3f} |" for b in found.decided.bins]
+    lines += [
+        "",
+        "A bin of few images errs by chance alone, so that the error of perfect probabilities would not be 0 either. "
+        "Where classes are rarer or more frequent than in this data, probabilities hold no longer.",
+    ]
+    if spec.logit_bias:
+        lines.append(
+            "The class is decided after a bias is added to a logit, which is a rule of decision and in no probability: "
+            "the class decided for need not be the likeliest."
+        )
+    return "\n".join(lines)
 
 
 def _paired(difference: PairedDifference) -> str:
@@ -115,9 +218,9 @@ def _counts(difference: PairedDifference) -> str:
 
 
 def _bias_line(params: Mapping[str, float], tolerance: float) -> str:
-    """What calibration did to the model, if anything."""
+    """What `--calibrate` did to the model, if anything."""
     lines = [
-        f"- Calibrated: {value:+.4g} is added to the logit of class {c}, tuned on validation so that "
+        f"- Rule of decision: {value:+.4g} is added to the logit of class {c}, tuned on validation so that "
         f"accuracy there stays {floor_in_words(tolerance)}.\n"
         for c, value in biases_of(params).items()
     ]

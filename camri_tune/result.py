@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from camri_tune.calibration import Calibration
 from camri_tune.differences import CONFIDENCE, PairedDifference, SeedDifference, Share
 from camri_tune.records import Measured, named
 
@@ -27,7 +28,8 @@ class Best:
     `exported_recall` is of that one model on test. `accuracy_difference` and `recall_difference` compare it with the
     baseline model of `baseline_seed`, which the same rule chose on validation, on the same test images; those
     `_over_seeds` compare all R models of both, seed by seed. What is said of recall is said of each important class by
-    itself: pooled, one could hide what another loses.
+    itself: pooled, one could hide what another loses. `calibration` is of the exported model's probabilities on test; a
+    setting that is not exported has none.
     """
 
     trial: int
@@ -41,6 +43,7 @@ class Best:
     recall_difference: dict[int, PairedDifference]
     recall_over_seeds: dict[int, SeedDifference]
     accuracy_over_seeds: SeedDifference
+    calibration: Calibration | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +57,7 @@ class Best:
                     "accuracy": self.exported_accuracy.as_json(),
                     "recall": {str(c): share.as_json() for c, share in self.exported_recall.items()},
                 },
+                "calibration": self.calibration.as_json() if self.calibration else None,
             },
             "recall_difference": {str(c): found.as_json() for c, found in self.recall_difference.items()},
             "over_seeds": {

@@ -45,6 +45,7 @@ _STATES: dict[OptunaState, TrialState] = {
 }
 MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
 RESUME, INTERRUPTED = "resume", "interrupted"
+EXPORTED = "exported"  # among a study's attributes: what writes its exported model again
 # What a trial that is queued again keeps. Not its scores, its constraint, or the ids of its files: they are another's.
 _KEPT = ("source_trial", "seed", "fold", "accumulation", RESUME)
 

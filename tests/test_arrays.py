@@ -31,7 +31,7 @@ Save = Callable[..., Path]
 def save(tmp_path: Path, own_cache: Path) -> Save:
     """Write arrays as `scans.npz`, or under another name; `packed` as numpy.savez_compressed does."""
 
-    def write(*, packed: bool = False, name: str = "scans.npz", **values: Array) -> Path:
+    def write(*, packed: bool = False, name: str = "scans.npz", **values: Any) -> Path:
         (np.savez_compressed if packed else np.savez)(tmp_path / name, **values)
         return tmp_path / name
 
@@ -59,7 +59,8 @@ def _parts(data: Dataset) -> list[Images]:
 
 
 def _numbers(images: Images) -> list[int]:
-    return images.pixels[:, 0, 0, 0].tolist()  # type: ignore[no-any-return]
+    numbers: list[int] = images.pixels[:, 0, 0, 0].tolist()
+    return numbers
 
 
 def _assert_all_there(data: Dataset, expected: Array, labels: Array) -> None:

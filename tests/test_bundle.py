@@ -134,6 +134,11 @@ def test_all_that_was_written_is_read(bundle: Path) -> None:
     assert json.loads((bundle / CONFIG).read_text(encoding="utf-8"))["schema"] == 1
 
 
+def test_a_bundle_from_before_temperatures_is_read_and_has_none(bundle: Path) -> None:
+    _change(bundle, lambda v: v["spec"].pop("temperature"))
+    assert read_bundle(bundle).config.spec.temperature is None
+
+
 def test_a_bundle_may_lie_anywhere(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_bundle(bundle).config
     bundle.rename(tmp_path / "moved")
@@ -314,6 +319,11 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v["spec"].update(logit_bias={"3": 1.0}), "spec.logit_bias"),
         (lambda v: v["spec"].update(logit_bias={"1": math.inf}), "spec.logit_bias"),
         (lambda v: v["spec"].update(scale=0), "spec.scale"),
+        (lambda v: v["spec"].update(temperature=0), "spec.temperature"),
+        (lambda v: v["spec"].update(temperature=1e-300), "spec.temperature"),
+        (lambda v: v["spec"].update(temperature=1e300), "spec.temperature"),
+        (lambda v: v["spec"].update(temperature=math.nan), "spec.temperature"),
+        (lambda v: v["spec"].update(temperature="warm"), "spec.temperature"),
         (lambda v: v["spec"].update(scale=math.nan), "spec.scale"),
         (lambda v: v["spec"].update(scale=math.inf), "scale"),
         (lambda v: v["spec"].update(scale=None), "scale"),

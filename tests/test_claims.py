@@ -1,17 +1,22 @@
 """What is said of a result: no more than the counts show."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from camri_tune.bundle import BundleConfig, ModelSpec
+from camri_tune.calibration import Calibration
 from camri_tune.claims import few_test_images, images_needed, nothing_to_gain, provenance, sentence_of
+from camri_tune.config import is_printable, printable
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.records import Measured
-from camri_tune.report import model_card
+from camri_tune.report import Facts, escaped, model_card
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.stats import Hidden, tango_interval
 
@@ -503,10 +508,21 @@ def test_a_second_look_at_test_is_said_to_cost_confidence() -> None:
 
 # The card
 
+FACTS = Facts("camri-tune run --name s", "worst1", "compact", 12, "0a1b2c", "2024-02-29")
 
-def _card(best: Best, **changes: object) -> str:
+
+def _card(best: Best, *, spec: ModelSpec | None = None, facts: Facts | None = None, **changes: object) -> str:
     result = replace(_result(best, kept=1), classes=NAMES, versions={"camri-tune": "1"}, **changes)  # type: ignore[arg-type]
-    return model_card(result)
+    bundle = BundleConfig(
+        schema=1,
+        spec=spec or ModelSpec(model="compact", channels=3, image_size=32, classes=NAMES, head="dense"),
+        important=(0,),
+        dataset="signs",
+        dataset_fingerprint="f1a9e2",
+        seed=0,
+        skip_corrupt=False,
+    )
+    return model_card(result, bundle, facts or FACTS)
 
 
 def test_the_card_says_stays_at_only_without_a_tolerance() -> None:
@@ -542,5 +558,70 @@ def test_the_card_has_every_important_class_by_itself() -> None:
 
 def test_the_card_of_a_study_on_folds_says_whose_images_it_counts() -> None:
     best = _best(_difference(6, 6, 1000), _difference(3, 0, 100))
-    assert "Trained on 10 images. " in _card(best)
+    assert "Trained on 10 images; " in _card(best)
     assert "Trained on 10 images of the first fold" in _card(best, folds=5)
+
+
+def _calibrated(best: Best, **changes: Any) -> Best:
+    logits, labels = np.array([[2.0, 0.0], [0.0, 3.0], [1.0, 0.5]]), np.array([0, 1, 1])
+    usual = {"temperature": 1.25, "bias": {}, "important": (0,), "fitted_on": 77}
+    return replace(best, calibration=Calibration.of(logits, labels, **{**usual, **changes}))
+
+
+def test_the_card_holds_what_a_reviewer_files() -> None:
+    best = _calibrated(_best(_difference(6, 6, 1000), _difference(3, 0, 100)))
+    card = _card(best)
+    for fact in (
+        "digits (fingerprint f1a9e2), images of 32x32, RGB",
+        "Trained on 10 images; validation 1,234 (60 of the important class); test 5,678 (90)",
+        "Network compact, loss camri (margin = 0.25), 12 epochs; weights of seed 0",
+        "      camri-tune run --name s\n",
+        '(`--important`: "worst1"',
+        "temperature of 1.25, fitted on the 77 validation images",
+        "| mean negative log-likelihood | ",
+        'camri_tune.load("FOLDER")',
+        "(N, 3, 32, 32) -> (N, 3)",
+        "2024-02-29; camri-tune 1.",
+        "SHA-256 `0a1b2c`",
+    ):
+        assert fact in card, card
+    calibration = best.calibration
+    assert calibration is not None
+    assert f"| {calibration.nll_before:.4f} | {calibration.nll:.4f} |" in card
+    assert sum(int(n) for n in re.findall(r"^\| [01]\.\d{3} \| (\d+) \| [01]\.\d{3} \|$", card, re.MULTILINE)) == 3
+
+
+def test_the_card_calls_scores_scores_and_says_that_a_bias_is_in_no_probability() -> None:
+    best = _best(_difference(6, 6, 1000), _difference(3, 0, 100))
+    assert "is a score, not a probability" in _card(best)
+    sentence = "a rule of decision and in no probability"
+    assert sentence not in _card(_calibrated(best))
+    spec = ModelSpec(model="compact", channels=3, image_size=32, classes=NAMES, head="dense", logit_bias={0: 0.5})
+    assert sentence in _card(_calibrated(best), spec=spec)
+
+
+def test_names_from_elsewhere_are_no_markup_in_the_card() -> None:
+    evil = ("<script>x</script>", "[a](http://b) | `c` *d* _e_ ~~f~~ ![g](h) & \\")
+    best = _best(_difference(6, 6, 1000), _difference(3, 0, 100), _difference(3, 0, 100))
+    card = _card(best, dataset=evil[1], sentence=f"Recall of {evil[0]} rose.", important=(0, 1))
+    names = {"classes": evil, "dataset": evil[1], "versions": {"camri-tune": "1"}}
+    hostile = replace(_result(best, kept=1), important=(0, 1), **names)  # type: ignore[arg-type]
+    spec = ModelSpec(model="compact", channels=3, image_size=32, classes=("a", "b"), head="dense")
+    bundle = BundleConfig(
+        schema=1, spec=spec, important=(0,), dataset="d", dataset_fingerprint=evil[1], seed=0, skip_corrupt=False
+    )
+    for text in (card, model_card(hostile, bundle, FACTS)):
+        assert "<script" not in text.replace("\\<script", "")
+        assert "[a](" not in text.replace("\\[a\\](", "")
+    # A cell of a table ends at each bar that is not escaped: all rows of a table have as many.
+    for row in re.findall(r"^\| recall of .*, test \|.*$", model_card(hostile, bundle, FACTS), re.MULTILINE):
+        assert len(re.findall(r"(?<!\\)\|", row)) == 5
+
+
+@given(st.text(max_size=60))
+def test_escaped_text_renders_as_itself(text: str) -> None:
+    """Each mark of markup has a backslash of its own, and without them the text is there as it can be shown."""
+    marked = escaped(text)
+    assert is_printable(marked)
+    assert re.sub(r"\\([\\`*_\[\]<>|~&#$])", r"\1", marked) == printable(text)
+    assert not re.search(r"[`*_\[\]<>|~&#$]", re.sub(r"\\.", "", marked))

@@ -116,6 +116,21 @@ def test_something_that_is_no_bundle_gets_one_line(tmp_path: Path) -> None:
     assert_one_line_error(camri_tune("evaluate", tmp_path), str(tmp_path), "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["predict", "nowhere", "x.png"], ["'nowhere'", "not an exported model"]),
+        (["predict", "nowhere", "x.png", "--format", "xml"], ["--format", "'xml'", "table", "csv", "json"]),
+        (["export", "nowhere"], ["'nowhere'", "no studies"]),
+        (["export", "nowhere", "--format", "keras"], ["--format", "'keras'", "bundle", "onnx", "torchscript"]),
+        (["export", "--data", "digits"], ["--data", "--format onnx"]),
+    ],
+)
+def test_what_uses_a_model_names_what_is_wrong(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
+    assert_one_line_error(camri_tune(*arguments, cwd=tmp_path), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_joining_needs_a_storage_and_a_study(tmp_path: Path) -> None:
     assert_one_line_error(camri_tune("worker", "--study", "x", CAMRI_STORAGE=""), "--storage")
     url = f"sqlite:///{tmp_path / 'study.db'}"
@@ -230,7 +245,7 @@ def test_the_checkout_has_the_same_command() -> None:
 
 
 def test_every_command_has_help_and_a_bare_call_shows_it() -> None:
-    for command in ("run", "worker", "evaluate", "datasets", "doctor"):
+    for command in ("run", "worker", "evaluate", "predict", "export", "datasets", "doctor"):
         assert camri_tune(command, "--help").returncode == 0
         assert command in camri_tune("--help").stdout
 

@@ -407,6 +407,8 @@ STOPS = {
     "compare": ["--dataset=nowhere"] * 2,
     "figures": ["--which=4"] * 2,
     "evaluate": ["--data=nowhere"] * 2,
+    "predict": ["nowhere"] * 2,
+    "export": ["--data=nowhere"] * 2,
     "worker": ["--storage=nonsense"] * 2,
     "dashboard": ["--host=no.such.host.invalid"] * 2,
 }

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "camri_tune"
 # Top to bottom; a module may import only from lines below its own.
 FLOORS = [
     {"cli"},
-    {"pipeline", "comparison"},
+    {"pipeline", "comparison", "export", "predict"},
     {"report", "stages", "figures"},
     {"study_page", "study_note", "console", "dashboard", "ray_workers"},
     {"ray_foreman"},
@@ -21,6 +21,7 @@ FLOORS = [
     {"objective"},
     {"search", "selection", "claims", "table1"},
     {"storage", "pruning", "baseline"},
+    {"answers"},
     {"bundle", "plane"},
     {"training"},
     {"models", "datasets"},
@@ -35,6 +36,7 @@ FLOORS = [
     {"evidence", "chart_style", "prefork"},
     {
         "metrics",
+        "calibration",
         "stats",
         "posthoc",
         "config",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from camri_tune import evaluation, pipeline
 from camri_tune.bundle import read_bundle
+from camri_tune.calibration import fit_temperature, probabilities
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
@@ -133,6 +135,26 @@ def test_evaluating_the_bundle_reproduces_the_stored_figures(
     assert "reproduced exactly" in camri_tune("evaluate", moved).stdout
 
 
+def test_the_temperature_is_validations_and_test_says_how_good_it_is(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    bundle = read_bundle(folder / "best")
+    data, cpu = open_dataset(StudyConfig()), torch.device("cpu")
+    parts = data.validation, data.test()
+    held_out, unseen = (predict_logits(bundle.classifier, images.pixels, cpu).numpy() for images in parts)
+    temperature = bundle.config.spec.temperature
+    assert temperature is not None
+    assert temperature == pytest.approx(fit_temperature(held_out, data.validation.labels.numpy()), rel=1e-3)
+    stored = bundle.metrics["calibration"]
+    assert stored == result["best"]["exported"]["calibration"]
+    assert (stored["temperature"], stored["fitted_on"], stored["n"]) == (temperature, len(data.validation), 359)
+    own = np.arange(359), data.test().labels.numpy()
+    for text, t in ((stored, temperature), (stored["before"], 1.0)):
+        assert text["negative_log_likelihood"] == pytest.approx(-np.log(probabilities(unseen, t)[own]).mean(), rel=1e-4)
+    assert sum(b["n"] for b in stored["decided"]["bins"]) == 359
+    figures = json.loads(camri_tune("evaluate", folder / "best", "--json").stdout)
+    assert figures["calibration"] == {**stored, "fitted_on": None}
+
+
 def test_evaluating_gives_the_important_class_an_interval_too(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, result = finished
     figures = json.loads(camri_tune("evaluate", folder / "best", "--json").stdout)
@@ -178,28 +200,31 @@ def _right(folder: Path, data: Dataset, stage: Stage, images: Images) -> NDArray
     return np.stack(rows)
 
 
-def test_judging_asks_each_model_about_each_test_image_once_and_none_about_validation(
+def test_judging_asks_each_model_about_each_test_image_once(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What follows the last training grows with the test part alone, and with whom it has to be asked about."""
     folder, _ = finished
     mine = shutil.copytree(folder, tmp_path / "d")
     asked: list[int] = []
+    again: list[int] = []
 
     def counted(classifier: Classifier, images: Images, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         asked.append(len(images))
         return predict(classifier, images, device)
 
-    def forbidden(*_: object) -> Tensor:
-        raise AssertionError("a pass over images that another pass could have done")
+    def calibrated(classifier: Classifier, images: Images, device: torch.device) -> Tensor:
+        again.append(len(images))
+        return predict_logits(classifier, images, device)
 
     monkeypatch.setattr(evaluation, "predict", counted)
-    monkeypatch.setattr(evaluation, "predict_logits", forbidden)
+    monkeypatch.setattr(evaluation, "predict_logits", calibrated)
     monkeypatch.setattr(pipeline, "open_dataset", lambda config, _: _Grouped(config))  # where validation is looked at
     options = dict(zip([o.removeprefix("--") for o in SMALL[::2]], SMALL[1::2], strict=True))
     config = StudyConfig.build({**options, "out": tmp_path, "name": "d"})
     assert pipeline.run(config).best is not None
     assert asked == [359] * 4, "two seeds of the exported setting, two of the baseline"
+    assert again == [288, 359], "the exported model alone, whose probabilities are calibrated on validation"
     asked.clear()
     store = StudyStore.existing(open_storage(f"sqlite:///{mine / 'study.db'}"), "d").at(mine)
     judge = Judge(_Grouped(config), store, (0,), "compact", torch.device("cpu"))
@@ -335,6 +360,7 @@ def test_calibrating_adds_the_bias_that_validation_asks_for_and_trains_nothing(
     logits = predict_logits(bundle.classifier, data.validation.pixels, torch.device("cpu"))
     logits[:, important] -= bias
     labels = data.validation.labels.numpy()
+    assert bundle.config.spec.temperature == pytest.approx(fit_temperature(logits.numpy(), labels), rel=1e-3)
     assert tune_bias(logits.numpy(), labels, important=important, floor=-1).bias == pytest.approx(bias, abs=1e-4)
     assert "reproduced exactly" in camri_tune("evaluate", mine / "best").stdout
     assert f"{bias:+.4g} is added to the logit of class {important}" in (mine / "best" / "README.md").read_text()
@@ -347,6 +373,28 @@ def test_an_altered_bundle_is_refused(finished: tuple[Path, dict[str, Any]], tmp
     weights = bundle / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert_one_line_error(camri_tune("evaluate", bundle), "model.safetensors")
+
+
+def test_a_lost_bundle_is_written_again_as_it_was_and_in_another_format(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    mine = shutil.copytree(folder, tmp_path / "d")
+    shutil.rmtree(mine / "best")
+    done = camri_tune("export", "d", "--out", tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{mine / 'best'}\n"), done.stderr
+    for path in (folder / "best").iterdir():
+        assert (mine / "best" / path.name).read_bytes() == path.read_bytes(), path.name
+    done = camri_tune("export", "d", "--out", tmp_path, "--format", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no warning reaches the user"
+    assert "359 images (the test part of digits" in done.stdout
+    assert "0 predictions differ" in done.stdout
+    session = onnxruntime.InferenceSession(str(mine / "best.onnx"), providers=["CPUExecutionProvider"])
+    images = open_dataset(StudyConfig()).test()
+    decided = session.run(["class_index"], {"images": images.pixels.numpy()})[0]
+    stored = json.loads((mine / "best" / "metrics.json").read_text())["test"]["accuracy"]
+    assert (decided == images.labels.numpy()).mean() == stored, "the figures of the file are the bundle's"
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(finished: tuple[Path, dict[str, Any]]) -> None:
