@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -50,6 +51,11 @@ FinalistsOption = Annotated[
     typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
 ]
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Network: compact, paper-cnn, torchvision:NAME or timm:NAME, as in torchvision:resnet18."),
+]
+
 WorkersOption = Annotated[
     str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
 ]
@@ -87,7 +93,7 @@ def run(
         typer.Option(help="Class that must not be missed: index, name, worst1, worst2, median; several with commas."),
     ] = None,
     loss: Annotated[str | None, typer.Option(help="camri, l2, arcface, cosface-i, wce, crwwce or ce.")] = None,
-    model: Annotated[str | None, typer.Option(help="Network: compact or paper-cnn.")] = None,
+    model: ModelOption = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
@@ -101,7 +107,10 @@ def run(
     calibrate: Annotated[
         bool | None, typer.Option("--calibrate", help="Add a bias to the important class's logit, tuned on validation.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images: for trying things out.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
@@ -147,13 +156,16 @@ def compare(
     protocol: Annotated[
         str, typer.Option(help="ours: validation chooses. paper: chosen on test, as the paper did, labelled as such.")
     ] = "ours",
-    model: Annotated[str | None, typer.Option(help="Network: compact or paper-cnn.")] = None,
+    model: ModelOption = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search, for each method and class.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     finalists: FinalistsOption = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     skip_corrupt: Annotated[bool | None, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = None,
@@ -376,12 +388,21 @@ def doctor() -> None:
     from camri_tune.evaluation import versions  # noqa: PLC0415
     from camri_tune.training import has_fast_bfloat16  # noqa: PLC0415
 
-    for name, version in versions().items():
+    libraries = {name: _version(name) for name in ("torchvision", "timm")}
+    for name, version in {**versions(), **libraries}.items():
         print(f"{name:12} {version}")
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         label = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device!s:12} {label}, trains in {'bfloat16' if has_fast_bfloat16(device) else 'float32'}")
+
+
+def _version(package: str) -> str:
+    """Of a library of networks."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"not installed (pip install 'camri-tune[{package}]')"
 
 
 def main() -> NoReturn:

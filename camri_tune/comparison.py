@@ -26,6 +26,7 @@ from camri_tune.evaluation import Judge, versions
 from camri_tune.files import is_writable_folder
 from camri_tune.folders import Part
 from camri_tune.images import Images
+from camri_tune.models import require_body
 from camri_tune.posthoc import biased, tune_bias
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
@@ -64,7 +65,9 @@ def compare(
         if len({study.name for study in studies}) < len(studies):
             raise InputError(f"--dataset {','.join(datasets)!r} has two of one name; compare them under two --name")
         for study in studies:  # before hours are spent on the first of them
-            check_important(study.important, open_dataset(study, console.reading).classes)
+            data = open_dataset(study, console.reading)
+            check_important(study.important, data.classes)
+            require_body(study.model, channels=data.channels, image_size=data.image_size)
         cells: list[Cell] = []
         facts: dict[str, object] = {}
         for study in studies:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from camri_tune.errors import InputError
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
-Model = Literal["compact", "paper-cnn"]
+Model = str  # one of ours, or of a library's: see `require_model_name`
+BUILT_IN_MODELS = ("compact", "paper-cnn")
 Launcher = Literal["local", "ray"]
 BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 
@@ -126,6 +127,11 @@ class StudyConfig(BaseModel):
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", value):  # PyTorch takes cuda:255 for cuda:-1
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        return require_model_name(value)
 
     @field_validator("name")
     @classmethod
@@ -291,6 +297,22 @@ def shown(value: object) -> str:
         return printable(repr(value))
     except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
         return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def require_model_name(name: Model) -> Model:
+    """A name that a network may have, whether or not there is one: which it is, a library says when it is imported.
+
+    Raises ValueError with the rule.
+    """
+    if name not in BUILT_IN_MODELS and not re.fullmatch(r"(torchvision|timm):[a-z0-9_.]{1,100}", name):
+        raise ValueError("must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18) or timm:NAME")
+    return name
+
+
+def package_of(name: Model) -> str | None:
+    """The library that a network comes from, which takes seconds to import; None for one of ours."""
+    library, colon, _ = name.partition(":")
+    return library if colon else None
 
 
 def is_name(text: str) -> bool:

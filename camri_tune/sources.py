@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from camri_tune.augmentation import Augmentation
-from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_printable
+from camri_tune.backbones import default_image_size
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_printable, package_of
 from camri_tune.errors import DataError
 from camri_tune.folders import Item, Packed, Part, Source, class_folders, image_files, is_class_name
 from camri_tune.images import Images
@@ -57,6 +58,8 @@ def find_source(config: StudyConfig) -> Source:
             source = built_in[config.dataset](config.data_dir)
         else:
             source = _folder(config.dataset)
+            if package_of(config.model) and config.image_size is None:  # photographs have no size of their own
+                source = replace(source, image_size=default_image_size(config.model))
     except OSError as error:
         where = f"{error.strerror}: {error.filename!r}"
         raise DataError(f"data set {config.dataset!r} cannot be read ({where}); mend that, or name another") from None

@@ -27,7 +27,7 @@ FLOORS = [
     {"folders"},
     {"progress"},
     {"result"},
-    {"augmentation", "images", "losses", "splits", "records", "differences"},
+    {"augmentation", "backbones", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style", "prefork"},
     {
         "metrics",
