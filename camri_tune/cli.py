@@ -3,17 +3,18 @@
 Heavy imports (torch, optuna) wait until a command needs them, so that help and usage errors come at once.
 """
 
+import inspect
 import io
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -72,6 +73,27 @@ ArtifactsOption = Annotated[
     typer.Option(help="Where checkpoints go: a folder or s3://bucket/prefix (default: the study's own folder)."),
 ]
 
+# How a network is trained: `run` and `compare` take these alike. Each is a field of StudyConfig.
+RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
+    "weights": (Path, "Weights to start from: .safetensors, or a state dict as .pt or .pth."),
+    "trainable": (str, "What of the network changes: all, last:N (its last N parts), or head (nothing of it)."),
+    "backbone_lr": (float, "The network's learning rate as a factor of the head's (default: 1)."),
+}
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def with_recipe(command: Command) -> Command:
+    """Give a command, which takes them as `**recipe`, the options in RECIPE_OPTIONS."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = []
+    for name, (kind, text) in RECIPE_OPTIONS.items():
+        option = Annotated[Optional[kind], typer.Option(help=text)]  # type: ignore[valid-type]  # noqa: UP045
+        more.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    command.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    return command
+
+
 StudyArgument = Annotated[
     str | None, typer.Argument(help="A study's name, or its folder (default: the one worked on last).")
 ]
@@ -83,6 +105,7 @@ StorageOption = Annotated[
 
 
 @app.command()
+@with_recipe
 def run(
     context: typer.Context,
     study: Annotated[Path | None, typer.Argument(help="A study file (.toml); options given here win over it.")] = None,
@@ -127,12 +150,13 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    **recipe: Any,
 ) -> None:
     """Tune, select and export: the whole job. The same command again resumes."""
     options = dict(locals())
-    for key in ("context", "study", "as_json", "quiet"):
+    for key in ("context", "study", "as_json", "quiet", "recipe"):
         del options[key]
-    config = _config(context, study, options)
+    config = _config(context, study, options | recipe)
     prefork.begin_for(config, [config.dataset])  # it imports while this process does
 
     from camri_tune.console import Console  # noqa: PLC0415
@@ -145,6 +169,7 @@ def run(
 
 
 @app.command()
+@with_recipe
 def compare(
     context: typer.Context,
     dataset: Annotated[str, typer.Option(help="Data sets, separated by commas; see `run`.")] = "digits",
@@ -182,12 +207,13 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    **recipe: Any,
 ) -> None:
     """Many methods under one protocol: the paper's Table 1. The same command again resumes."""
     options = dict(locals())
-    for key in ("context", "dataset", "methods", "protocol", "as_json", "quiet"):
+    for key in ("context", "dataset", "methods", "protocol", "as_json", "quiet", "recipe"):
         del options[key]
-    config = _config(context, None, options)
+    config = _config(context, None, options | recipe)
 
     from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
 
@@ -246,6 +272,9 @@ def worker(
             help="Where built-in data sets lie (default: the study's own folder if it is here, else $CAMRI_DATA)."
         ),
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Where the study's weights lie here (default: where they lie for the run).")
+    ] = None,
     wait: Annotated[
         float,
         typer.Option(min=0.0, help="Seconds to wait for the study to be there, and for a run to go on with it."),
@@ -261,7 +290,8 @@ def worker(
     require_sense(storage)
     if not is_name(study):
         raise InputError(f"--study is {shown(study)}, but should be {NAME_RULE}; give the name that its run printed")
-    StudyConfig.build({"device": device} | ({} if data_dir is None else {"data_dir": data_dir}))
+    places = {"data_dir": data_dir, "weights": weights}
+    StudyConfig.build({"device": device, **{key: path for key, path in places.items() if path is not None}})
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
     index = int.from_bytes(os.urandom(3)) + 1_000
     with stopping_on_signals() as stop:
@@ -271,6 +301,7 @@ def worker(
             device=device,
             threads=threads,
             data_dir=data_dir,
+            weights=weights,
             index=index,
             patience=wait,
             asked_to_stop=stop,

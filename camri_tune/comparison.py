@@ -26,8 +26,8 @@ from camri_tune.evaluation import Judge, versions
 from camri_tune.files import is_writable_folder
 from camri_tune.folders import Part
 from camri_tune.images import Images
-from camri_tune.models import require_body
 from camri_tune.posthoc import biased, tune_bias
+from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
@@ -67,7 +67,9 @@ def compare(
         for study in studies:  # before hours are spent on the first of them
             data = open_dataset(study, console.reading)
             check_important(study.important, data.classes)
-            require_body(study.model, channels=data.channels, image_size=data.image_size)
+            start = starting_weights(study, channels=data.channels, image_size=data.image_size)
+            if start.text:
+                console.say(start.text)
         cells: list[Cell] = []
         facts: dict[str, object] = {}
         for study in studies:

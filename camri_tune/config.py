@@ -49,6 +49,10 @@ class StudyConfig(BaseModel):
     text, or ranks by the baseline's validation recall: `worst1`, `worst2`, …, `median`. `epochs` and `image_size`
     default to what suits the data set, `finalists` to a quarter of the trials, at most five. With several `folds`
     a trial trains one model on each: `auto` asks for them where the important class has few validation images.
+
+    `weights` is a file that every training starts from, the baseline's too; `trainable` says which of the network's
+    parts change (`all`; `last:N` the last N, see `models.parts_of`; `head` none of them), and `backbone_lr` is their
+    learning rate as a factor of the head's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +62,9 @@ class StudyConfig(BaseModel):
     important: tuple[str, ...] = Field(("worst1",), min_length=1)
     loss: Loss = "camri"
     model: Model = "compact"
+    weights: Path | None = None
+    trainable: str = "all"
+    backbone_lr: float = Field(1.0, gt=0.0, le=10.0)
     trials: int = Field(20, ge=1, le=MOST_TRIALS)
     epochs: int | None = Field(None, ge=1, le=100_000)
     seeds: int = Field(3, ge=1, le=MOST_SEEDS)
@@ -133,6 +140,13 @@ class StudyConfig(BaseModel):
     def _known_model(cls, value: str) -> str:
         return require_model_name(value)
 
+    @field_validator("trainable")
+    @classmethod
+    def _known_parts(cls, value: str) -> str:
+        if not re.fullmatch(r"all|head|last:[1-9][0-9]{0,3}", value):
+            raise ValueError("must be all, head (and nothing of the network), or last:N (and its last N parts)")
+        return value
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, value: str | None) -> str | None:
@@ -202,7 +216,7 @@ class StudyConfig(BaseModel):
             config = cls.model_validate(values)
         except ValidationError as error:
             raise InputError(_one_line(error, cls, source)) from None
-        for key in ("dataset", "data_dir", "out", "artifacts"):
+        for key in ("dataset", "data_dir", "out", "artifacts", "weights"):
             path = str(getattr(config, key))
             if reason := why_no_path(path):
                 rule = f"be a path that can be opened, which this one cannot: {reason}"
@@ -238,10 +252,14 @@ class StudyConfig(BaseModel):
         if artifacts is not None and "://" not in artifacts:
             artifacts = str(Path(artifacts).resolve())
         places = {"data_dir": self.data_dir.resolve(), "out": self.out.resolve(), "artifacts": artifacts}
+        places["weights"] = self.weights and self.weights.resolve()
         return self.model_copy(update={"dataset": dataset, **places})
 
     def identity(self) -> dict[str, Any]:
-        """The fields that give the study's trials their meaning; these must be equal when a study is resumed."""
+        """The fields that give the study's trials their meaning; these must be equal when a study is resumed.
+
+        Data set and weights stand in it by their paths, where a study is stored by their content.
+        """
         return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS))
 
 

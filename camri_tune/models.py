@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from camri_tune.backbones import Backbone, build_backbone, embedding_size
+from camri_tune.backbones import Backbone, build_backbone
 from camri_tune.config import Model
+from camri_tune.errors import InputError
 from camri_tune.losses import Head
 
 
@@ -168,10 +169,52 @@ def build_body(name: Model, *, channels: int, image_size: int) -> Body:
     return body.to(memory_format=torch.channels_last)
 
 
-def require_body(name: Model, *, channels: int, image_size: int) -> None:
-    """Raise InputError where `build_body` would, in a fraction of its time and without memory for weights."""
-    if name not in _BODIES:
-        embedding_size(name, channels, image_size)
+def trunk(body: Body) -> nn.Module:
+    """The network itself, whose weights have the names that others know them by."""
+    return body.network if isinstance(body, Backbone) else body
+
+
+def parts_of(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network in the order in which it lists them, from its input on.
+
+    They are its children that have parameters; one that has more than half of all parameters counts by its own children
+    instead: the blocks of a transformer, the stages of a ResNet and the blocks of its largest.
+    """
+    parts, half = _children(network), _count(network) / 2
+    while large := [part for part in parts if _count(part) > half and _children(part)]:
+        place = parts.index(large[0])
+        parts[place : place + 1] = _children(large[0])
+    return parts
+
+
+def freeze(body: Body, trainable: str) -> list[nn.Module]:
+    """Keep the parameters from training that `trainable` does not name (`all`, `head`, `last:N`: see `parts_of`).
+
+    Returns the modules that they are in, which belong in evaluation mode: batch normalisation keeps its statistics
+    there, and nothing is dropped out. Raises InputError where the network has fewer parts.
+    """
+    if trainable == "all":
+        return []
+    parts = parts_of(trunk(body))
+    count = 0 if trainable == "head" else int(trainable.removeprefix("last:"))
+    if count > len(parts):
+        raise InputError(
+            f"--trainable {trainable} asks for parts that the network lacks: give last:1 to last:{len(parts)}, or all"
+        )
+    body.requires_grad_(False)
+    free: set[nn.Module] = set()
+    for part in parts[len(parts) - count :]:
+        part.requires_grad_(True)
+        free |= set(part.modules())
+    return [module for module in body.modules() if module not in free]
+
+
+def _children(network: nn.Module) -> list[nn.Module]:
+    return [child for child in network.children() if _count(child)]
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.evidence import Evidence
 from camri_tune.files import is_writable_folder, write_text
 from camri_tune.images import Images
-from camri_tune.models import require_body
 from camri_tune.overview import EVIDENCE, RESULT
+from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
@@ -48,7 +48,9 @@ def run(config: StudyConfig, console: Console | None = None) -> Result:
     with prefork.at_hand(), only_run(config.folder), console:
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
-        require_body(config.model, channels=data.channels, image_size=data.image_size)
+        start = starting_weights(config, channels=data.channels, image_size=data.image_size)
+        if start.text:
+            console.say(start.text)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)
         stages = Stages(config, data, store)
         planned = {

@@ -7,12 +7,12 @@ has it. Head, margin and softmax stay in float32 (see losses.py), and so does th
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from camri_tune.augmentation import Augmentation, augment, draw
 from camri_tune.checkpoint import TrainingState
@@ -30,7 +30,7 @@ from camri_tune.losses import (
     WeightedCrossEntropyLoss,
 )
 from camri_tune.metrics import IntArray, confusion_matrix
-from camri_tune.models import Classifier, build_body
+from camri_tune.models import Classifier, build_body, freeze, trunk
 
 EVALUATIONS = 6  # per training: enough for a learning curve and a pruner
 EVALUATION_BATCH = 256
@@ -68,7 +68,8 @@ class Recipe:
     """How a model is trained: AdamW, the learning rate rising linearly over a fifth of the steps, then down to zero.
 
     With `constant` it neither rises nor falls. With `accumulation` a batch is taken in so many parts whose gradients
-    are added up, which needs less memory and gives the same step but for what batch normalisation sees.
+    are added up, which needs less memory and gives the same step but for what batch normalisation sees. Of the network
+    only what `trainable` says changes, at `backbone_lr` times the learning rate of the head.
     """
 
     epochs: int
@@ -80,6 +81,8 @@ class Recipe:
     warmup: float = 0.2
     constant: bool = False
     accumulation: int = 1
+    trainable: str = "all"
+    backbone_lr: float = 1.0
 
 
 def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation, images: int) -> Recipe:
@@ -131,19 +134,21 @@ def train(
     on_epoch: Callable[[Progress], None] | None = None,
     on_step: Callable[[], None] | None = None,
     resume: TrainingState | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Trained:
     """Train `model` with `head` on `images`; score `validation`.
 
     The same seed on the same device with the same number of threads gives the same weights, also where the training
-    goes on from the state that an interrupted one left (`resume`). `on_epoch`, and `on_step` before each step, may
+    goes on from the state that an interrupted one left (`resume`). The network begins with the weights in `start`, by
+    name, as far as they go, and else at random. `on_epoch`, and `on_step` before each step, may
     raise to stop early. Raises TrainingDivergedError when the loss is no longer finite.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
-        body = build_body(model, channels=images.channels, image_size=images.side)
-        classifier = Classifier(body, head.build(num_classes, body.embedding_size)).to(device)
+        classifier, frozen = _initial(model, head, images, num_classes, recipe, start or {})
+        classifier.to(device)
         optimizer = _optimizer(classifier, recipe, device)
         held = images.on(device) if fits(images, device) else images
         batch_size = min(recipe.batch_size, len(images))
@@ -158,7 +163,7 @@ def train(
             resume.restore(classifier, optimizer, rng, device)
 
         for epoch in range(1 if resume is None else resume.epoch + 1, recipe.epochs + 1):
-            classifier.train()
+            _set_training(classifier, frozen)
             order = torch.randperm(len(images), generator=rng)[: steps * batch_size].view(steps, batch_size)
             # All random numbers of an epoch at once: no step waits for what is on its way to the device.
             drawn = (
@@ -171,7 +176,7 @@ def train(
                 if on_step is not None:
                     on_step()
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * factor(step)
+                    group["lr"] = recipe.learning_rate * factor(step) * group["factor"]
                 pixels, labels = (tensor.to(device) for tensor in held.batch(places))
                 batch = augment(pixels, recipe.augmentation, numbers)
                 optimizer.zero_grad(set_to_none=True)
@@ -207,7 +212,23 @@ def train(
                 state = TrainingState.of(epoch, classifier, optimizer, rng, device)
                 on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
     assert confusion is not None  # the last epoch always evaluates
-    return Trained(classifier, confusion, time.perf_counter() - start)
+    return Trained(classifier, confusion, time.perf_counter() - started)
+
+
+def _initial(
+    model: Model, head: HeadSpec, images: Images, num_classes: int, recipe: Recipe, start: Mapping[str, Tensor]
+) -> tuple[Classifier, list[nn.Module]]:
+    """The model that a training begins with, and those of its modules that stay as they are."""
+    body = build_body(model, channels=images.channels, image_size=images.side)
+    trunk(body).load_state_dict(start, strict=False)
+    frozen = freeze(body, recipe.trainable)
+    return Classifier(body, head.build(num_classes, body.embedding_size)), frozen
+
+
+def _set_training(classifier: Classifier, frozen: Sequence[nn.Module]) -> None:
+    classifier.train()
+    for module in frozen:
+        module.training = False
 
 
 def evaluate(
@@ -283,9 +304,15 @@ def _fast_precision(device: torch.device) -> torch.autocast:
 
 def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     # Norms and biases are not decayed: shrinking them only fights the normalisation.
-    weights = [p for p in classifier.parameters() if p.ndim > 1]
-    others = [p for p in classifier.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    parts: list[tuple[nn.Module, float]] = [(classifier, 1.0)]
+    if recipe.backbone_lr != 1.0:
+        parts = [(classifier.body, recipe.backbone_lr), (classifier.head, 1.0)]
+    groups = []
+    for part, factor in parts:
+        trained = [p for p in part.parameters() if p.requires_grad]
+        weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        groups.append({"params": weights, "weight_decay": recipe.weight_decay, "factor": factor})
+        groups.append({"params": others, "weight_decay": 0.0, "factor": factor})
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 

@@ -130,6 +130,7 @@ class _Run:
                 augmentation=plan.data.augmentation,
                 images=len(training),
             )
+            recipe = replace(recipe, trainable=plan.config.trainable, backbone_lr=plan.config.backbone_lr)
             trained = self._within_memory(
                 partial(
                     train,
@@ -142,6 +143,7 @@ class _Run:
                     device=plan.device,
                     on_epoch=self._on_epoch,
                     on_step=self._on_step,
+                    start=plan.start,
                 ),
                 recipe,
             )

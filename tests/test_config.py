@@ -72,6 +72,11 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("name", "a\nb", "letters"),
     ("name", "x" * 101, "no longer than 100 characters"),
     ("out", 3, "path"),
+    ("weights", 3, "path"),
+    *(("trainable", value, "last:N") for value in ("some", "last", "last:0", "last:-1", "last:99999", "last:²", "")),
+    *(("backbone_lr", value, "greater than 0") for value in (0, -1)),
+    ("backbone_lr", float("nan"), "10"),
+    ("backbone_lr", 11, "less than or equal to 10"),
     ("data_dir", [], "path"),
 ]
 
@@ -283,6 +288,9 @@ OTHER_VALUES: dict[str, object] = {
     "important": "3",
     "loss": "l2",
     "model": "timm:resnet18",
+    "weights": "other.pt",
+    "trainable": "last:2",
+    "backbone_lr": 0.1,
     "epochs": 3,
     "seeds": 5,
     "tolerance": 1.0,

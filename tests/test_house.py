@@ -21,7 +21,7 @@ FLOORS = [
     {"search", "selection", "claims", "table1"},
     {"storage", "pruning", "baseline"},
     {"bundle", "plane"},
-    {"training"},
+    {"training", "pretrained"},
     {"models", "datasets"},
     {"sources"},
     {"folders"},
