@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
+from camri_tune.claims import smoothed_labels
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import open_storage
@@ -168,6 +169,8 @@ def _notices(head: Stages, important: Sequence[int], console: Console) -> list[s
     """Say which classes have so few validation images that a study of its own would rank their trials on folds."""
     found = [head.too_few_to_rank((c,)) for c in dict.fromkeys(important)]
     notices = [f"{text}, but here every method has the same one split." for text in found if text]
+    if (text := smoothed_labels(head.config.label_smoothing)) is not None:
+        notices.append(text)
     for notice in notices:
         console.say(notice)
     return notices

@@ -16,6 +16,9 @@ from camri_tune.errors import InputError
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
 BUILT_IN_MODELS = ("compact", "paper-cnn")
+Optimizer = Literal["adamw", "adam", "sgd"]
+Schedule = Literal["linear", "cosine", "constant"]
+Precision = Literal["auto", "bfloat16", "float32"]
 Launcher = Literal["local", "ray"]
 BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 
@@ -35,6 +38,13 @@ MOST_SHOWN = 300  # characters of foreign text in a message
 # and what stands for bytes that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# How a model is trained, by the names of a recipe's fields (training.py); None leaves what belongs to the network.
+RECIPE_FIELDS = (
+    *("trainable", "backbone_lr", "optimizer", "weight_decay", "schedule", "warmup"),
+    *("batch_size", "augmentation", "precision", "label_smoothing"),
+)
+STRENGTHS = {"none": 0.0, "default": 1.0, "strong": 1.5}  # of augmentation, in words
+
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 EXECUTION_FIELDS = frozenset(
     {"trials", "calibrate", "workers", "workers_per_gpu", "device", "launcher", "ray_address", "gpus_per_trial"}
@@ -52,7 +62,9 @@ class StudyConfig(BaseModel):
 
     `weights` is a file that every training starts from, the baseline's too; `trainable` says which of the network's
     parts change (`all`; `last:N` the last N, see `models.parts_of`; `head` none of them), and `backbone_lr` is their
-    learning rate as a factor of the head's.
+    learning rate as a factor of the head's. The rest of the recipe defaults to the network's own: `warmup` is a share
+    of the steps, `augmentation` a factor of the data set's changes (or `none`, `default`, `strong`). All of it holds
+    for the baseline, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +77,14 @@ class StudyConfig(BaseModel):
     weights: Path | None = None
     trainable: str = "all"
     backbone_lr: float = Field(1.0, gt=0.0, le=10.0)
+    optimizer: Optimizer | None = None
+    weight_decay: float | None = Field(None, ge=0.0, le=10.0)
+    schedule: Schedule | None = None
+    warmup: float | None = Field(None, ge=0.0, le=0.9)
+    batch_size: int | None = Field(None, ge=2, le=65_536)
+    augmentation: float | None = Field(None, ge=0.0, le=3.0)
+    precision: Precision = "auto"
+    label_smoothing: float = Field(0.0, ge=0.0, le=0.9)
     trials: int = Field(20, ge=1, le=MOST_TRIALS)
     epochs: int | None = Field(None, ge=1, le=100_000)
     seeds: int = Field(3, ge=1, le=MOST_SEEDS)
@@ -100,9 +120,15 @@ class StudyConfig(BaseModel):
             raise ValueError("must name at least 1 class")
         return tokens
 
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _strength_in_words(cls, value: Any) -> Any:
+        return STRENGTHS.get(value, value) if isinstance(value, str) else value
+
     @field_validator(
         "trials",
         "epochs",
+        "batch_size",
         "seeds",
         "finalists",
         "image_size",

@@ -12,7 +12,7 @@ import torch
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
-from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of
+from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of, smoothed_labels
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import open_storage
@@ -88,6 +88,9 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
     important = resolve_important(config.important, data.classes, baseline)
     folds, notice = stages.folds_wanted(important)
     notices = data.notices()
+    if (text := smoothed_labels(config.label_smoothing)) is not None:
+        console.say(text)
+        notices.append(text)
     if notice is not None:
         console.say(notice)
         notices.append(notice)
