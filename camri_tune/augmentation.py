@@ -1,7 +1,8 @@
 """Random changes to training images that keep their class, as batched tensor code."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,11 @@ class Augmentation:
     light: float = 0.0
     blur: float = 0.0
     mirror: bool = False
+
+    def times(self, factor: float) -> Self:
+        """All of it so much stronger; 0 is none at all, not even a mirror."""
+        amplitudes = {name: getattr(self, name) * factor for name in ("rotate", "shift", "zoom", "shear", "light")}
+        return replace(self, **amplitudes, blur=min(1.0, self.blur * factor), mirror=self.mirror and factor > 0)
 
 
 def draw(n: int, channels: int, how: Augmentation, rng: torch.Generator) -> Tensor:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from camri_tune.backbones import ShapesOnly
 from camri_tune.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from camri_tune.config import MOST_PATTERN, Model, is_printable, printable
-from camri_tune.errors import BundleError
+from camri_tune.config import MOST_PATTERN, Model, is_printable, printable, require_model_name
+from camri_tune.errors import BundleError, InputError
 from camri_tune.files import sha256
 from camri_tune.folders import is_class_name
 from camri_tune.losses import CrossEntropyLoss, Head, NormFaceLoss
@@ -29,7 +30,7 @@ from camri_tune.models import Classifier, build_body
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
 MOST_HEADER = 2**20  # bytes of the list of tensors; ours take 4,000
-_DTYPES = {torch.float32: "F32", torch.int64: "I64"}
+_DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 
 
 class ModelSpec(BaseModel):
@@ -49,6 +50,11 @@ class ModelSpec(BaseModel):
     scale: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: dict[int, FiniteFloat] = Field(default_factory=dict)
     temperature: float | None = Field(None, ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)
+
+    @field_validator("model")
+    @classmethod
+    def _model_can_be_named(cls, value: str) -> str:
+        return require_model_name(value)
 
     @field_validator("classes")
     @classmethod
@@ -131,11 +137,17 @@ def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
     if spec.head == "cosine" and spec.scale is None:
         raise BundleError(f"{str(path.parent / CONFIG)!r} has a cosine head without its scale; export the model again")
     try:
-        with torch.device("meta"):  # shapes without memory
-            classifier = _build(spec)
-        if reason := _why_unfit(path, classifier.state_dict()):
-            raise BundleError(f"weights {str(path)!r} are not this model's ({reason}); export them again")
-        classifier.to_empty(device="cpu").load_state_dict(load_file(path))  # all there is in it is among the weights
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
+            with ShapesOnly():
+                expected = _build(spec).state_dict()
+            if reason := _why_unfit(path, expected):
+                raise BundleError(f"weights {str(path)!r} are not this model's ({reason}); export them again")
+            classifier = _build(spec)  # not from the one without memory: libraries' networks hold more than weights
+        classifier.load_state_dict(load_file(path))
+    except BundleError:
+        raise
+    except InputError as error:  # no such network here
+        raise BundleError(f"{str(path.parent / CONFIG)!r}: {error}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = printable(" ".join(str(error).split()))
         raise BundleError(

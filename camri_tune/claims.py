@@ -108,6 +108,16 @@ def images_needed(difference: PairedDifference, epsilon: float) -> int | None:
     return math.ceil(effective * difference.n / difference.effective_n)
 
 
+def smoothed_labels(share: float) -> str | None:
+    """What label smoothing does to what a study is about; None where there is none."""
+    if share == 0:
+        return None
+    return (
+        f"Labels are smoothed by {share:g}, the baseline's as well: that draws the logits of all classes together, so "
+        f"that a margin of so many radians means another thing than without, and probabilities are calibrated less."
+    )
+
+
 def nothing_to_gain(recalls: Sequence[float], important: Sequence[int], classes: Sequence[str]) -> str | None:
     """A plain warning where the important class already has nearly perfect recall, naming the classes that do not."""
     lowest = min(recalls[c] for c in important)

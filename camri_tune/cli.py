@@ -3,17 +3,18 @@
 Heavy imports (torch, optuna) wait until a command needs them, so that help and usage errors come at once.
 """
 
+import inspect
 import io
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Optional, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -58,6 +59,11 @@ FinalistsOption = Annotated[
     typer.Option(help="Best trials that are retrained on fresh seeds (default: a quarter of the trials, at most 5)."),
 ]
 
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Network: compact, paper-cnn, torchvision:NAME or timm:NAME, as in torchvision:resnet18."),
+]
+
 WorkersOption = Annotated[
     str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
 ]
@@ -73,6 +79,35 @@ ArtifactsOption = Annotated[
     str | None,
     typer.Option(help="Where checkpoints go: a folder or s3://bucket/prefix (default: the study's own folder)."),
 ]
+
+# How a network is trained: `run` and `compare` take these alike. Each is a field of StudyConfig.
+RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
+    "weights": (Path, "Weights to start from: .safetensors, or a state dict as .pt or .pth."),
+    "trainable": (str, "What of the network changes: all, last:N (its last N parts), or head (nothing of it)."),
+    "backbone_lr": (float, "The network's learning rate as a factor of the head's (default: 1)."),
+    "optimizer": (str, "adamw, adam, or sgd with Nesterov's momentum."),
+    "weight_decay": (float, "Weight decay, of weights alone: not of norms and biases."),
+    "schedule": (str, "What the learning rate does after its warmup: linear, cosine (both to zero), or constant."),
+    "warmup": (float, "Share of the steps in which the learning rate rises."),
+    "batch_size": (int, "Images of a step."),
+    "augmentation": (str, "none, default (as the data set has it), strong, or a factor."),
+    "precision": (str, "auto, bfloat16 or float32, of the network; the head is in float32."),
+    "label_smoothing": (float, "Share of the target that goes to all classes alike: moves margins and calibration."),
+}
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def with_recipe(command: Command) -> Command:
+    """Give a command, which takes them as `**recipe`, the options in RECIPE_OPTIONS."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = []
+    for name, (kind, text) in RECIPE_OPTIONS.items():
+        option = Annotated[Optional[kind], typer.Option(help=text)]  # type: ignore[valid-type]  # noqa: UP045
+        more.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
+    command.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    return command
+
 
 StudyArgument = Annotated[
     str | None, typer.Argument(help="A study's name, or its folder (default: the one worked on last).")
@@ -100,6 +135,7 @@ def _(
 
 
 @app.command()
+@with_recipe
 def run(
     context: typer.Context,
     study: Annotated[Path | None, typer.Argument(help="A study file (.toml); options given here win over it.")] = None,
@@ -112,7 +148,7 @@ def run(
         typer.Option(help="Class that must not be missed: index, name, worst1, worst2, median; several with commas."),
     ] = None,
     loss: Annotated[str | None, typer.Option(help="camri, l2, arcface, cosface-i, wce, crwwce or ce.")] = None,
-    model: Annotated[str | None, typer.Option(help="Network: compact or paper-cnn.")] = None,
+    model: ModelOption = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
@@ -126,7 +162,10 @@ def run(
     calibrate: Annotated[
         bool | None, typer.Option("--calibrate", help="Add a bias to the important class's logit, tuned on validation.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images: for trying things out.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     group_by: GroupByOption = None,
@@ -144,12 +183,13 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    **recipe: Any,
 ) -> None:
     """Tune, select and export: the whole job. The same command again resumes."""
     options = dict(locals())
-    for key in ("context", "study", "as_json", "quiet"):
+    for key in ("context", "study", "as_json", "quiet", "recipe"):
         del options[key]
-    config = _config(context, study, options)
+    config = _config(context, study, options | recipe)
     prefork.begin_for(config, [config.dataset])  # it imports while this process does
 
     from camri_tune.console import Console  # noqa: PLC0415
@@ -162,6 +202,7 @@ def run(
 
 
 @app.command()
+@with_recipe
 def compare(
     context: typer.Context,
     dataset: Annotated[str, typer.Option(help="Data sets, separated by commas; see `run`.")] = "digits",
@@ -173,13 +214,16 @@ def compare(
     protocol: Annotated[
         str, typer.Option(help="ours: validation chooses. paper: chosen on test, as the paper did, labelled as such.")
     ] = "ours",
-    model: Annotated[str | None, typer.Option(help="Network: compact or paper-cnn.")] = None,
+    model: ModelOption = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search, for each method and class.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     finalists: FinalistsOption = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels that images are resized to.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     group_by: GroupByOption = None,
@@ -197,12 +241,13 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for studies (default: runs).")] = None,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    **recipe: Any,
 ) -> None:
     """Many methods under one protocol: the paper's Table 1. The same command again resumes."""
     options = dict(locals())
-    for key in ("context", "dataset", "methods", "protocol", "as_json", "quiet"):
+    for key in ("context", "dataset", "methods", "protocol", "as_json", "quiet", "recipe"):
         del options[key]
-    config = _config(context, None, options)
+    config = _config(context, None, options | recipe)
 
     from camri_tune.table1 import read_datasets, read_methods, read_protocol  # noqa: PLC0415
 
@@ -261,6 +306,9 @@ def worker(
             help="Where built-in data sets lie (default: the study's own folder if it is here, else $CAMRI_DATA)."
         ),
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Where the study's weights lie here (default: where they lie for the run).")
+    ] = None,
     wait: Annotated[
         float,
         typer.Option(min=0.0, help="Seconds to wait for the study to be there, and for a run to go on with it."),
@@ -276,7 +324,8 @@ def worker(
     require_sense(storage)
     if not is_name(study):
         raise InputError(f"--study is {shown(study)}, but should be {NAME_RULE}; give the name that its run printed")
-    StudyConfig.build({"device": device} | ({} if data_dir is None else {"data_dir": data_dir}))
+    places = {"data_dir": data_dir, "weights": weights}
+    StudyConfig.build({"device": device, **{key: path for key, path in places.items() if path is not None}})
     # Numbers past those of the run's own workers, so that no two samplers share a seed.
     index = int.from_bytes(os.urandom(3)) + 1_000
     with stopping_on_signals() as stop:
@@ -286,6 +335,7 @@ def worker(
             device=device,
             threads=threads,
             data_dir=data_dir,
+            weights=weights,
             index=index,
             patience=wait,
             asked_to_stop=stop,
@@ -470,12 +520,21 @@ def doctor() -> None:
     from camri_tune.evaluation import versions  # noqa: PLC0415
     from camri_tune.training import has_fast_bfloat16  # noqa: PLC0415
 
-    for name, version in versions().items():
+    libraries = {name: _version(name) for name in ("torchvision", "timm")}
+    for name, version in {**versions(), **libraries}.items():
         print(f"{name:12} {version}")
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         label = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device!s:12} {label}, trains in {'bfloat16' if has_fast_bfloat16(device) else 'float32'}")
+
+
+def _version(package: str) -> str:
+    """Of a library of networks."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"not installed (pip install 'camri-tune[{package}]')"
 
 
 def main() -> NoReturn:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
+from camri_tune.claims import smoothed_labels
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import open_storage
@@ -27,6 +28,7 @@ from camri_tune.files import is_writable_folder
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.posthoc import biased, tune_bias
+from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
@@ -64,7 +66,11 @@ def compare(
         if len({study.name for study in studies}) < len(studies):
             raise InputError(f"--dataset {','.join(datasets)!r} has two of one name; compare them under two --name")
         for study in studies:  # before hours are spent on the first of them
-            check_important(study.important, open_dataset(study, console.reading).classes)
+            data = open_dataset(study, console.reading)
+            check_important(study.important, data.classes)
+            start = starting_weights(study, channels=data.channels, image_size=data.image_size)
+            if start.text:
+                console.say(start.text)
         cells: list[Cell] = []
         facts: dict[str, object] = {}
         for study in studies:
@@ -164,6 +170,8 @@ def _notices(head: Stages, important: Sequence[int], console: Console) -> list[s
     """Say which classes have so few validation images that a study of its own would rank their trials on folds."""
     found = [head.too_few_to_rank((c,)) for c in dict.fromkeys(important)]
     notices = [f"{text}, but here every method has the same one split." for text in found if text]
+    if (text := smoothed_labels(head.config.label_smoothing)) is not None:
+        notices.append(text)
     for notice in notices:
         console.say(notice)
     return notices

@@ -14,7 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from camri_tune.errors import InputError
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
-Model = Literal["compact", "paper-cnn"]
+Model = str  # one of ours, or of a library's: see `require_model_name`
+BUILT_IN_MODELS = ("compact", "paper-cnn")
+Optimizer = Literal["adamw", "adam", "sgd"]
+Schedule = Literal["linear", "cosine", "constant"]
+Precision = Literal["auto", "bfloat16", "float32"]
 Launcher = Literal["local", "ray"]
 BUILT_IN_DATASETS = ("digits", "gtsrb", "cifar10", "mnist", "awa2")
 DATA_FILES = (".csv", ".npz")  # endings of files that are data sets
@@ -36,6 +40,13 @@ MOST_SHOWN = 300  # characters of foreign text in a message
 # and what stands for bytes that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# How a model is trained, by the names of a recipe's fields (training.py); None leaves what belongs to the network.
+RECIPE_FIELDS = (
+    *("trainable", "backbone_lr", "optimizer", "weight_decay", "schedule", "warmup"),
+    *("batch_size", "augmentation", "precision", "label_smoothing"),
+)
+STRENGTHS = {"none": 0.0, "default": 1.0, "strong": 1.5}  # of augmentation, in words
+
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 EXECUTION_FIELDS = frozenset(
     {"trials", "calibrate", "workers", "workers_per_gpu", "device", "launcher", "ray_address", "gpus_per_trial"}
@@ -52,6 +63,12 @@ class StudyConfig(BaseModel):
     a trial trains one model on each: `auto` asks for them where the important class has few validation images.
     `group_by`, a pattern, is searched in the paths of a data set's files, and its group named `group` says which of
     them show one object.
+
+    `weights` is a file that every training starts from, the baseline's too; `trainable` says which of the network's
+    parts change (`all`; `last:N` the last N, see `models.parts_of`; `head` none of them), and `backbone_lr` is their
+    learning rate as a factor of the head's. The rest of the recipe defaults to the network's own: `warmup` is a share
+    of the steps, `augmentation` a factor of the data set's changes (or `none`, `default`, `strong`). All of it holds
+    for the baseline, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +78,17 @@ class StudyConfig(BaseModel):
     important: tuple[str, ...] = Field(("worst1",), min_length=1)
     loss: Loss = "camri"
     model: Model = "compact"
+    weights: Path | None = None
+    trainable: str = "all"
+    backbone_lr: float = Field(1.0, gt=0.0, le=10.0)
+    optimizer: Optimizer | None = None
+    weight_decay: float | None = Field(None, ge=0.0, le=10.0)
+    schedule: Schedule | None = None
+    warmup: float | None = Field(None, ge=0.0, le=0.9)
+    batch_size: int | None = Field(None, ge=2, le=65_536)
+    augmentation: float | None = Field(None, ge=0.0, le=3.0)
+    precision: Precision = "auto"
+    label_smoothing: float = Field(0.0, ge=0.0, le=0.9)
     trials: int = Field(20, ge=1, le=MOST_TRIALS)
     epochs: int | None = Field(None, ge=1, le=100_000)
     seeds: int = Field(3, ge=1, le=MOST_SEEDS)
@@ -97,9 +125,15 @@ class StudyConfig(BaseModel):
             raise ValueError("must name at least 1 class")
         return tokens
 
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _strength_in_words(cls, value: Any) -> Any:
+        return STRENGTHS.get(value, value) if isinstance(value, str) else value
+
     @field_validator(
         "trials",
         "epochs",
+        "batch_size",
         "seeds",
         "finalists",
         "image_size",
@@ -137,6 +171,18 @@ class StudyConfig(BaseModel):
     def _pattern_is_text(cls, value: str | None) -> str | None:
         if value is not None and not is_printable(value):
             raise ValueError("must be a pattern without control characters")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        return require_model_name(value)
+
+    @field_validator("trainable")
+    @classmethod
+    def _known_parts(cls, value: str) -> str:
+        if not re.fullmatch(r"all|head|last:[1-9][0-9]{0,3}", value):
+            raise ValueError("must be all, head (and nothing of the network), or last:N (and its last N parts)")
         return value
 
     @field_validator("name")
@@ -211,7 +257,7 @@ class StudyConfig(BaseModel):
             config = cls.model_validate(values)
         except ValidationError as error:
             raise InputError(_one_line(error, cls, source)) from None
-        for key in ("dataset", "data_dir", "out", "artifacts"):
+        for key in ("dataset", "data_dir", "out", "artifacts", "weights"):
             path = str(getattr(config, key))
             if reason := why_no_path(path):
                 rule = f"be a path that can be opened, which this one cannot: {reason}"
@@ -247,10 +293,14 @@ class StudyConfig(BaseModel):
         if artifacts is not None and "://" not in artifacts:
             artifacts = str(Path(artifacts).resolve())
         places = {"data_dir": self.data_dir.resolve(), "out": self.out.resolve(), "artifacts": artifacts}
+        places["weights"] = self.weights and self.weights.resolve()
         return self.model_copy(update={"dataset": dataset, **places})
 
     def identity(self) -> dict[str, Any]:
-        """The fields that give the study's trials their meaning; these must be equal when a study is resumed."""
+        """The fields that give the study's trials their meaning; these must be equal when a study is resumed.
+
+        Data set and weights stand in it by their paths, where a study is stored by their content.
+        """
         return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS))
 
 
@@ -311,6 +361,22 @@ def shown(value: object) -> str:
 def is_data_file(path: str | Path) -> bool:
     """Whether a data set of this path is a file, and no folder."""
     return os.path.splitext(path)[1].lower() in DATA_FILES and not os.path.isdir(path)
+
+
+def require_model_name(name: Model) -> Model:
+    """A name that a network may have, whether or not there is one: which it is, a library says when it is imported.
+
+    Raises ValueError with the rule.
+    """
+    if name not in BUILT_IN_MODELS and not re.fullmatch(r"(torchvision|timm):[a-z0-9_.]{1,100}", name):
+        raise ValueError("must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18) or timm:NAME")
+    return name
+
+
+def package_of(name: Model) -> str | None:
+    """The library that a network comes from, which takes seconds to import; None for one of ours."""
+    library, colon, _ = name.partition(":")
+    return library if colon else None
 
 
 def is_name(text: str) -> bool:

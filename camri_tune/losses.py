@@ -18,6 +18,8 @@ COSINE_LIMIT = 1 - 1e-6  # d cos(theta + m) / d cos(theta) is infinite at 1
 class CrossEntropyLoss(nn.Module):
     """Softmax cross-entropy over a dense layer with bias: the baseline."""
 
+    label_smoothing = 0.0  # of the target's probability, the share that goes to all classes alike
+
     def __init__(self, num_classes: int, embedding_size: int) -> None:
         super().__init__()
         self.dense = nn.Linear(embedding_size, num_classes)
@@ -33,7 +35,10 @@ class CrossEntropyLoss(nn.Module):
             return F.linear(_at_least_float32(embeddings), self.dense.weight, self.dense.bias)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.get_logits(embeddings), labels)
+        return F.cross_entropy(self.get_logits(embeddings), labels, label_smoothing=self.label_smoothing)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
 
 class WeightedCrossEntropyLoss(CrossEntropyLoss):
@@ -51,7 +56,7 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         self.register_buffer("weights", _per_class("weight", weight, num_classes, default=1.0), persistent=False)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        losses = F.cross_entropy(self.get_logits(embeddings), labels, reduction="none")
+        losses = self._cross_entropy(self.get_logits(embeddings), labels)
         return (self.weights[labels] * losses).mean()
 
 
@@ -87,7 +92,7 @@ class CRWWCELoss(CrossEntropyLoss):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         logits = self.get_logits(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
-            missed = self.w_fn[labels] * F.cross_entropy(logits, labels, reduction="none")
+            missed = self.w_fn[labels] * self._cross_entropy(logits, labels)
             return (missed - (self.w_fp[labels] * log_complement(logits)).sum(dim=1)).mean()
 
 
@@ -110,6 +115,8 @@ class NormFaceLoss(nn.Module):
 
     Wang et al. 2017. The CAMRI poster calls it L2-constrained softmax; it is CAMRI with every margin zero.
     """
+
+    label_smoothing = 0.0  # as in CrossEntropyLoss
 
     def __init__(self, num_classes: int, embedding_size: int, scale: float = 16.0) -> None:
         super().__init__()
@@ -138,7 +145,8 @@ class NormFaceLoss(nn.Module):
         column = labels[:, None]
         with torch.autocast(embeddings.device.type, enabled=False):
             target = self.with_margin(cosine.gather(1, column), column)
-            return F.cross_entropy(self.scale * cosine.scatter(1, column, target), labels)
+            logits = self.scale * cosine.scatter(1, column, target)
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def with_margin(self, cosine: Tensor, labels: Tensor) -> Tensor:
         """What the loss puts in place of the target's cosine. Both (N, 1). Here: the cosine itself."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from camri_tune.backbones import Backbone, build_backbone
 from camri_tune.config import Model
+from camri_tune.errors import InputError
 from camri_tune.losses import Head
 
 
@@ -126,7 +128,7 @@ class PaperCNN(nn.Module):
         return features
 
 
-Body = CompactCNN | PaperCNN
+Body = CompactCNN | PaperCNN | Backbone
 _BODIES: dict[Model, type[CompactCNN] | type[PaperCNN]] = {"compact": CompactCNN, "paper-cnn": PaperCNN}
 
 
@@ -159,8 +161,64 @@ class Classifier(nn.Module):
 
 
 def build_body(name: Model, *, channels: int, image_size: int) -> Body:
-    """The network called `name`, freshly initialised from torch's global generator, in channels_last."""
-    return _BODIES[name](channels, image_size).to(memory_format=torch.channels_last)
+    """The network called `name`, freshly initialised from torch's global generator, in channels_last.
+
+    Raises InputError where a library has none of that name, or where it does not take such images.
+    """
+    body: Body
+    if name in _BODIES:
+        body = _BODIES[name](channels, image_size)
+    else:
+        body = build_backbone(name, channels=channels, image_size=image_size)
+    return body.to(memory_format=torch.channels_last)
+
+
+def trunk(body: Body) -> nn.Module:
+    """The network itself, whose weights have the names that others know them by."""
+    return body.network if isinstance(body, Backbone) else body
+
+
+def parts_of(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network in the order in which it lists them, from its input on.
+
+    They are its children that have parameters; one that has more than half of all parameters counts by its own children
+    instead: the blocks of a transformer, the stages of a ResNet and the blocks of its largest.
+    """
+    parts, half = _children(network), _count(network) / 2
+    while large := [part for part in parts if _count(part) > half and _children(part)]:
+        place = parts.index(large[0])
+        parts[place : place + 1] = _children(large[0])
+    return parts
+
+
+def freeze(body: Body, trainable: str) -> list[nn.Module]:
+    """Keep the parameters from training that `trainable` does not name (`all`, `head`, `last:N`: see `parts_of`).
+
+    Returns the modules that they are in, which belong in evaluation mode: batch normalisation keeps its statistics
+    there, and nothing is dropped out. Raises InputError where the network has fewer parts.
+    """
+    if trainable == "all":
+        return []
+    parts = parts_of(trunk(body))
+    count = 0 if trainable == "head" else int(trainable.removeprefix("last:"))
+    if count > len(parts):
+        raise InputError(
+            f"--trainable {trainable} asks for parts that the network lacks: give last:1 to last:{len(parts)}, or all"
+        )
+    body.requires_grad_(False)
+    free: set[nn.Module] = set()
+    for part in parts[len(parts) - count :]:
+        part.requires_grad_(True)
+        free |= set(part.modules())
+    return [module for module in body.modules() if module not in free]
+
+
+def _children(network: nn.Module) -> list[nn.Module]:
+    return [child for child in network.children() if _count(child)]
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _channels_last(images: Tensor) -> Tensor:

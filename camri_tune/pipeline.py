@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
-from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of
+from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of, smoothed_labels
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import open_storage
@@ -28,6 +28,7 @@ from camri_tune.files import is_writable_folder, write_text
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
+from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
@@ -89,6 +90,9 @@ def run(
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
         data.examine()
+        start = starting_weights(config, channels=data.channels, image_size=data.image_size)
+        if start.text:
+            console.say(start.text)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)
         stages = Stages(config, data, store)
         planned = {
@@ -126,6 +130,9 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
     important = resolve_important(config.important, data.classes, baseline)
     folds, notice = stages.folds_wanted(important)
     notices = data.notices()
+    if (text := smoothed_labels(config.label_smoothing)) is not None:
+        console.say(text)
+        notices.append(text)
     if notice is not None:
         console.say(notice)
         notices.append(notice)

@@ -5,6 +5,7 @@ does the same. Unlike multiprocessing's fork server, it never imports the user's
 """
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -13,12 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_data_file
+from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_data_file, package_of
 from camri_tune.heartbeat import lives
 
 MODULE = "camri_tune.worker"  # what the forker runs, and forks
@@ -149,6 +150,8 @@ def begin_for(config: StudyConfig, datasets: Sequence[str]) -> None:
     """The same where a run will start workers here, which it will not where a data set cannot be there."""
     if config.has_local_workers and all(map(_can_be_there, datasets)):
         begin()
+        if _forker is not None and (package := package_of(config.model)):
+            _forker.tell({"import": package})
 
 
 def _can_be_there(dataset: str) -> bool:
@@ -216,10 +219,9 @@ def serve(work: Callable[[list[str]], int]) -> int:
             return 0
         *lines, unread = (unread + told).split(b"\n")
         for order in map(json.loads, lines):
-            if "signal" in order:
-                if order["pid"] in living:
-                    os.kill(order["pid"], order["signal"])
-            elif pid := os.fork():
+            if _obeyed(order, living):
+                continue
+            if pid := os.fork():
                 living.add(pid)
                 answer({"started": pid})
             else:
@@ -229,6 +231,19 @@ def serve(work: Callable[[list[str]], int]) -> int:
                     os.close(descriptor)
                 _become(order["environment"], Path(order["log"]), order["cwd"])
                 return work(order["start"])
+
+
+def _obeyed(order: Mapping[str, Any], living: Collection[int]) -> bool:
+    """Carry out an order that is none to fork; whether it was one."""
+    if "import" in order:
+        with suppress(ImportError):  # which the run tells of
+            importlib.import_module(order["import"])
+    elif "signal" in order:
+        if order["pid"] in living:
+            os.kill(order["pid"], order["signal"])
+    else:
+        return False
+    return True
 
 
 def _become(environment: Mapping[str, str], log: Path, folder: str) -> None:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import optuna
@@ -53,7 +53,8 @@ MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at
 class Plan:
     """What a trial needs to know beyond its own parameters. The floors and the classes come with the baseline.
 
-    There is a floor of accuracy for each fold, and so as many folds as floors.
+    There is a floor of accuracy for each fold, and so as many folds as floors. `start` has the weights that every
+    training starts from, by their names in the network.
     """
 
     config: StudyConfig
@@ -62,6 +63,7 @@ class Plan:
     important: tuple[int, ...] = ()
     floors: tuple[float, ...] = ()
     baseline_learning_rate: float = 0.0
+    start: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:

@@ -58,7 +58,7 @@ class Stages:
         First its learning rate is tuned, then it is trained on R fresh seeds, which take the folds in turn, and on
         folds that are left. Raises CamriTuneError where it fails.
         """
-        default, tuning = default_learning_rate(self.config.model), self.config.tuning_seed
+        default, tuning = default_learning_rate(self.config.model, self.config.optimizer), self.config.tuning_seed
         found = {(r.seed, r.fold): r for r in self.records("baseline")}
         tried = [r for r in self.records("baseline") if r.seed == tuning]
         rates = next_learning_rates(tried, default)

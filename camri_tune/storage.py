@@ -111,8 +111,9 @@ class StudyStore:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
                 study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
-        # The content identifies a data set, not the path it lies at.
+        # The content identifies a data set and weights, not the path that they lie at.
         identity = {**config.identity(), "dataset": f"{data.name} ({data.fingerprint})"}
+        identity["weights"] = None if config.weights is None else sha256(config.weights)
         attributes = store.attributes
         if "identity" in attributes:
             _require_equal(attributes["identity"], identity, config)
@@ -457,9 +458,11 @@ def _waiting_again(record: TrialRecord) -> TrialRecord:
 
 
 def _require_equal(stored: Mapping[str, Any], asked: Mapping[str, Any], config: StudyConfig) -> None:
+    usual = StudyConfig().identity()  # of a study that was started before there was a choice
     for key, value in asked.items():
-        if stored.get(key) != value:
+        before = stored.get(key, usual.get(key))
+        if before != value:
             raise StudyMismatchError(
-                f"study {config.study_name!r} was started with {key} = {stored.get(key)!r}, not {value!r}: trials "
+                f"study {config.study_name!r} was started with {key} = {before!r}, not {value!r}: trials "
                 f"under both cannot be compared; repeat the first value, or start another study with --name"
             )

@@ -7,18 +7,19 @@ has it. Head, margin and softmax stay in float32 (see losses.py), and so does th
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from camri_tune.augmentation import Augmentation, augment, draw
 from camri_tune.checkpoint import TrainingState
-from camri_tune.config import Loss, Model
+from camri_tune.config import Loss, Model, Optimizer, Precision, Schedule
 from camri_tune.errors import InputError, TrainingDivergedError
 from camri_tune.images import Images
 from camri_tune.losses import (
@@ -32,7 +33,7 @@ from camri_tune.losses import (
     WeightedCrossEntropyLoss,
 )
 from camri_tune.metrics import IntArray, confusion_matrix
-from camri_tune.models import Classifier, build_body
+from camri_tune.models import Classifier, build_body, freeze, trunk
 
 EVALUATIONS = 6  # per training: enough for a learning curve and a pruner
 EVALUATION_BATCH = 256
@@ -69,8 +70,10 @@ class HeadSpec:
 class Recipe:
     """How a model is trained: AdamW, the learning rate rising linearly over a fifth of the steps, then down to zero.
 
-    With `constant` it neither rises nor falls. With `accumulation` a batch is taken in so many parts whose gradients
-    are added up, which needs less memory and gives the same step but for what batch normalisation sees.
+    `warmup` is the share of the steps in which it rises, whatever the `schedule` does then; SGD is with Nesterov's
+    momentum of 0.9; `precision` is the network's alone. With `accumulation` a batch is taken in so many parts whose
+    gradients are added up, which needs less memory and gives the same step but for what batch normalisation sees. Of
+    the network only what `trainable` says changes, at `backbone_lr` times the learning rate of the head.
     """
 
     epochs: int
@@ -80,21 +83,48 @@ class Recipe:
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: float = 0.2
-    constant: bool = False
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "linear"
+    precision: Precision = "auto"
+    label_smoothing: float = 0.0
     accumulation: int = 1
+    trainable: str = "all"
+    backbone_lr: float = 1.0
+
+
+_PAPER: dict[str, Any] = {
+    "batch_size": 64,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "schedule": "constant",
+    "warmup": 0.0,
+}
 
 
 def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation, images: int) -> Recipe:
     """The recipe that belongs to a network. The paper's has the authors': Adam, constant rate, 64 images, unchanged."""
     if model == "paper-cnn":
-        return Recipe(epochs, learning_rate, batch_size=64, weight_decay=0.0, betas=(0.9, 0.999), constant=True)
+        return Recipe(epochs, learning_rate, **_PAPER)
     # Few training images are few steps: smaller batches make up for it.
     return Recipe(epochs, learning_rate, augmentation, batch_size=256 if images >= 16_384 else 128)
 
 
-def default_learning_rate(model: Model) -> float:
+def with_choices(recipe: Recipe, choices: Mapping[str, Any], augmentation: Augmentation) -> Recipe:
+    """A network's recipe with what a study chooses in its place: values by field, None where it chooses nothing.
+
+    That of `augmentation` is a factor of the data set's changes, whether or not the network's recipe has them.
+    """
+    chosen = {name: value for name, value in choices.items() if value is not None}
+    if (strength := chosen.get("augmentation")) is not None:
+        chosen["augmentation"] = augmentation.times(strength)
+    return replace(recipe, **chosen)
+
+
+def default_learning_rate(model: Model, optimizer: Optimizer | None = None) -> float:
     """Where the search for the baseline's learning rate starts."""
-    return 1e-3 if model == "paper-cnn" else 4e-3
+    if optimizer == "sgd":
+        return 0.05
+    return 4e-3 if model == "compact" else 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,19 +167,21 @@ def train(
     on_epoch: Callable[[Progress], None] | None = None,
     on_step: Callable[[], None] | None = None,
     resume: TrainingState | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Trained:
     """Train `model` with `head` on `images`; score `validation`.
 
     The same seed on the same device with the same number of threads gives the same weights, also where the training
-    goes on from the state that an interrupted one left (`resume`). `on_epoch`, and `on_step` before each step, may
+    goes on from the state that an interrupted one left (`resume`). The network begins with the weights in `start`, by
+    name, as far as they go, and else at random. `on_epoch`, and `on_step` before each step, may
     raise to stop early. Raises TrainingDivergedError when the loss is no longer finite.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
-        body = build_body(model, channels=images.channels, image_size=images.side)
-        classifier = Classifier(body, head.build(num_classes, body.embedding_size)).to(device)
+        classifier, frozen = _initial(model, head, images, num_classes, recipe, start or {})
+        classifier.to(device)
         optimizer = _optimizer(classifier, recipe, device)
         held = images.on(device) if fits(images, device) else images
         batch_size = min(recipe.batch_size, len(images))
@@ -164,7 +196,7 @@ def train(
             resume.restore(classifier, optimizer, rng, device)
 
         for epoch in range(1 if resume is None else resume.epoch + 1, recipe.epochs + 1):
-            classifier.train()
+            _set_training(classifier, frozen)
             order = torch.randperm(len(images), generator=rng)[: steps * batch_size].view(steps, batch_size)
             # All random numbers of an epoch at once: no step waits for what is on its way to the device.
             drawn = (
@@ -177,13 +209,13 @@ def train(
                 if on_step is not None:
                     on_step()
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * factor(step)
+                    group["lr"] = recipe.learning_rate * factor(step) * group["factor"]
                 pixels, labels = (tensor.to(device) for tensor in held.batch(places))
                 batch = augment(pixels, recipe.augmentation, numbers)
                 optimizer.zero_grad(set_to_none=True)
                 parts = zip(batch.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
                 for some, their_labels in parts:
-                    with _fast_precision(device):
+                    with _fast_precision(device, recipe.precision):
                         embeddings = classifier.embed(some)
                     loss = classifier.head(embeddings, their_labels) * (len(some) / batch_size)
                     loss.backward()
@@ -205,7 +237,7 @@ def train(
                     )
                 confusion = confusion_matrix(validation.labels.numpy(), logits.argmax(dim=1).numpy(), num_classes)
             elif epoch % evaluate_every == 0:
-                with _fast_precision(device):
+                with _fast_precision(device, recipe.precision):
                     confusion = evaluate(
                         classifier, validation, num_classes=num_classes, device=device, batch=evaluation_batch
                     )
@@ -214,8 +246,26 @@ def train(
                 on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
     assert confusion is not None  # the last epoch always evaluates
     return Trained(
-        classifier, confusion, (logits.argmax(dim=1) == validation.labels).numpy(), time.perf_counter() - start
+        classifier, confusion, (logits.argmax(dim=1) == validation.labels).numpy(), time.perf_counter() - started
     )
+
+
+def _initial(
+    model: Model, head: HeadSpec, images: Images, num_classes: int, recipe: Recipe, start: Mapping[str, Tensor]
+) -> tuple[Classifier, list[nn.Module]]:
+    """The model that a training begins with, and those of its modules that stay as they are."""
+    body = build_body(model, channels=images.channels, image_size=images.side)
+    trunk(body).load_state_dict(start, strict=False)
+    frozen = freeze(body, recipe.trainable)
+    built = head.build(num_classes, body.embedding_size)
+    built.label_smoothing = recipe.label_smoothing
+    return Classifier(body, built), frozen
+
+
+def _set_training(classifier: Classifier, frozen: Sequence[nn.Module]) -> None:
+    classifier.train()
+    for module in frozen:
+        module.training = False
 
 
 def evaluate(
@@ -287,21 +337,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
 
 
-def _fast_precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))
+def _fast_precision(device: torch.device, precision: Precision) -> torch.autocast:
+    enabled = has_fast_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     # Norms and biases are not decayed: shrinking them only fights the normalisation.
-    weights = [p for p in classifier.parameters() if p.ndim > 1]
-    others = [p for p in classifier.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    parts: list[tuple[nn.Module, float]] = [(classifier, 1.0)]
+    if recipe.backbone_lr != 1.0:
+        parts = [(classifier.body, recipe.backbone_lr), (classifier.head, 1.0)]
+    groups = []
+    for part, factor in parts:
+        trained = [p for p in part.parameters() if p.requires_grad]
+        weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        groups.append({"params": weights, "weight_decay": recipe.weight_decay, "factor": factor})
+        groups.append({"params": others, "weight_decay": 0.0, "factor": factor})
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def _schedule(total: int, recipe: Recipe) -> Callable[[int], float]:
     """The learning rate of each step, as a factor."""
-    if recipe.constant:
-        return lambda step: 1.0
     rise = max(1.0, recipe.warmup * total)
-    return lambda step: min(1.0, (step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))
+
+    def left(step: int) -> float:
+        return max(0.0, (total - step) / max(1.0, total - rise))
+
+    falls: dict[Schedule, Callable[[int], float]] = {
+        "linear": left,
+        "cosine": lambda step: (1 - math.cos(math.pi * min(1.0, left(step)))) / 2,
+        "constant": lambda step: 1.0,
+    }
+    fall = falls[recipe.schedule]
+    return lambda step: min(1.0, (step + 1) / rise, fall(step))

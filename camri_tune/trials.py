@@ -22,7 +22,7 @@ from torch import Tensor
 
 from camri_tune.bundle import save_weights
 from camri_tune.checkpoint import TrainingState
-from camri_tune.config import SEEDS_APART
+from camri_tune.config import RECIPE_FIELDS, SEEDS_APART
 from camri_tune.datasets import Dataset
 from camri_tune.errors import OutOfMemoryError, StoppedError, StorageError, TrainingDivergedError, WorkerError
 from camri_tune.files import code_version
@@ -32,7 +32,7 @@ from camri_tune.pruning import AccuracyFloorPruner
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED
 from camri_tune.search import Plan, suggest
 from camri_tune.storage import Stage, StudyStore
-from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train
+from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train, with_choices
 
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
@@ -130,6 +130,8 @@ class _Run:
                 augmentation=plan.data.augmentation,
                 images=len(training),
             )
+            choices = {name: getattr(plan.config, name) for name in RECIPE_FIELDS}
+            recipe = with_choices(recipe, choices, plan.data.augmentation)
             trained = self._within_memory(
                 partial(
                     train,
@@ -142,6 +144,7 @@ class _Run:
                     device=plan.device,
                     on_epoch=self._on_epoch,
                     on_step=self._on_step,
+                    start=plan.start,
                 ),
                 recipe,
             )

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -18,9 +19,10 @@ import torch
 from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
-from camri_tune.files import code_version
+from camri_tune.files import code_version, sha256
 from camri_tune.memory import keep_freed_memory
 from camri_tune.prefork import serve
+from camri_tune.pretrained import starting_weights
 from camri_tune.search import Plan, make_sampler
 from camri_tune.storage import StudyStore, claim
 from camri_tune.training import pick_device
@@ -36,6 +38,7 @@ def work(
     device: str,
     threads: int | None = None,
     data_dir: Path | None = None,
+    weights: Path | None = None,
     index: int = 0,
     patience: float | None = None,
     asked_to_stop: Stop = lambda: None,
@@ -59,6 +62,8 @@ def work(
         torch.set_num_threads(threads)
     data = open_dataset(config)
     _require_same_data(store, data)
+    config = config.model_copy(update={"weights": _same_weights(store, weights or config.weights)})
+    start = starting_weights(config, channels=data.channels, image_size=data.image_size).weights
     target = pick_device(device)
     stores = {name: store}
     samplers = {name: make_sampler(config, seed=config.seed * 1_000 + index)}
@@ -72,7 +77,7 @@ def work(
         if claimed is not None:
             serving, stage = claimed.store, claimed.stage
             trial = serving.trial(stage, claimed.trial_id, samplers[serving.name] if stage == "search" else None)
-            run_trial(trial, stage, _plan(serving, data, target), serving, asked_to_stop)
+            run_trial(trial, stage, replace(_plan(serving, data, target), start=start), serving, asked_to_stop)
             idle, run_seen = 0, time.monotonic()
             continue
         if (reason := asked_to_stop()) is not None:
@@ -146,6 +151,19 @@ def _require_same_data(store: StudyStore, data: Dataset) -> None:
             f"study {store.name!r} is on data set {stored}, but here it is {data.name} ({data.fingerprint}): bring the "
             f"same files, or name their folder with --data-dir"
         )
+
+
+def _same_weights(store: StudyStore, here: Path | None) -> Path | None:
+    """The file of weights that the study starts from, where it lies on this machine."""
+    digest = store.attributes["identity"].get("weights")
+    if digest is None:
+        return None
+    if here is None or not here.is_file() or sha256(here) != digest:
+        raise StudyMismatchError(
+            f"study {store.name!r} starts from weights whose SHA-256 is {digest}, and {str(here)!r} is no such file "
+            f"here: copy the run's file to this machine, and name it with --weights"
+        )
+    return here
 
 
 @contextmanager

@@ -105,6 +105,10 @@ def _refusal(folder: Path) -> str:
         ("cosface-i", 3, 40, "compact"),
         ("crwwce", 1, 8, "paper-cnn"),
         ("camri", 3, 9, "paper-cnn"),
+        ("camri", 1, 32, "torchvision:mobilenet_v3_small"),
+        ("ce", 3, 24, "torchvision:squeezenet1_1"),
+        ("camri", 3, 32, "timm:test_vit"),
+        ("l2", 1, 16, "timm:test_resnet"),
     ],
 )
 def test_a_model_answers_bit_for_bit_as_it_did(
@@ -309,7 +313,14 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v.update(seed="seven"), "seed"),
         (lambda v: v.update(important="stop"), "important"),
         (lambda v: v.pop("spec"), "spec"),
-        (lambda v: v["spec"].update(model="resnet"), "spec.model"),
+        *(
+            (lambda v, name=name: v["spec"].update(model=name), "spec.model")
+            for name in ("resnet", "os:system", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "torchvision:", "timm:\n")
+        ),
+        (lambda v: v["spec"].update(model="torchvision:list_models"), "no classifier"),
+        (lambda v: v["spec"].update(model="timm:create_model"), "no classifier"),
+        (lambda v: v["spec"].update(model="timm:resnet18.no_such_weights"), "timm:resnet18.no_such_weights"),
+        (lambda v: v["spec"].update(model="torchvision:inception_v3"), "8 pixels"),
         (lambda v: v["spec"].update(channels="three"), "spec.channels"),
         (lambda v: v["spec"].update(channels=10**9), "spec.channels"),
         (lambda v: v["spec"].update(image_size=10**9), "spec.image_size"),

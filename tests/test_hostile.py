@@ -513,7 +513,7 @@ def test_a_study_cannot_be_called_so_that_it_leaves_its_folder(name: str, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
 
 
-@pytest.mark.parametrize("key", ["dataset", "data_dir", "out", "artifacts"])
+@pytest.mark.parametrize("key", ["dataset", "data_dir", "out", "artifacts", "weights"])
 def test_a_path_that_leads_nowhere_at_all_is_refused(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would go wrong deep inside, in a traceback: links in a circle, and names longer than names can be."""
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,7 @@ FLOORS = [
     {"storage", "pruning", "baseline"},
     {"answers"},
     {"bundle", "plane"},
-    {"training"},
+    {"training", "pretrained"},
     {"models", "datasets"},
     {"sources", "torch_data"},
     {"arrays"},
@@ -32,7 +32,7 @@ FLOORS = [
     {"progress"},
     {"result"},
     {"counts", "duplicates"},
-    {"augmentation", "grouping", "images", "losses", "splits", "records", "differences"},
+    {"augmentation", "backbones", "grouping", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style", "prefork"},
     {
         "metrics",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from camri_tune.augmentation import Augmentation, augment, draw
-from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.checkpoint import TrainingState
+from camri_tune.config import BUILT_IN_MODELS, RECIPE_FIELDS, Loss, Model, Optimizer, Precision, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, TrainingDivergedError
 from camri_tune.losses import (
@@ -33,6 +34,7 @@ from camri_tune.training import (
     Progress,
     Recipe,
     Trained,
+    _fast_precision,
     _optimizer,
     _schedule,
     default_learning_rate,
@@ -41,12 +43,13 @@ from camri_tune.training import (
     predict_logits,
     recipe_of,
     train,
+    with_choices,
 )
 
 CPU = torch.device("cpu")
 CAMRI = HeadSpec("camri", 16.0, {3: 0.3})
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-MODELS: tuple[Model, ...] = get_args(Model)
+MODELS = BUILT_IN_MODELS
 EMBEDDING_SIZES: dict[Model, int] = {"compact": 128, "paper-cnn": 512}
 # The same changes as for traffic signs: every kind but the mirror.
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6)
@@ -143,7 +146,7 @@ def test_logits_are_the_heads_without_a_margin(model: Model) -> None:
 
 def test_an_unknown_network_is_refused() -> None:
     with pytest.raises(KeyError, match="colossal"):
-        build_body("colossal", channels=1, image_size=8)  # type: ignore[arg-type]
+        build_body("colossal", channels=1, image_size=8)
 
 
 def _scene(seed: int, channels: int = 3) -> Tensor:
@@ -795,9 +798,134 @@ def test_the_learning_rate_reaches_its_full_height_after_the_warm_up() -> None:
 
 
 @given(total=st.integers(1, 500), warmup=st.floats(0, 0.9))
-def test_a_constant_learning_rate_neither_rises_nor_falls(total: int, warmup: float) -> None:
-    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup, constant=True))
-    assert {schedule(step) for step in range(total + 1)} == {1.0}
+def test_a_constant_learning_rate_does_not_fall_and_rises_in_its_warm_up_alone(total: int, warmup: float) -> None:
+    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup, schedule="constant"))
+    assert {schedule(step) for step in range(math.ceil(warmup * total), total + 1)} == {1.0}
+    assert [schedule(step) for step in range(math.floor(warmup * total))] == _rates(total, warmup)[
+        : math.floor(warmup * total)
+    ]
+    without = _schedule(total, Recipe(1, 1e-3, warmup=0.0, schedule="constant"))
+    assert {without(step) for step in range(total + 1)} == {1.0}
+
+
+@given(total=st.integers(2, 500), warmup=st.floats(0, 0.9))
+def test_a_cosine_falls_as_one(total: int, warmup: float) -> None:
+    """Beside the line it is higher before the middle and lower after it, and ends there as well."""
+    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup, schedule="cosine"))
+    rates, line = [schedule(step) for step in range(total)], _rates(total, warmup)
+    assert schedule(total) == 0
+    for rate, straight, step in zip(rates, line, range(total), strict=True):
+        if step >= max(1.0, warmup * total):
+            assert rate == pytest.approx(math.sin(math.pi / 2 * straight) ** 2)
+        else:
+            assert rate <= straight + 1e-12
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_an_optimizer_is_the_one_that_is_named(name: Optimizer) -> None:
+    """Step for step on the same gradients, with weight decay as each has it, on weights alone."""
+    ours, theirs = (Classifier(CompactCNN(1, 8), CrossEntropyLoss(10, 128)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = _optimizer(ours, Recipe(1, 1e-2, weight_decay=0.1, optimizer=name), CPU)
+    groups = [
+        {"params": [p for p in theirs.parameters() if (p.ndim > 1) == decayed], "weight_decay": 0.1 * decayed}
+        for decayed in (True, False)
+    ]
+    other: torch.optim.Optimizer
+    if name == "sgd":
+        other = torch.optim.SGD(groups, lr=1e-2, momentum=0.9, nesterov=True)
+    else:
+        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+        other = kind(groups, lr=1e-2, betas=(0.9, 0.99))
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn(mine.shape, generator=rng)
+            its.grad = mine.grad.clone()
+        optimizer.step()
+        other.step()
+    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_with_momentum_goes_on_to_the_same_weights(digits: Dataset) -> None:
+    recipe = Recipe(2, 1e-2, digits.augmentation, batch_size=32, optimizer="sgd", schedule="cosine")
+    states: list[TrainingState] = []
+
+    def go(resume: TrainingState | None = None) -> Trained:
+        return train(
+            "compact", CAMRI, digits.train[np.arange(64)], digits.validation[np.arange(16)], num_classes=10,
+            recipe=recipe, seed=0, device=CPU, on_epoch=lambda p: states.append(p.state), resume=resume,
+        )  # fmt: skip
+
+    whole = go()
+    assert _equal_states(whole.classifier, go(states[0]).classifier)
+
+
+@given(how=st.builds(Augmentation, *[st.floats(0, 20)] * 5, st.floats(0, 1), st.booleans()), factor=st.floats(0, 3))
+def test_the_strength_of_augmentation_is_a_factor(how: Augmentation, factor: float) -> None:
+    assert how.times(1.0) == how
+    assert how.times(0.0) == Augmentation()
+    stronger = how.times(factor)
+    for item in fields(Augmentation):
+        before, after = getattr(how, item.name), getattr(stronger, item.name)
+        if item.name == "mirror":
+            assert after == (before and factor > 0)
+        else:
+            assert after == min(before * factor, 1.0 if item.name == "blur" else math.inf)
+
+
+def test_what_a_study_chooses_takes_the_place_of_the_networks_own() -> None:
+    for model in MODELS:
+        own = recipe_of(model, epochs=3, learning_rate=1e-3, augmentation=STRONG, images=500)
+        assert with_choices(own, dict.fromkeys(RECIPE_FIELDS), STRONG) == own
+        chosen = with_choices(own, {"batch_size": 32, "schedule": "cosine", "augmentation": 0.5}, STRONG)
+        assert chosen == replace(own, batch_size=32, schedule="cosine", augmentation=STRONG.times(0.5))
+    defaults = {name: getattr(StudyConfig(), name) for name in RECIPE_FIELDS}
+    own = recipe_of("compact", epochs=3, learning_rate=1e-3, augmentation=STRONG, images=500)
+    assert with_choices(own, defaults, STRONG) == own, "a study that says nothing changes nothing"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_is_what_the_recipe_says(precision: Precision, expected: torch.dtype) -> None:
+    with _fast_precision(CPU, precision):
+        assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
+
+
+def test_a_training_has_its_recipes_precision(digits: Dataset) -> None:
+    rough, fine = (
+        _train(digits, recipe=Recipe(1, 1e-3, batch_size=50, precision=precision), images=50).classifier
+        for precision in get_args(Precision)[1:]
+    )
+    assert not _equal_states(rough, fine)
+    assert all(p.dtype == torch.float32 for p in (*rough.parameters(), *fine.parameters()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_smoothed_labels_are_a_share_of_all_classes_alike(loss: Loss) -> None:
+    """Cross-entropy against (1 - e) of the target's own and e / C of every class; without e bit for bit as before."""
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(8, 5), torch.arange(8) % 4
+    head = _head(loss).build(4, 5)
+    plain = head(embeddings, labels)
+    head.label_smoothing = 0.0
+    assert torch.equal(head(embeddings, labels), plain)
+    head.label_smoothing = 0.3
+    smoothed = head(embeddings, labels)
+    if isinstance(head, NormFaceLoss):
+        cosine, column = head.cosine(embeddings), labels[:, None]
+        logits = head.scale * cosine.scatter(1, column, head.with_margin(cosine.gather(1, column), column))
+    else:
+        logits = head.get_logits(embeddings)
+    target = 0.7 * F.one_hot(labels, 4) + 0.3 / 4
+    terms = -(target * logits.log_softmax(dim=1)).sum(dim=1)
+    extra = torch.zeros(8)
+    if isinstance(head, WeightedCrossEntropyLoss):
+        terms = head.weights[labels] * terms
+    if isinstance(head, CRWWCELoss):
+        terms = head.w_fn[labels] * terms
+        extra = -(head.w_fp[labels] * (1 - logits.softmax(dim=1)).log()).sum(dim=1)
+    torch.testing.assert_close(smoothed, (terms + extra).mean())
 
 
 def test_the_papers_recipe_is_the_authors() -> None:
@@ -806,7 +934,7 @@ def test_the_papers_recipe_is_the_authors() -> None:
     )
     assert (recipe.epochs, recipe.learning_rate, recipe.batch_size) == (300, 1e-3, 64)
     assert recipe.augmentation == Augmentation(), "the data set's own is not theirs"
-    assert (recipe.weight_decay, recipe.betas, recipe.constant) == (0.0, (0.9, 0.999), True)
+    assert (recipe.weight_decay, recipe.betas, recipe.schedule, recipe.warmup) == (0.0, (0.9, 0.999), "constant", 0.0)
     assert default_learning_rate("paper-cnn") == 1e-3
 
 
@@ -815,7 +943,7 @@ def test_the_compact_networks_recipe_has_the_data_sets_augmentation() -> None:
     assert recipe == Recipe(7, 2e-3, STRONG, batch_size=128)
     many = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG, images=30_000)
     assert many == Recipe(7, 2e-3, STRONG, batch_size=256)
-    assert not recipe.constant
+    assert (recipe.schedule, recipe.optimizer) == ("linear", "adamw")
     assert recipe.weight_decay > 0
     assert default_learning_rate("compact") == 4e-3
 

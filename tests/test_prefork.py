@@ -126,3 +126,12 @@ def test_a_process_with_no_other_threads_is_forked() -> None:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == 1
+
+
+def test_it_imports_what_it_is_told_before_it_forks(forker: Forker, tmp_path: Path) -> None:
+    """A library of networks takes seconds. One that is not there is no reason to end: the run says it."""
+    forker.tell({"import": "no_such_module"})
+    forker.tell({"import": "colorsys"})
+    process = _start(forker, tmp_path / "log", "modules")
+    assert process.wait(60) == 0
+    assert "colorsys" in (tmp_path / "log").read_text().split()
