@@ -29,6 +29,7 @@ from camri_tune.models import Classifier, build_body
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
 MOST_HEADER = 2**20  # bytes of the list of tensors; ours take 4,000
+MOST_BIAS = 1e6  # beyond, nothing but the bias would decide, and float32 ends somewhere
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 
@@ -65,6 +66,8 @@ class ModelSpec(BaseModel):
         count = len(info.data.get("classes", ()))
         if not all(0 <= c < count for c in value):
             raise ValueError(f"must name indices from 0 to {count - 1}")
+        if any(abs(bias) > MOST_BIAS for bias in value.values()):
+            raise ValueError(f"must be biases of at most {MOST_BIAS:g}, as logits are")
         return value
 
 

@@ -318,6 +318,7 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v["spec"].update(head="margin"), "spec.head"),
         (lambda v: v["spec"].update(logit_bias={"3": 1.0}), "spec.logit_bias"),
         (lambda v: v["spec"].update(logit_bias={"1": math.inf}), "spec.logit_bias"),
+        (lambda v: v["spec"].update(logit_bias={"1": 1e300}), "spec.logit_bias"),
         (lambda v: v["spec"].update(scale=0), "spec.scale"),
         (lambda v: v["spec"].update(temperature=0), "spec.temperature"),
         (lambda v: v["spec"].update(temperature=1e-300), "spec.temperature"),

@@ -72,6 +72,7 @@ def test_what_no_temperature_fits_is_refused(logits: NDArray[np.float64]) -> Non
         fit_temperature(logits, np.zeros(len(logits), np.int64))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=80))
 def test_the_calibration_error_is_that_of_its_definition(pairs: list[tuple[float, bool]]) -> None:
     found = Reliability.of(np.array([p for p, _ in pairs]), np.array([t for _, t in pairs]))
