@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from camri_tune.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from camri_tune.config import Model, is_printable, printable
@@ -133,7 +134,7 @@ def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
     if spec.head == "cosine" and spec.scale is None:
         raise BundleError(f"{str(path.parent / CONFIG)!r} has a cosine head without its scale; export the model again")
     try:
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"), _NoDraws():  # shapes without memory
             classifier = _build(spec)
         if reason := _why_unfit(path, classifier.state_dict()):
             raise BundleError(f"weights {str(path)!r} are not this model's ({reason}); export them again")
@@ -144,6 +145,15 @@ def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
             f"weights {str(path)!r} cannot be read for this model ({reason}); export them again"
         ) from None
     return classifier.eval()
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves weights undrawn: on the meta device there is nothing to draw, and to try imports TorchDynamo: seconds."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return args[0] if function is torch.Tensor.normal_ else function(*args, **(kwargs or {}))
 
 
 def _build(spec: ModelSpec) -> Classifier:
