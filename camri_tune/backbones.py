@@ -20,6 +20,7 @@ from camri_tune.errors import InputError
 LARGEST_SIDE = 512  # that a study takes; a few networks would like more
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSES = 1_000  # of a network that torchvision builds: its last layer is told by them
+_DRAWS = (Tensor.normal_, Tensor.uniform_)
 _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
@@ -59,13 +60,16 @@ class _Design(NamedTuple):
 class ShapesOnly(TorchFunctionMode):
     """Within it networks are built without memory for their weights, on PyTorch's meta device.
 
-    Unlike `torch.device("meta")` it leaves alone what sizes are computed with, as torchvision's RegNet does.
+    Unlike `torch.device("meta")` it leaves alone what sizes are computed with, as torchvision's RegNet does. There is
+    nothing to draw weights in, and to try would import TorchDynamo, which takes seconds.
     """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if function in _DRAWS and args[0].is_meta:
+            return args[0]
         if function in _MAKERS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return function(*args, **kwargs)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.js
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
 MOST_HEADER = 2**20  # bytes of the list of tensors; ours take 4,000
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+MOST_BIAS = 1e6  # beyond, nothing but the bias would decide, and float32 ends somewhere
 
 
 class ModelSpec(BaseModel):
@@ -71,6 +72,8 @@ class ModelSpec(BaseModel):
         count = len(info.data.get("classes", ()))
         if not all(0 <= c < count for c in value):
             raise ValueError(f"must name indices from 0 to {count - 1}")
+        if any(abs(bias) > MOST_BIAS for bias in value.values()):
+            raise ValueError(f"must be biases of at most {MOST_BIAS:g}, as logits are")
         return value
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import special
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
 BINS = 15  # as in Guo et al.
@@ -136,6 +136,8 @@ def fit_temperature(logits: Logits, labels: NDArray[np.int64]) -> float:
     would else be certain of everything. Its logits are the mean image's, so that multiplied logits have a multiplied
     temperature. ValueError where there are no images, or logits that are not finite.
     """
+    from scipy import optimize  # noqa: PLC0415 - slow to import, and workers fit nothing
+
     if not len(labels) or not np.isfinite(logits).all():
         raise ValueError(f"logits {logits.shape} must be finite, and of at least one image")
     rows = np.arange(len(labels))

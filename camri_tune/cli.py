@@ -395,7 +395,7 @@ def evaluate(
             f"{found['negative_log_likelihood']:.4f} ({before['negative_log_likelihood']:.4f})"
         )
     else:
-        print("the model has no temperature: its numbers are scores, not probabilities")
+        print("the model has no temperature (or no finite logits): its numbers are scores, not probabilities")
     print(f"the stored test figures are {'reproduced exactly' if figures['matches_stored'] else 'other than these'}")
 
 

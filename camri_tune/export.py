@@ -7,6 +7,7 @@ probabilities out. What has to happen to an image before, and what the file is, 
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ from camri_tune.config import printable, shown, why_no_path
 from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
 from camri_tune.evaluation import images_for, versions
 from camri_tune.evidence import Evidence
-from camri_tune.files import sha256, write_text
+from camri_tune.files import sha256
 from camri_tune.overview import EVIDENCE, RESULT, find_study, read_overview
 from camri_tune.sources import is_data_dir_of
 from camri_tune.storage import EXPORTED, StudyStore
@@ -54,7 +55,8 @@ RESIZE = (
 class Parity:
     """How far the written model's answers lie from the PyTorch model's, on so many `images`; `real` or made up.
 
-    Differences are the largest of any image and class; `differing` counts images of which the decided class is another.
+    Differences are the largest of any image and class. `differing` counts images that the class decided for differs of,
+    `largest_gap` is how far apart the PyTorch model's own logits of two such classes lie: of a tie, hardly at all.
     """
 
     images: int
@@ -65,13 +67,17 @@ class Parity:
     max_difference_of_logits: float
     max_difference_of_probabilities: float
     differing: int
+    largest_gap: float
     largest_logit: float
 
     @property
     def is_noise(self) -> bool:
         """Whether no difference is larger than two ways to round one sum make it."""
+        most = NOISE * max(1.0, self.largest_logit)
         return (
-            self.max_difference_of_logits <= NOISE * max(1.0, self.largest_logit)
+            math.isfinite(self.largest_logit)
+            and self.max_difference_of_logits <= most
+            and self.largest_gap <= 2 * most
             and self.max_difference_of_probabilities <= NOISE
         )
 
@@ -110,6 +116,8 @@ def export(
         raise InputError("--data is for --format onnx, torchscript and torch-export, which are compared; leave it out")
     if to is not None and (reason := why_no_path(str(to))):
         raise InputError(f"--to is {shown(str(to))}, where nothing can be: {reason}; name another place")
+    if to is not None and not to.name:
+        raise InputError(f"--to is {shown(str(to))}, which names no file; name one")
     if form == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     folder, store = _find(what, out, storage)
@@ -140,7 +148,8 @@ def export(
         note = {**_description(bundle, form), "file": path.name, "sha256": sha256(partial), "parity": asdict(parity)}
         partial.chmod(0o644)
         # The note first: of the two it alone says that a file is ours, and may be replaced.
-        write_text(_note_of(path), json.dumps(note, indent=2) + "\n")
+        (scratch / "note").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch / "note", _note_of(path))
         os.replace(partial, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -264,7 +273,7 @@ def _images(bundle: Bundle, folder: Path, data: str | None, data_dir: Path) -> t
         return torch.from_numpy(evidence.pixels), "test images that the study's report shows", True
     same_each_time = torch.Generator().manual_seed(0)
     made_up = torch.randint(0, 256, (BATCH, *_shape(bundle)), dtype=torch.uint8, generator=same_each_time)
-    return made_up, "noise, for the study's data are not here; name real images with --data", False
+    return made_up, "noise, for the study's test images are not here; name real ones with --data", False
 
 
 def _is_here(dataset: str, data_dir: Path) -> bool:
@@ -281,12 +290,13 @@ def _shape(bundle: Bundle) -> tuple[int, int, int]:
 def _compare(answering: Answering, run: Run, pixels: Tensor, text: str, real: bool, runtime: str) -> Parity:
     """Ask both about all images, many at once, and about the first of them one by one."""
     batches = [*torch.split(pixels, BATCH), *torch.split(pixels[:SINGLES], 1)]
-    logits, numbers, largest, differing = [0.0], [0.0], [0.0], 0
+    logits, numbers, gaps, largest, differing = [0.0], [0.0], [0.0], [0.0], 0
     for place, some in enumerate(batches):
         (decided, ours, probabilities), (theirs_decided, theirs, their_probabilities) = answering(some), run(some)
-        # Against noise a NaN would compare as no difference at all.
         logits.append(_largest(ours - theirs))
         numbers.append(_largest(probabilities - their_probabilities))
+        two = torch.stack([decided, theirs_decided], dim=1)
+        gaps.append(_largest(ours.gather(1, two).diff(dim=1)))
         largest.append(_largest(ours))
         if place < len(batches) - min(SINGLES, len(pixels)):
             differing += int((decided != theirs_decided).sum())
@@ -299,12 +309,13 @@ def _compare(answering: Answering, run: Run, pixels: Tensor, text: str, real: bo
         max_difference_of_logits=max(logits),
         max_difference_of_probabilities=max(numbers),
         differing=differing,
+        largest_gap=max(gaps),
         largest_logit=max(largest),
     )
 
 
 def _largest(values: Tensor) -> float:
-    return float(values.abs().nan_to_num(nan=float("inf")).max())
+    return float(values.abs().nan_to_num(nan=math.inf).max())  # a NaN is less than nothing
 
 
 @contextmanager
@@ -338,6 +349,8 @@ def _write_onnx(answering: Answering, path: Path, outputs: list[str]) -> tuple[s
         verbose=False,
     )
     assert program is not None, "the new exporter gives a program"
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where on this machine the code of its lines lies
     program.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

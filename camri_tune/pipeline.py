@@ -292,14 +292,15 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         "calibration": best.calibration.as_json() if best.calibration else None,
     }
     earlier = stages.store.attributes.get(EXPORTED) or {}
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    stored, today = bundle_config.model_dump(mode="json", by_alias=True), f"{datetime.now(UTC):%Y-%m-%d}"
+    same = (earlier.get("sha256"), earlier.get("config")) == (chosen.sha256, stored)  # a run that is given again
     facts = Facts(
         command=config.command(),
         asked=",".join(config.important),
         network=config.model,
         epochs=config.epochs or stages.data.epochs,
         sha256=chosen.sha256 or "",
-        date=earlier["date"] if earlier.get("sha256") == chosen.sha256 else today,
+        date=earlier["date"] if same else today,
     )
     card = model_card(result, bundle_config, facts)
     # What writes the bundle again (see export.py); the study's result is in its own file.
@@ -309,7 +310,7 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
             "trial": chosen.number,
             "sha256": chosen.sha256,
             "date": facts.date,
-            "config": bundle_config.model_dump(mode="json", by_alias=True),
+            "config": stored,
             "metrics": without_nan(metrics),
             "card": card,
         },

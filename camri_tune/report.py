@@ -123,7 +123,7 @@ All seeds, beside the baseline's, with other images in mind as well (95 % interv
 - Trained on {images["train"]:,} images{of_fold}; validation {images["validation"]:,} ({images["validation_important"]:,} of the important class); test {images["test"]:,} ({images["test_important"]:,}).
 
 ## Training
-- Network {facts.network}, loss {result.loss} ({params}), {facts.epochs} epochs; weights of seed {best.exported_seed}.
+- Network {escaped(facts.network)}, loss {result.loss} ({params}), {facts.epochs} epochs; weights of seed {best.exported_seed}.
 - {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; {result.seeds} seeds; tolerance {result.tolerance:g} points of validation accuracy.
 - The command, where a folder's path is that of the machine it ran on:
 

@@ -5,6 +5,8 @@ import math
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,15 @@ def test_all_that_was_written_is_read(bundle: Path) -> None:
 def test_a_bundle_from_before_temperatures_is_read_and_has_none(bundle: Path) -> None:
     _change(bundle, lambda v: v["spec"].pop("temperature"))
     assert read_bundle(bundle).config.spec.temperature is None
+
+
+def test_to_read_a_bundle_imports_no_compiler(tmp_path: Path) -> None:
+    """TorchDynamo takes longer to import than all the rest of a prediction."""
+    spec = _spec(model="paper-cnn")
+    _write(tmp_path / "best", _classifier(model="paper-cnn"), _config(spec=spec))
+    code = f"import sys, camri_tune; camri_tune.load({str(tmp_path / 'best')!r}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_bundle_may_lie_anywhere(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +340,7 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v["spec"].update(head="margin"), "spec.head"),
         (lambda v: v["spec"].update(logit_bias={"3": 1.0}), "spec.logit_bias"),
         (lambda v: v["spec"].update(logit_bias={"1": math.inf}), "spec.logit_bias"),
+        (lambda v: v["spec"].update(logit_bias={"1": 1e300}), "spec.logit_bias"),
         (lambda v: v["spec"].update(scale=0), "spec.scale"),
         (lambda v: v["spec"].update(temperature=0), "spec.temperature"),
         (lambda v: v["spec"].update(temperature=1e-300), "spec.temperature"),

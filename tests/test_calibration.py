@@ -2,9 +2,11 @@
 
 import json
 import math
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,6 +22,13 @@ from camri_tune.calibration import (
     negative_log_likelihood,
     probabilities,
 )
+from camri_tune.config import Loss, StudyConfig
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.evaluation import Judge
+from camri_tune.images import Images
+from camri_tune.records import TrialRecord
+from camri_tune.storage import StudyStore
+from tests.opening import same
 
 
 def _sample(seed: int, n: int, classes: int, temperature: float) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -72,6 +81,7 @@ def test_what_no_temperature_fits_is_refused(logits: NDArray[np.float64]) -> Non
         fit_temperature(logits, np.zeros(len(logits), np.int64))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=80))
 def test_the_calibration_error_is_that_of_its_definition(pairs: list[tuple[float, bool]]) -> None:
     found = Reliability.of(np.array([p for p, _ in pairs]), np.array([t for _, t in pairs]))
@@ -110,3 +120,50 @@ def test_before_is_a_plain_softmax_and_all_of_it_is_json() -> None:
     assert stored["decided"]["expected_calibration_error"] == found.decided.error
     assert stored["before"]["negative_log_likelihood"] == found.nll_before
     assert (stored["temperature"], stored["fitted_on"], stored["n"]) == (2.5, 9, 400)
+
+
+class _Listening(Judge):
+    """Answers as any model could, and remembers what it was asked."""
+
+    asked: list[tuple[dict[str, float], Images]]
+    worst = 0.0
+
+    def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
+        self.asked.append((record.params, images))
+        logits = torch.randn((len(images), 10), generator=torch.Generator().manual_seed(len(self.asked)))
+        logits[0, 0] += self.worst
+        return logits
+
+
+def _judge(data: Dataset) -> _Listening:
+    judge = _Listening(data, cast("StudyStore", None), (8,), "compact", torch.device("cpu"))  # nothing is fetched
+    judge.asked = []
+    return judge
+
+
+def test_a_temperature_is_fitted_on_images_that_the_model_was_not_trained_on_without_its_bias() -> None:
+    data = open_dataset(StudyConfig(folds=3))
+    judge = _judge(data)
+    record = TrialRecord(3, "complete", {"scale": 9.0, "bias_8": 50.0}, fold=2)
+    found = judge.calibration(record, "camri")
+    assert found is not None
+    assert [params for params, _ in judge.asked] == [{"scale": 9.0}] * 2
+    training, validation = data.fold(2)
+    held_out, unseen = (images for _, images in judge.asked)
+    assert same(held_out, validation)
+    assert same(unseen, data.test())
+    assert held_out.rows is not None
+    assert training.rows is not None
+    assert not set(held_out.rows.tolist()) & set(training.rows.tolist())
+    assert not same(held_out, data.validation), "which is of the first fold"
+    assert (found.fitted_on, found.n) == (len(validation), len(unseen))
+    decided_for_8 = (unseen.labels == 8).float().mean().item()
+    share = sum(b.n * b.share for b in found.decided.bins) / found.n
+    assert share == pytest.approx(decided_for_8), "a bias of 50 decides for one class, always"
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_have_no_calibration(worst: float) -> None:
+    judge = _judge(open_dataset(StudyConfig()))
+    judge.worst = worst
+    assert judge.calibration(TrialRecord(3, "complete", {"scale": 9.0}), "camri") is None

@@ -618,6 +618,7 @@ def test_names_from_elsewhere_are_no_markup_in_the_card() -> None:
         assert len(re.findall(r"(?<!\\)\|", row)) == 5
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_escaped_text_renders_as_itself(text: str) -> None:
     """Each mark of markup has a backslash of its own, and without them the text is there as it can be shown."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
@@ -99,6 +99,7 @@ def test_a_file_answers_as_the_plain_module_does(form: Format, side: int, tmp_pa
     if form == "onnx":
         session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
         assert [i.name for i in session.get_inputs()] == ["images"]
+        assert b".py" not in done.path.read_bytes(), "nor where the code lies"
         assert [o.name for o in session.get_outputs()] == [*note["outputs"]]
 
 
@@ -111,6 +112,7 @@ def test_the_resize_is_described_as_it_is_done(tmp_path: Path) -> None:
     assert np.array_equal(done, read_image(path, 16))
 
 
+@settings(deadline=None)
 @given(st.integers(4, 40), st.integers(1, 7), st.integers(0, 10**6))
 def test_fixed_windows_are_those_of_adaptive_pooling(side: int, size: int, seed: int) -> None:
     maps = torch.randn((2, 3, side, side + 3), generator=torch.Generator().manual_seed(seed))
@@ -182,22 +184,53 @@ def test_images_that_are_named_and_not_there_are_an_error(folder: Path, tmp_path
 # --- a model that answers otherwise -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [0.05, 3.0, float("nan")])
+class _Spoilt(Answering):
+    """What a faulty exporter could leave of a model."""
+
+    fault = ""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        decided, logits, numbers = super().forward(images)
+        if self.fault == "class":
+            decided = logits.argmin(dim=1)
+        elif self.fault == "probabilities":
+            numbers = logits.softmax(dim=1)
+        elif self.fault == "noise":
+            logits = logits + 1e-6
+        else:
+            logits = logits + float(self.fault)
+        return decided, logits, numbers
+
+
+@pytest.mark.parametrize("fault", ["class", "probabilities", "0.05", "nan", "inf", "noise"])
 def test_a_model_that_answers_otherwise_is_not_written(
-    fault: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(answering: Answering, path: Path, outputs: list[str]) -> tuple[str, Callable[[Tensor], Any]]:
-        other = Answering(read_bundle(folder))
-        other.bias[0] += fault
+    def spoil(answering: Answering, path: Path, outputs: list[str]) -> tuple[str, Callable[[Tensor], Any]]:
+        other = _Spoilt(read_bundle(folder))
+        other.fault = fault
         return exporting._write_torchscript(other, path, outputs)
 
-    monkeypatch.setitem(exporting._WRITERS, "torchscript", spoilt)
+    monkeypatch.setitem(exporting._WRITERS, "torchscript", spoil)
+    if fault == "noise":
+        assert _export(folder, "torchscript").path.exists()
+        return
     before = _files(tmp_path)
     with pytest.raises(CamriTuneError, match="answers otherwise") as raised:
         _export(folder, "torchscript")
     assert raised.value.exit_code == 1
     assert "\n" not in str(raised.value)
     assert _files(tmp_path) == before
+
+
+def test_a_model_that_gives_no_numbers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_bundle(tmp_path / "best")
+    bundle = read_bundle(folder)
+    with torch.no_grad():
+        bundle.classifier.head.class_weights[0, 0] = torch.nan
+    monkeypatch.setattr(exporting, "read_bundle", lambda _: bundle)
+    with pytest.raises(CamriTuneError, match="answers otherwise"):
+        _export(folder, "torchscript")
 
 
 def test_what_onnx_lacks_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,3 +316,6 @@ def test_a_bundle_alone_needs_a_place_for_its_copy(folder: Path) -> None:
         _export(folder, "bundle", data="digits")
     with pytest.raises(InputError, match="--to"):
         _export(folder, "onnx", to=Path("x" * 300))
+    for form in ("bundle", "onnx"):
+        with pytest.raises(InputError, match="--to"):
+            _export(folder, form, to=Path())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -243,6 +243,7 @@ def test_file_names_of_any_bytes_act_on_nothing(
     assert all(os.path.exists(path) for path in paths[:3])
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_a_cell_of_any_text_is_one_cell_and_no_formula(first: str, second: str) -> None:
     cells = [predict._cell(text, "'") for text in (first, second)]
