@@ -17,7 +17,7 @@ LEAST_SIDE = 16  # pixels: smaller images are alike too often to say that two ar
 LEAST_CONTRAST = 4.0  # levels of 255, standard deviation: what is flatter has no shape to compare
 MOST_BITS = 3  # of 64 between two difference hashes; of 100 photographs saved again as JPEG none had more
 MOST_APART = 0.1  # of the image's own standard deviation; two of MNIST's ones are 0.2 apart
-MOST_PAIRS, PIECE = 2**26, 2**20  # of hashes that are compared, a second or two; and at a time
+MOST_PAIRS, PIECE = 2**28, 2**20  # of hashes that are compared, a second or two; and at a time
 
 Hashes = NDArray[np.int64]
 
@@ -91,9 +91,14 @@ def duplicates(later: Looks, earlier: Looks) -> Duplicates:
 
 
 def _apart(images: Images, row: int, others: Images, other: int) -> float:
-    places = ((images, row), (others, other))
-    mine, theirs = (some.batch(torch.tensor([place]))[0].numpy().astype(np.float32) for some, place in places)
+    mine, theirs = _one(images, row), _one(others, other)
     return float(np.sqrt(np.square(mine - theirs).mean()) / mine.std())  # which is not flat, for it has a hash
+
+
+def _one(images: Images, place: int) -> NDArray[np.float32]:
+    # By a plain number: to gather by a tensor wakes all of PyTorch's threads, which takes longer than the work.
+    row = place if images.rows is None else int(images.rows[place])
+    return images.store[row].numpy().astype(np.float32)
 
 
 def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:

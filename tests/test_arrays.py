@@ -31,8 +31,9 @@ Save = Callable[..., Path]
 def save(tmp_path: Path, own_cache: Path) -> Save:
     """Write arrays as `scans.npz`, or under another name; `packed` as numpy.savez_compressed does."""
 
-    def write(*, packed: bool = False, name: str = "scans.npz", **values: Any) -> Path:
-        (np.savez_compressed if packed else np.savez)(tmp_path / name, **values)
+    def write(*, packed: bool = False, name: str = "scans.npz", **values: Array) -> Path:
+        write_file: Any = np.savez_compressed if packed else np.savez
+        write_file(tmp_path / name, **values)
         return tmp_path / name
 
     return write
@@ -59,8 +60,7 @@ def _parts(data: Dataset) -> list[Images]:
 
 
 def _numbers(images: Images) -> list[int]:
-    numbers: list[int] = images.pixels[:, 0, 0, 0].tolist()
-    return numbers
+    return images.pixels[:, 0, 0, 0].tolist()
 
 
 def _assert_all_there(data: Dataset, expected: Array, labels: Array) -> None:
