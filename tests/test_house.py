@@ -41,7 +41,7 @@ FLOORS = [
         "heartbeat",
         "memory",
     },
-    {"errors"},
+    {"errors", "ranges"},
 ]
 
 
