@@ -181,8 +181,9 @@ def _why_unfit(path: Path, expected: Mapping[str, torch.Tensor]) -> str | None:
             if name not in found:
                 return f"they lack {name!r}"
             dtype, shape = found[name].get_dtype(), found[name].get_shape()
-            if (dtype, shape) != (_DTYPES[tensor.dtype], [*tensor.shape]):
-                needed = f"{_DTYPES[tensor.dtype]} {[*tensor.shape]}"
+            kind = _DTYPES.get(tensor.dtype, str(tensor.dtype))
+            if (dtype, shape) != (kind, [*tensor.shape]):
+                needed = f"{kind} {[*tensor.shape]}"
                 return printable(f"{name!r} is {dtype} {shape}, but the model has {needed}")
         if more := found.keys() - expected.keys():
             return printable(f"the model has no {min(more)!r}")

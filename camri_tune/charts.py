@@ -26,8 +26,9 @@ from camri_tune.chart_style import (
     dressed,
 )
 from camri_tune.overview import Overview
+from camri_tune.ranges import SearchRange
 from camri_tune.records import EpochScores, Figure, TrialRecord, parameters
-from camri_tune.search import SPACES, parameter_names
+from camri_tune.search import search_space
 
 _ARROW: dict[str, Any] = {"showarrow": True, "arrowhead": 0, "ax": 0, "ay": -28, "font": {"size": 12}}
 
@@ -107,8 +108,8 @@ def slices(overview: Overview) -> go.Figure | None:
     trials = [t for t in overview.search if t.recall is not None and t.state in ("complete", "pruned")]
     if not trials:
         return None
-    kinds = parameter_names(overview.config.loss, overview.important)
-    names = [name for name in ("learning_rate", *kinds) if all(name in t.params for t in trials)]
+    space = search_space(overview.config, overview.important, base=1.0)  # whatever it is: the scale is asked for
+    names = [name for name in space if all(name in t.params for t in trials)]
     figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.02)
     for column, name in enumerate(names, start=1):
         for title, marker, some in _kinds(trials):
@@ -123,7 +124,8 @@ def slices(overview: Overview) -> go.Figure | None:
                 row=1,
                 col=column,
             )
-        log = name == "learning_rate" or SPACES[overview.config.loss][kinds[name]].log
+        allowed = space[name]
+        log = isinstance(allowed, SearchRange) and allowed.log
         ticks = _log_ticks([t.params[name] for t in trials]) if log else {"nticks": 6}
         figure.update_xaxes(title=name, tickangle=0, row=1, col=column, **ticks)
     figure.update_yaxes(title="recall on validation, %", col=1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from scipy import special
 
 from camri_tune.differences import PairedDifference, Share
+from camri_tune.ranges import Searchable, is_searched, text_of
 from camri_tune.records import named
 from camri_tune.result import Best, Finalist, Result, Verdict
 from camri_tune.stats import binomial_interval
@@ -108,13 +109,14 @@ def images_needed(difference: PairedDifference, epsilon: float) -> int | None:
     return math.ceil(effective * difference.n / difference.effective_n)
 
 
-def smoothed_labels(share: float) -> str | None:
+def smoothed_labels(share: Searchable) -> str | None:
     """What label smoothing does to what a study is about; None where there is none."""
     if share == 0:
         return None
+    whose = "the baseline's not" if is_searched(share) else "the baseline's as well"
     return (
-        f"Labels are smoothed by {share:g}, the baseline's as well: that draws the logits of all classes together, so "
-        f"that a margin of so many radians means another thing than without, and probabilities are calibrated less."
+        f"Labels are smoothed by {text_of(share)}, {whose}: that draws the logits of all classes together, so that a "
+        f"margin of so many radians means another thing than without, and probabilities are calibrated less."
     )
 
 

@@ -84,15 +84,21 @@ ArtifactsOption = Annotated[
 RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
     "weights": (Path, "Weights to start from: .safetensors, or a state dict as .pt or .pth."),
     "trainable": (str, "What of the network changes: all, last:N (its last N parts), or head (nothing of it)."),
-    "backbone_lr": (float, "The network's learning rate as a factor of the head's (default: 1)."),
+    "backbone_lr": (str, "The network's learning rate as a factor of the head's (default: 1)."),
+    "learning_rate": (
+        str,
+        "A number, or what to search: LOW..HIGH, 'LOW..HIGH log' or A,B,C. So all numbers here.",
+    ),
+    "scale": (str, "Scale of a cosine loss (default: searched from 4 to 64)."),
+    "margin": (str, "Margin in radians (default: searched from 0 to 0.6)."),
     "optimizer": (str, "adamw, adam, or sgd with Nesterov's momentum."),
-    "weight_decay": (float, "Weight decay, of weights alone: not of norms and biases."),
+    "weight_decay": (str, "Weight decay, of weights alone: not of norms and biases."),
     "schedule": (str, "What the learning rate does after its warmup: linear, cosine (both to zero), or constant."),
-    "warmup": (float, "Share of the steps in which the learning rate rises."),
-    "batch_size": (int, "Images of a step."),
+    "warmup": (str, "Share of the steps in which the learning rate rises."),
+    "batch_size": (str, "Images of a step."),
     "augmentation": (str, "none, default (as the data set has it), strong, or a factor."),
     "precision": (str, "auto, bfloat16 or float32, of the network; the head is in float32."),
-    "label_smoothing": (float, "Share of the target that goes to all classes alike: moves margins and calibration."),
+    "label_smoothing": (str, "Share of the target that goes to all classes alike: moves margins and calibration."),
 }
 Command = TypeVar("Command", bound=Callable[..., None])
 

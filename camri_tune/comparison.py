@@ -108,7 +108,7 @@ def _one_dataset(
     count = sum(len(tokens) if looks_at_class(loss) else 1 for loss in searched)
     retrained = config.trials if protocol == "paper" else min(config.most_finalists, config.trials)
     planned = {
-        "baseline": len(START_FACTORS) + config.seeds,
+        "baseline": (0 if config.fixed_learning_rate else len(START_FACTORS)) + config.seeds,
         "search": count * config.trials,
         "finalists": len(tokens) * len(searched) * retrained * config.seeds,
     }

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from camri_tune.errors import InputError
+from camri_tune.ranges import Bounds, Searchable, read_searchable, text_of
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
@@ -47,6 +48,19 @@ RECIPE_FIELDS = (
 )
 STRENGTHS = {"none": 0.0, "default": 1.0, "strong": 1.5}  # of augmentation, in words
 
+# Numbers that a study may fix, or search within these bounds.
+SEARCHABLE = {
+    "learning_rate": Bounds(1e-5, 1.0),
+    "scale": Bounds(0.1, 1_000.0),
+    "margin": Bounds(0.0, 1.99),
+    "backbone_lr": Bounds(1e-6, 10.0),
+    "weight_decay": Bounds(0.0, 10.0),
+    "warmup": Bounds(0.0, 0.9),
+    "batch_size": Bounds(2, 65_536, whole=True),
+    "augmentation": Bounds(0.0, 3.0),
+    "label_smoothing": Bounds(0.0, 0.9),
+}
+
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 EXECUTION_FIELDS = frozenset(
     {"trials", "calibrate", "workers", "workers_per_gpu", "device", "launcher", "ray_address", "gpus_per_trial"}
@@ -67,8 +81,12 @@ class StudyConfig(BaseModel):
     `weights` is a file that every training starts from, the baseline's too; `trainable` says which of the network's
     parts change (`all`; `last:N` the last N, see `models.parts_of`; `head` none of them), and `backbone_lr` is their
     learning rate as a factor of the head's. The rest of the recipe defaults to the network's own: `warmup` is a share
-    of the steps, `augmentation` a factor of the data set's changes (or `none`, `default`, `strong`). All of it holds
-    for the baseline, too.
+    of the steps, `augmentation` a factor of the data set's changes (or `none`, `default`, `strong`).
+
+    The numbers in `SEARCHABLE` are fixed by one number, and searched by a `SearchRange` or several numbers to choose
+    from; without either, `learning_rate` is searched about the baseline's, and `scale` and `margin` over their usual
+    range. What is fixed of the recipe is the baseline's as well. Where it is searched, the baseline has the network's
+    own value: it is not tuned beyond its learning rate, which is tuned unless it is fixed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,15 +98,18 @@ class StudyConfig(BaseModel):
     model: Model = "compact"
     weights: Path | None = None
     trainable: str = "all"
-    backbone_lr: float = Field(1.0, gt=0.0, le=10.0)
+    learning_rate: Searchable | None = None
+    scale: Searchable | None = None
+    margin: Searchable | None = None
+    backbone_lr: Searchable = 1.0
     optimizer: Optimizer | None = None
-    weight_decay: float | None = Field(None, ge=0.0, le=10.0)
+    weight_decay: Searchable | None = None
     schedule: Schedule | None = None
-    warmup: float | None = Field(None, ge=0.0, le=0.9)
-    batch_size: int | None = Field(None, ge=2, le=65_536)
-    augmentation: float | None = Field(None, ge=0.0, le=3.0)
+    warmup: Searchable | None = None
+    batch_size: Searchable | None = None
+    augmentation: Searchable | None = None
     precision: Precision = "auto"
-    label_smoothing: float = Field(0.0, ge=0.0, le=0.9)
+    label_smoothing: Searchable = 0.0
     trials: int = Field(20, ge=1, le=MOST_TRIALS)
     epochs: int | None = Field(None, ge=1, le=100_000)
     seeds: int = Field(3, ge=1, le=MOST_SEEDS)
@@ -125,15 +146,17 @@ class StudyConfig(BaseModel):
             raise ValueError("must name at least 1 class")
         return tokens
 
-    @field_validator("augmentation", mode="before")
+    @field_validator(*SEARCHABLE, mode="before")
     @classmethod
-    def _strength_in_words(cls, value: Any) -> Any:
-        return STRENGTHS.get(value, value) if isinstance(value, str) else value
+    def _number_or_search(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "a validator of fields"
+        if info.field_name == "augmentation" and isinstance(value, str):
+            value = STRENGTHS.get(value, value)
+        return None if value is None else read_searchable(value, SEARCHABLE[info.field_name])
 
     @field_validator(
         "trials",
         "epochs",
-        "batch_size",
         "seeds",
         "finalists",
         "image_size",
@@ -242,6 +265,11 @@ class StudyConfig(BaseModel):
         return self.seed * SEEDS_APART + TUNING_SEED_OFFSET
 
     @property
+    def fixed_learning_rate(self) -> float | None:
+        """The learning rate of every training, where there is but one."""
+        return self.learning_rate if isinstance(self.learning_rate, float) else None
+
+    @property
     def tolerance_fraction(self) -> float:
         return self.tolerance / 100
 
@@ -282,6 +310,8 @@ class StudyConfig(BaseModel):
             if key in ("storage", *speed, *places) or value == field.default:
                 continue
             option = f"--{key.replace('_', '-')}"
+            if key in SEARCHABLE:
+                value = text_of(value)
             words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]
         return shlex.join(words)
 
@@ -330,7 +360,10 @@ def read_study_file(path: Path) -> dict[str, Any]:
             f"{name} must not hold 'ray_address': whoever owns that cluster could run code here; give --ray-address"
         )
     for key, value in values.items():
-        if not all(map(_is_plain, value if isinstance(value, list) else [value])):
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) and key in SEARCHABLE:
+            items = list(value.values())
+        if not all(map(_is_plain, items)):
             rule = "plain text, true or false, a number of at most 64 bits, or a list of such values"
             raise InputError(
                 f"{name}: {shown(key)} is {'***' if key == 'storage' else shown(value)}, but should be {rule}"

@@ -132,9 +132,12 @@ class Dataset:
     def examine(self) -> None:
         """Have `notices` tell also of what makes hours of training worth less; for a run that is about to begin.
 
-        The test part is decoded for that, its images counted by class and compared with the others. No model answers
-        them, and nothing is chosen by them. Raises DataError where an image of it cannot be decoded.
+        Of a user's own data alone: the built-in sets are known. The test part is decoded for that, its images counted
+        by class and compared with the others. No model answers them, and nothing is chosen by them. Raises DataError
+        where an image of it cannot be decoded.
         """
+        if not self._source.groups_by:
+            return
         parts = {"training": self.train, "validation": self.validation, "test": self.test()}
         own: dict[str, Part] = {"training": "train", "validation": "train", "test": "train"}
         if self._own_validation is not None:
@@ -142,9 +145,7 @@ class Dataset:
         if self._has_test:
             own["test"] = "test"
         source = self._source
-        way_out = ""
-        if source.groups_by:
-            way_out = f": remove one of each, or name what they show ({source.groups_by}), and they stay on one side"
+        way_out = f": remove one of each, or name what they show ({source.groups_by}), and they stay on one side"
         self._concerns = [
             *source.notices,
             *self._ungrouped(),
@@ -155,7 +156,7 @@ class Dataset:
 
     def _ungrouped(self) -> list[str]:
         """A split that was drawn image by image is right only where no two show one object, which nobody has said."""
-        if not self._source.groups_by or self.grouped or not (self.has_folds or not self._has_test):
+        if self.grouped or not (self.has_folds or not self._has_test):
             return []
         return [
             f"No groups are named, so images were split one by one. If several show one object (frames, a patient, a "

@@ -15,7 +15,7 @@ from camri_tune.errors import InputError
 from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, recall_per_class
 from camri_tune.pruning import is_feasible
 from camri_tune.records import without_nan
-from camri_tune.search import make_sampler, starting_points, suggest_loss
+from camri_tune.search import first_points, make_sampler, suggest_params
 
 Measure = Callable[[Trial, Mapping[str, float]], tuple[ArrayLike, ArrayLike]]
 
@@ -63,7 +63,7 @@ class ConstrainedObjective:
         self.important = (important,) if isinstance(important, int) else tuple(dict.fromkeys(important))
         self.floor = floor
         self._measure = measure
-        self._loss = loss
+        self._config = StudyConfig(loss=loss)
         self._num_classes = num_classes
         self._learning_rate = learning_rate
         if not self.important or not all(0 <= c < num_classes for c in self.important):
@@ -75,7 +75,7 @@ class ConstrainedObjective:
 
     def __call__(self, trial: Trial) -> float:
         """Train, and tell Optuna the constraint. Returns the recall; the rest is kept as user attributes."""
-        params = suggest_loss(trial, self._loss, self.important, self._learning_rate)
+        params = suggest_params(trial, self._config, self.important, self._learning_rate)
         confusion = self._confusion(*self._measure(trial, params))
         trial.set_user_attr("accuracy", accuracy(confusion))
         trial.set_user_attr("recall_per_class", without_nan(recall_per_class(confusion).tolist()))
@@ -84,12 +84,12 @@ class ConstrainedObjective:
 
     def enqueue(self, study: Study) -> None:
         """Have the study try first what was good elsewhere: scales about 8 and 16, margins of a few pi/64."""
-        for point in starting_points(self._loss, self.important, self._num_classes, self._learning_rate):
+        for point in first_points(self._config, self.important, self._num_classes, self._learning_rate):
             study.enqueue_trial(point)
 
     def sampler(self, seed: int) -> BaseSampler:
         """The sampler of `camri_tune.run`, which models the constraint; see `benchmarks/search.py`."""
-        return make_sampler(StudyConfig(), seed)
+        return make_sampler(self._config, seed)
 
     def best_trial(self, study: Study) -> FrozenTrial | None:
         """The trial of highest recall among those that kept the floor, then of highest accuracy; None without one."""

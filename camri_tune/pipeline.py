@@ -32,7 +32,7 @@ from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
-from camri_tune.search import model_spec
+from camri_tune.search import model_spec, require_searchable
 from camri_tune.selection import certify, rank_settings, recall_bounds, shared_confidence
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import EXPORTED, StudyStore, storage_url
@@ -89,14 +89,15 @@ def run(
             config = config.model_copy(update={"dataset": str(arrays.resolve())})
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
+        require_searchable(config)
         data.examine()
         start = starting_weights(config, channels=data.channels, image_size=data.image_size)
+        store = StudyStore.create(open_storage(storage_url(config)), config, data)
         if start.text:
             console.say(start.text)
-        store = StudyStore.create(open_storage(storage_url(config)), config, data)
         stages = Stages(config, data, store)
         planned = {
-            "baseline": len(START_FACTORS) + config.seeds,
+            "baseline": (0 if config.fixed_learning_rate else len(START_FACTORS)) + config.seeds,
             "search": config.trials,
             "finalists": min(config.most_finalists, config.trials) * config.seeds,
         }

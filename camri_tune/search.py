@@ -14,9 +14,11 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import ModelSpec
-from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, Loss, Model, StudyConfig
 from camri_tune.datasets import Dataset
+from camri_tune.errors import InputError
 from camri_tune.losses import adacos_scale
+from camri_tune.ranges import Searchable, SearchRange, is_searched, nearest
 from camri_tune.records import STOPPED, biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec
@@ -133,17 +135,73 @@ def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
     """A trial's head and learning rate: from the sampler, or as enqueued."""
     if stage == "baseline":
         return HeadSpec("ce"), trial.suggest_float("learning_rate", 1e-5, 1.0, log=True)
-    params = suggest_loss(trial, plan.config.loss, plan.important, plan.baseline_learning_rate)
+    params = suggest_params(trial, plan.config, plan.important, plan.baseline_learning_rate)
     return head_spec(plan.config.loss, params, plan.important), params["learning_rate"]
 
 
-def suggest_loss(trial: Trial, loss: Loss, important: Sequence[int], base: float) -> dict[str, float]:
-    """A trial's learning rate, from a quarter to four times of `base`, and the parameters of its loss."""
-    params = {"learning_rate": trial.suggest_float("learning_rate", base / 4, base * 4, log=True)}
-    for name, kind in parameter_names(loss, important).items():
-        allowed = SPACES[loss][kind]
-        params[name] = trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)
-    return params
+def suggest_params(
+    trial: Trial, config: StudyConfig, important: Sequence[int], baseline_rate: float
+) -> dict[str, float]:
+    """A value for every parameter of `search_space`."""
+    space = search_space(config, important, baseline_rate)
+    return {name: _suggested(trial, name, allowed) for name, allowed in space.items()}
+
+
+def _suggested(trial: Trial, name: str, allowed: Searchable) -> float:
+    if isinstance(allowed, tuple):
+        return float(trial.suggest_categorical(name, allowed))
+    if not isinstance(allowed, SearchRange):
+        return trial.suggest_float(name, allowed, allowed)
+    if name in SEARCHABLE and SEARCHABLE[name].whole:
+        return trial.suggest_int(name, int(allowed.low), int(allowed.high), log=allowed.log)
+    return trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)
+
+
+def search_space(config: StudyConfig, important: Sequence[int], base: float) -> dict[str, Searchable]:
+    """Every parameter of a trial with what it may be. `base` is the baseline's learning rate.
+
+    Of the recipe only what is searched is a parameter: the rest is the same in all trials, and in the baseline.
+    """
+    space: dict[str, Searchable] = {"learning_rate": SearchRange(low=base / 4, high=base * 4, log=True)}
+    if config.learning_rate is not None:
+        space["learning_rate"] = config.learning_rate
+    for name, kind in parameter_names(config.loss, important).items():
+        low, high, log, _ = SPACES[config.loss][kind]
+        given: Searchable | None = getattr(config, kind, None)
+        space[name] = SearchRange(low=low, high=high, log=log) if given is None else given
+    return space | {name: value for name in RECIPE_FIELDS if is_searched(value := getattr(config, name))}
+
+
+def recipe_choices(config: StudyConfig, params: Mapping[str, float]) -> dict[str, Any]:
+    """What a study says of a trial's recipe, by the recipe's fields; None where it says nothing.
+
+    What is searched is among the trial's parameters, but not among those of the baseline, which has the network's own.
+    """
+    choices = {name: getattr(config, name) for name in RECIPE_FIELDS}
+    choices |= {name: params.get(name) for name, value in choices.items() if is_searched(value)}
+    if (size := choices["batch_size"]) is not None:
+        choices["batch_size"] = int(size)
+    return choices
+
+
+def first_points(
+    config: StudyConfig, important: Sequence[int], num_classes: int, base: float
+) -> list[dict[str, float]]:
+    """The starting points as far as the study's own numbers and ranges let them be; the rest is the sampler's."""
+    space = search_space(config, important, base)
+    points = [
+        {name: nearest(value, space[name]) for name, value in point.items()}
+        for point in starting_points(config.loss, important, num_classes, base)
+    ]
+    return [point for place, point in enumerate(points) if point not in points[:place]]
+
+
+def require_searchable(config: StudyConfig) -> None:
+    """Raise InputError where a study says something of a parameter that its loss does not have."""
+    for name in ("scale", "margin"):
+        if getattr(config, name) is not None and name not in SPACES[config.loss]:
+            owners = ", ".join(loss for loss, space in SPACES.items() if name in space)
+            raise InputError(f"--{name} is no parameter of --loss {config.loss}, but of {owners}: leave it out")
 
 
 def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:

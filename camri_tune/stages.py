@@ -22,7 +22,7 @@ from camri_tune.overview import read_overview
 from camri_tune.progress import Schedule
 from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
-from camri_tune.search import starting_points
+from camri_tune.search import first_points
 from camri_tune.selection import finalists, rank_settings
 from camri_tune.storage import Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
@@ -55,18 +55,19 @@ class Stages:
     def plan_baseline(self, folds: int = 1) -> Baseline | None:
         """The cross-entropy baseline; None where something of it was missing, and is queued now. Nothing may wait.
 
-        First its learning rate is tuned, then it is trained on R fresh seeds, which take the folds in turn, and on
-        folds that are left. Raises CamriTuneError where it fails.
+        First its learning rate is tuned, unless the study fixes it, then it is trained on R fresh seeds, which take the
+        folds in turn, and on folds that are left. Raises CamriTuneError where it fails.
         """
         default, tuning = default_learning_rate(self.config.model, self.config.optimizer), self.config.tuning_seed
         found = {(r.seed, r.fold): r for r in self.records("baseline")}
         tried = [r for r in self.records("baseline") if r.seed == tuning]
-        rates = next_learning_rates(tried, default)
+        fixed = self.config.fixed_learning_rate
+        rates = [] if fixed else next_learning_rates(tried, default)
         for rate in rates:
             self.store.enqueue("baseline", {"learning_rate": rate}, seed=tuning)
         if rates:
             return None
-        best = best_learning_rate(tried, default)
+        best = fixed or best_learning_rate(tried, default)
         if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
         count = max(self.config.seeds, folds)
@@ -105,7 +106,7 @@ class Stages:
         """
         records = self.records("search")
         present, waiting = len(records), sum(r.state == "waiting" for r in records)
-        points = starting_points(self.config.loss, self.important, len(self.data.classes), baseline.learning_rate)
+        points = first_points(self.config, self.important, len(self.data.classes), baseline.learning_rate)
         for index in range(present, min(self.config.trials, present + MOST_WAITING - waiting)):
             self.store.enqueue("search", points[index] if index < len(points) else {})
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from camri_tune.bundle import save_weights
 from camri_tune.checkpoint import TrainingState
-from camri_tune.config import RECIPE_FIELDS, SEEDS_APART
+from camri_tune.config import SEEDS_APART
 from camri_tune.datasets import Dataset
 from camri_tune.errors import OutOfMemoryError, StoppedError, StorageError, TrainingDivergedError, WorkerError
 from camri_tune.files import code_version
@@ -30,7 +30,7 @@ from camri_tune.heartbeat import Heart
 from camri_tune.metrics import IntArray, accuracy, important_recall, pack, recall_per_class
 from camri_tune.pruning import AccuracyFloorPruner
 from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED
-from camri_tune.search import Plan, suggest
+from camri_tune.search import Plan, recipe_choices, suggest
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train, with_choices
 
@@ -130,7 +130,7 @@ class _Run:
                 augmentation=plan.data.augmentation,
                 images=len(training),
             )
-            choices = {name: getattr(plan.config, name) for name in RECIPE_FIELDS}
+            choices = recipe_choices(plan.config, self.trial.params)
             recipe = with_choices(recipe, choices, plan.data.augmentation)
             trained = self._within_memory(
                 partial(

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from camri_tune.backbones import Backbone, ShapesOnly, build_backbone, default_i
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import InputError
-from camri_tune.evaluation import evaluate_bundle
 from camri_tune.losses import CAMRILoss
 from camri_tune.models import Classifier, build_body
-from camri_tune.pipeline import run
 from tests.conftest import MakeFolder
 
 # One of each kind: dropout or layers before the classifier, several losses, a fixed size, a convolution that
@@ -166,14 +163,3 @@ def test_a_name_alone_imports_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-
-
-def test_a_study_with_such_a_network_exports_what_its_files_alone_rebuild(tmp_path: Path) -> None:
-    config = StudyConfig.build(
-        {"model": "timm:test_resnet", "image_size": 16, "trials": 2, "seeds": 1, "epochs": 2, "tolerance": 100}
-        | {"limit": 300, "important": "3", "folds": 1, "out": tmp_path, "workers": 1}
-    )
-    result = run(config)
-    assert result.best is not None
-    figures = evaluate_bundle(tmp_path / config.study_name / "best", None, data_dir=Path("data"))
-    assert figures["matches_stored"]

@@ -133,6 +133,11 @@ PLAUSIBLE = {
     "storage": "sqlite:///study.db",
     "device": "cuda:1",
     "loss": "camri",
+    "model": "timm:resnet18",
+    "trainable": "last:2",
+    "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    "margin": "0.1..0.3",
+    "batch_size": [64, 128],
 }
 
 

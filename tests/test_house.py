@@ -47,7 +47,7 @@ FLOORS = [
         "heartbeat",
         "memory",
     },
-    {"errors"},
+    {"errors", "ranges"},
 ]
 
 

@@ -10,18 +10,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from camri_tune.config import StudyConfig, is_printable
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError, StudyMismatchError
+from camri_tune.evaluation import evaluate_bundle
 from camri_tune.models import Classifier, build_body, freeze, parts_of, trunk
 from camri_tune.pretrained import Start, _read, starting_weights
 from camri_tune.storage import StudyStore
 from camri_tune.training import HeadSpec, Recipe, Trained, _optimizer, train
 from camri_tune.worker import _same_weights
+from tests.command import assert_one_line_error, camri_tune, result_of
 from tests.test_bundle import _Trap
 
 MODEL, SIDE = "timm:test_resnet", 16
@@ -312,3 +314,56 @@ def test_a_study_from_before_there_was_a_choice_goes_on(digits: Dataset, tmp_pat
     with pytest.raises(StudyMismatchError, match="trainable = 'all', not 'head'"):
         StudyStore.create(storage, config.model_copy(update={"trainable": "head"}), digits)
     storage.close()
+
+
+# --- all of it, as a user has it --------------------------------------------------------------------------------------
+
+
+def test_a_study_of_somebodys_network_and_recipe_exports_what_its_files_alone_rebuild(tmp_path: Path) -> None:
+    """Fine-tuned, with numbers that are fixed and others that are searched; not resumed with other weights."""
+    weights, other, study = (tmp_path / name for name in ("weights.pth", "other.pth", "study.toml"))
+    torch.save({"state_dict": _network(1).state_dict()}, weights)
+    torch.save(_network(2).state_dict(), other)
+    study.write_text(
+        f'''
+model = "{MODEL}"
+image_size = {SIDE}
+trainable = "last:2"
+backbone_lr = 0.5
+learning_rate = 0.005
+margin = 0.2
+batch_size = [32, 64]
+weight_decay = {{low = 1e-3, high = 1e-1, log = true}}
+label_smoothing = 0.05
+important = "3"
+limit = 200
+folds = 1
+trials = 2
+seeds = 1
+epochs = 1
+tolerance = 100
+workers = 1
+name = "mine"
+'''
+    )
+    command = ("run", study, "--out", tmp_path, "--weights")
+    done = camri_tune(*command, weights, "--json")
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    params = result["best"]["params"]
+    assert set(params) == {"learning_rate", "scale", "margin", "batch_size", "weight_decay"}
+    assert (params["learning_rate"], params["margin"]) == (0.005, 0.2)
+    assert params["batch_size"] in (32, 64)
+    assert "learning rate 0.005" in done.stderr, "the baseline's as well, and not tuned"
+    assert f"Starts from {weights}" in done.stderr
+    assert any("smoothed by 0.05, the baseline's as well" in notice for notice in result["notices"])
+    figures = evaluate_bundle(tmp_path / "mine" / "best", None, data_dir=tmp_path)
+    assert figures["matches_stored"]
+    # The part that does not change is that of the file, in the exported model as well.
+    exported = load_file(tmp_path / "mine" / "best" / "model.safetensors")
+    state = _network(1).state_dict()
+    kept = {name for name in state if torch.equal(exported.get(f"body.network.{name}", torch.empty(0)), state[name])}
+    assert any(name.endswith("conv1.weight") for name in kept)
+    assert any(name.endswith("running_mean") for name in kept)
+    assert len(kept) < len(state) - 5
+    assert_one_line_error(camri_tune(*command, other), "weights", "trials under both cannot be compared")

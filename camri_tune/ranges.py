@@ -1,0 +1,98 @@
+"""Numbers that a study fixes or searches: one, a range of them, or a few to choose from."""
+
+import math
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+MOST_CHOICES = 32
+
+
+class SearchRange(BaseModel):
+    """Numbers from `low` to `high`, on a logarithmic scale if `log`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Searchable = SearchRange | tuple[float, ...] | float
+
+
+class Bounds(NamedTuple):
+    """What a number may be at all."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+
+def read_searchable(value: Any, bounds: Bounds) -> Searchable:
+    """A number, a list of numbers, `{low, high, log}`, or one of them as text: `0.001`, `64,128`, `1e-4..1e-2 log`.
+
+    Raises ValueError with the rule.
+    """
+    kind = "whole number" if bounds.whole else "number"
+    rule = (
+        f"must be a {kind} from {bounds.low:g} to {bounds.high:g}, a list of up to {MOST_CHOICES} such numbers, or a "
+        f"range of them: {{low = …, high = …, log = true}}, as text 'LOW..HIGH log'"
+    )
+    try:
+        found = _parsed(value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise ValueError(rule) from None
+    if isinstance(found, SearchRange):
+        numbers: tuple[float, ...] = found.low, found.high
+        right = found.low < found.high and (found.low > 0 or not found.log)
+    else:
+        numbers = found if isinstance(found, tuple) else (found,)
+        right = 0 < len(set(numbers)) == len(numbers) <= MOST_CHOICES
+    if not right or not all(bounds.low <= n <= bounds.high and not (bounds.whole and n % 1) for n in numbers):
+        raise ValueError(rule)
+    return found
+
+
+def text_of(value: Searchable) -> str:
+    """As it can be given on a command line."""
+    if isinstance(value, SearchRange):
+        return f"{_number_text(value.low)}..{_number_text(value.high)}{' log' if value.log else ''}"
+    return ",".join(map(_number_text, value)) if isinstance(value, tuple) else _number_text(value)
+
+
+def nearest(value: float, allowed: Searchable) -> float:
+    """What of `allowed` is nearest to a number."""
+    if isinstance(allowed, SearchRange):
+        return min(max(value, allowed.low), allowed.high)
+    return min(allowed, key=lambda choice: abs(choice - value)) if isinstance(allowed, tuple) else allowed
+
+
+def is_searched(value: object) -> bool:
+    """Whether it leaves something to choose."""
+    return isinstance(value, SearchRange | tuple)
+
+
+def _parsed(value: Any) -> Searchable:
+    if isinstance(value, SearchRange):
+        return value
+    if isinstance(value, dict):
+        if set(value) - {"low", "high", "log"} or not isinstance(value.get("log", False), bool):
+            raise ValueError
+        return SearchRange(low=_number(value["low"]), high=_number(value["high"]), log=value.get("log", False))
+    if isinstance(value, str):
+        low, dots, high = value.removesuffix(" log").partition("..")
+        if dots:
+            return SearchRange(low=_number(low), high=_number(high), log=value.endswith(" log"))
+        return tuple(map(_number, value.split(","))) if "," in value else _number(value)
+    return tuple(map(_number, value)) if isinstance(value, list | tuple) else _number(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _number_text(value: float) -> str:
+    return repr(value).removesuffix(".0")

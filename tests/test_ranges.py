@@ -1,0 +1,240 @@
+"""Numbers that a study fixes or searches: how they are read, what a trial's parameters are then, and the baseline's."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, StudyConfig, read_study_file
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.errors import InputError
+from camri_tune.ranges import Bounds, Searchable, SearchRange, nearest, read_searchable, text_of
+from camri_tune.search import (
+    Plan,
+    first_points,
+    make_sampler,
+    recipe_choices,
+    require_searchable,
+    search_space,
+    starting_points,
+    suggest,
+)
+
+BOUNDS = Bounds(0.0, 100.0)
+NUMBERS = st.floats(0, 100).map(abs)  # which makes of -0.0 what is shown as it
+SPANS = (
+    st.tuples(NUMBERS, NUMBERS, st.booleans())
+    .filter(lambda s: s[0] < s[1] and (s[0] > 0 or not s[2]))
+    .map(lambda s: SearchRange(low=s[0], high=s[1], log=s[2]))
+)
+CHOICES = st.lists(NUMBERS, min_size=2, max_size=5, unique=True).map(tuple)
+
+
+@given(st.one_of(NUMBERS, SPANS, CHOICES))
+def test_what_is_written_is_what_is_read(value: Searchable) -> None:
+    """As text on a command line, and as JSON with a study."""
+    assert read_searchable(text_of(value), BOUNDS) == value
+    stored = json.loads(value.model_dump_json()) if isinstance(value, SearchRange) else json.loads(json.dumps(value))
+    assert read_searchable(stored, BOUNDS) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, 3.0),
+        ("3", 3.0),
+        ("1e-3..1e-1 log", SearchRange(low=1e-3, high=1e-1, log=True)),
+        ("0..1", SearchRange(low=0, high=1)),
+        ({"low": 1, "high": 2}, SearchRange(low=1, high=2)),
+        ("1,2", (1.0, 2.0)),
+        ([1, 2], (1.0, 2.0)),
+    ],
+)
+def test_numbers_and_what_is_searched(value: object, expected: Searchable) -> None:
+    assert read_searchable(value, BOUNDS) == expected
+
+
+WRONG = [
+    *(
+        "",
+        "x",
+        "1..",
+        "..2",
+        "2..1",
+        "1..1",
+        "0..1 log",
+        "1..2 lin",
+        "1..2..3",
+        "1,,2",
+        "1,1",
+        "nan",
+        "inf",
+        "101",
+        "-1",
+    ),
+    *("0..101", True, 10**400, float("nan"), object(), [], [1, "x"], [True, 2], [1, 101], list(range(40)), {}),
+    *({"low": 1}, {"low": 2, "high": 1}, {"low": True, "high": 2}, {"low": [1], "high": 2}),
+    *({"low": 1, "high": 2, "log": 1}, {"low": 1, "high": 2, "step": 1}),
+]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: str(value)[:12])
+def test_anything_else_is_refused_with_the_rule(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^must be a number from 0 to 100, a list of up to 32 .* 'LOW\.\.HIGH log'$"):
+        read_searchable(value, BOUNDS)
+
+
+def test_counts_are_whole() -> None:
+    for value in (2.5, "2.5..8", [2, 3.5]):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            read_searchable(value, Bounds(1, 10, whole=True))
+
+
+@given(st.floats(-10, 110), st.one_of(NUMBERS, SPANS, CHOICES))
+def test_the_nearest_is_allowed_and_none_is_nearer(value: float, allowed: Searchable) -> None:
+    found = nearest(value, allowed)
+    if isinstance(allowed, SearchRange):
+        assert allowed.low <= found <= allowed.high
+        assert found == value or found in (allowed.low, allowed.high)
+    else:
+        choices = allowed if isinstance(allowed, tuple) else (allowed,)
+        assert found in choices
+        assert abs(found - value) == min(abs(choice - value) for choice in choices)
+
+
+# --- in a study -------------------------------------------------------------------------------------------------------
+
+STUDY = """
+learning_rate = {low = 1e-4, high = 1e-2, log = true}
+margin = 0.25
+batch_size = [32, 64]
+weight_decay = {low = 0.0, high = 0.1}
+label_smoothing = 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig())
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StudyConfig:
+    (tmp_path / "study.toml").write_text(STUDY)
+    return StudyConfig.build(read_study_file(tmp_path / "study.toml"), source="study.toml")
+
+
+def test_a_study_file_says_what_is_searched_and_it_is_stored_with_the_study(config: StudyConfig) -> None:
+    assert config.learning_rate == SearchRange(low=1e-4, high=1e-2, log=True)
+    assert (config.margin, config.batch_size, config.label_smoothing) == (0.25, (32.0, 64.0), 0.1)
+    assert StudyConfig.build(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    words = config.command()
+    assert "--learning-rate '0.0001..0.01 log' --margin 0.25 --weight-decay 0..0.1 --batch-size 32,64" in words
+    changed = config.model_copy(update={"margin": 0.3})
+    assert changed.identity() != config.identity()
+
+
+@pytest.mark.parametrize(
+    "text", ["trials = {low = 1, high = 2}", "margin = {low = {a = 1}, high = 2}", "scale = [[1]]"]
+)
+def test_a_table_elsewhere_or_in_itself_is_refused(text: str, tmp_path: Path) -> None:
+    assert tomllib.loads(text)
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(InputError, match="should be plain text"):
+        read_study_file(tmp_path / "study.toml")
+
+
+def _plan(config: StudyConfig, digits: Dataset, important: tuple[int, ...] = (3,)) -> Plan:
+    return Plan(config, digits, torch.device("cpu"), important=important, floors=(0.5,), baseline_learning_rate=4e-3)
+
+
+def _trial(seed: int = 0) -> optuna.Trial:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
+
+
+@pytest.mark.parametrize("important", [(3,), (8, 3)])
+def test_trials_stay_within_what_the_study_says(
+    important: tuple[int, ...], config: StudyConfig, digits: Dataset
+) -> None:
+    for seed in range(20):
+        trial = _trial(seed)
+        head, rate = suggest(trial, "search", _plan(config, digits, important))
+        assert 1e-4 <= rate <= 1e-2
+        assert head.margins == dict.fromkeys(important, 0.25)
+        assert 4 <= head.scale <= 64
+        choices = recipe_choices(config, trial.params)
+        assert choices["batch_size"] in (32, 64)
+        assert isinstance(choices["batch_size"], int)
+        assert 0 <= choices["weight_decay"] <= 0.1
+        assert choices["label_smoothing"] == 0.1
+        assert "label_smoothing" not in trial.params, "it is the same in all trials"
+        assert set(trial.params) == set(search_space(config, important, 4e-3))
+
+
+def test_the_baseline_shares_what_is_fixed_and_has_its_own_where_something_is_searched(
+    config: StudyConfig, digits: Dataset
+) -> None:
+    trial = _trial()
+    suggest(trial, "baseline", _plan(config, digits))
+    assert set(trial.params) == {"learning_rate"}
+    choices = recipe_choices(config, trial.params)
+    assert choices["label_smoothing"] == 0.1
+    assert choices["batch_size"] is None
+    assert choices["weight_decay"] is None
+
+
+def test_a_study_that_says_nothing_searches_what_it_always_did(digits: Dataset) -> None:
+    config = StudyConfig()
+    assert not [name for name, value in recipe_choices(config, {}).items() if value != getattr(config, name)]
+    assert list(search_space(config, [3], 4e-3)) == ["learning_rate", "scale", "margin"]
+    assert first_points(config, [3], 10, 4e-3) == starting_points("camri", [3], 10, 4e-3)
+
+
+def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: StudyConfig, digits: Dataset) -> None:
+    points = first_points(config, [3], 10, 8e-3)
+    assert len(points) >= 4
+    assert {point["margin"] for point in points} == {0.25}
+    assert {point["learning_rate"] for point in points} == {4e-3, 8e-3, 1e-2}
+    assert [point["scale"] for point in points[:2]] == [16.0, 8.0]
+    study = optuna.create_study()
+    for point in points:
+        study.enqueue_trial(point)
+        trial = study.ask()
+        suggest(trial, "search", _plan(config, digits))
+        assert {name: trial.params[name] for name in point} == point, "tried as it stands"
+    again = optuna.create_study()
+    again.enqueue_trial(study.trials[0].params)  # as for a finalist
+    trial = again.ask()
+    suggest(trial, "search", _plan(config, digits))
+    assert trial.params == study.trials[0].params
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "fits"), [("ce", "margin", False), ("l2", "margin", False), ("l2", "scale", True)]
+)
+def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str, fits: bool) -> None:
+    config = StudyConfig.build({"loss": loss, key: 1})
+    if fits:
+        require_searchable(config)
+        return
+    with pytest.raises(InputError, match=rf"^--{key} is no parameter of --loss {loss}, but of arcface, camri"):
+        require_searchable(config)
+
+
+def test_every_number_can_be_searched_by_the_sampler_of_a_study(digits: Dataset) -> None:
+    values: dict[str, object] = {name: f"{max(b.low, 0.01):g}..{b.high:g}" for name, b in SEARCHABLE.items()}
+    config = StudyConfig.build({**values, "batch_size": "16..64 log", "warmup": [0.1, 0.2, 0.4]})
+    study = optuna.create_study(sampler=make_sampler(config, seed=0), direction="maximize")
+    for number in range(9):  # the last three by a Gaussian process
+        trial = study.ask()
+        suggest(trial, "search", _plan(config, digits))
+        assert set(trial.params) == set(SEARCHABLE) <= {*RECIPE_FIELDS, "learning_rate", "scale", "margin"}
+        assert recipe_choices(config, trial.params)["batch_size"] in range(16, 65)
+        assert trial.params["warmup"] in (0.1, 0.2, 0.4)
+        trial.set_constraint("accuracy", 0.1 - number / 40)
+        study.tell(trial, number / 10)
