@@ -36,7 +36,7 @@ from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_
 
 Progress = Callable[[int, int], None]
 HELD_OUT_FRACTION = 0.2
-FEW = 10_000  # images that are copied so fast that nobody need hear of it
+MANY = 100_000  # images that lie together: fewer are copied in a moment, of which nothing need be told
 MOST_OF_A_HEADER = 2**16  # bytes; ours has a few hundred
 
 
@@ -388,7 +388,7 @@ class _Cache:
         for some in pieces.pixels:
             pixels[done : done + len(some)] = squeezed(some, pixels.shape[-1]).numpy()
             done += len(some)
-            if self._on_progress is not None and len(pixels) > FEW:
+            if self._on_progress is not None and len(pixels) >= MANY:
                 self._on_progress(done, len(pixels))
 
     def _decode_into(self, pixels: NDArray[np.uint8], items: Sequence[Item]) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "deploy" / "README.md", *sorted(
 SMALL = ["--epochs", "1", "--trials", "1", "--seeds", "1", "--tolerance", "100", "--quiet"]
 # Of these only the options are read: they wait for a browser or other workers, need servers or hours of data, or are
 # patterns with a NAME to be filled in.
-_SHOWN = re.compile(r"…|\b[A-Z]{4,}\b|path/to|gtsrb|cifar10|mnist|awa2|dashboard|worker|figures")
+_SHOWN = re.compile(r"…|\b[A-Z]{4,}\b|path/to|labels.csv|scans.npz|gtsrb|cifar10|mnist|awa2|dashboard|worker|figures")
 
 
 def _blocks(page: Path, language: str) -> list[str]:
