@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution
@@ -15,6 +16,7 @@ from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import ModelSpec
 from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.constraints import RecallConstraint
 from camri_tune.datasets import Dataset
 from camri_tune.losses import adacos_scale
 from camri_tune.records import STOPPED, biases_of
@@ -53,7 +55,7 @@ MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at
 class Plan:
     """What a trial needs to know beyond its own parameters. The floors and the classes come with the baseline.
 
-    There is a floor of accuracy for each fold, and so as many folds as floors.
+    There is a floor of accuracy for each fold, and so as many folds as floors; `constraints` are those of recall.
     """
 
     config: StudyConfig
@@ -62,6 +64,7 @@ class Plan:
     important: tuple[int, ...] = ()
     floors: tuple[float, ...] = ()
     baseline_learning_rate: float = 0.0
+    constraints: tuple[RecallConstraint, ...] = ()
 
     @property
     def epochs(self) -> int:
@@ -192,7 +195,14 @@ class _Relay(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
+        sampler = self._of(trial)
+        if sampler is self._first:
+            # It takes the n-th constraint of each trial for the same one, and no database has to keep their order.
+            for other in study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)):
+                other.system_attrs = dict(sorted(other.system_attrs.items()))
+        # Where one constraint is out of reach everywhere, its weights are 0 / 0, which it copes with.
+        with np.errstate(invalid="ignore"):
+            return sampler.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -19,6 +19,7 @@ FLOORS = [
     {"evaluation", "worker", "workers", "tables", "pages", "charts", "error_charts"},
     {"overview", "trials"},
     {"search", "selection", "claims", "table1"},
+    {"constraint_claims"},
     {"storage", "pruning", "baseline"},
     {"bundle", "plane"},
     {"training"},
@@ -27,6 +28,7 @@ FLOORS = [
     {"folders"},
     {"progress"},
     {"result"},
+    {"constraints"},
     {"augmentation", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style", "prefork"},
     {
