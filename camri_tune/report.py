@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from camri_tune.claims import few_test_images, floor_in_words, provenance
+from camri_tune.constraint_claims import TABLE_HEAD, constraint_table
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.evidence import Evidence
 from camri_tune.files import write_text
@@ -18,6 +19,8 @@ from camri_tune.search import parameter_importance
 from camri_tune.storage import StudyStore
 from camri_tune.study_page import study_page
 from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
+
+_PIPE = "\\|"  # it would end a table's cell
 
 
 def write_report(store: StudyStore) -> Path:
@@ -79,7 +82,7 @@ Against the baseline model of seed {best.baseline_seed}, on the same test images
 All seeds, beside the baseline's, with other images in mind as well (95 % interval over seeds and images):
 {over_seeds}, accuracy {_gain(best.accuracy_over_seeds)} points.
 
-## How it was judged
+{_asked_as_well(result)}## How it was judged
 {claims}
 - Trained on {result.images["train"]:,} images{of_fold}. {result.trials["complete"]} trials complete, {result.trials["pruned"]} pruned, {result.trials["failed"]} failed; tolerance {result.tolerance:g} points of validation accuracy;
   margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
@@ -87,6 +90,16 @@ All seeds, beside the baseline's, with other images in mind as well (95 % interv
 
 Use: `camri-tune evaluate FOLDER`. Weights: safetensors, no code.
 """
+
+
+def _asked_as_well(result: Result) -> str:
+    """The constraints on recall, if any, as a section."""
+    rows = constraint_table(without_nan(result.as_json()["constraints"]), result.classes)
+    if not rows:
+        return ""
+    lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *rows]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', _PIPE) for cell in line)} |" for line in lines)
+    return f"## Asked as well\n{table}\n\nWhat is kept but not shown may not hold for other images.\n\n"
 
 
 def _paired(difference: PairedDifference) -> str:
@@ -175,7 +188,7 @@ def comparison_markdown(table: Table) -> str:
             f"{token}: {named(first.important, {first.important: first.class_name})}"
             for token, (first, *_) in columns.items()
         ]
-        heads = [head.replace("|", "\\|") for head in heads]  # it would end the table's cell
+        heads = [head.replace("|", _PIPE) for head in heads]
         views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
         views.append(("with a bias tuned to the baseline's validation accuracy", lambda c: cell_text(c, c.matched)))
         if any(cell.paper for cells in columns.values() for cell in cells):
