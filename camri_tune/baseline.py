@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from camri_tune.config import floor_of
 from camri_tune.errors import InputError
 from camri_tune.records import Baseline, TrialRecord
 
@@ -47,12 +48,21 @@ def resolve_important(tokens: Sequence[str], classes: Sequence[str], baseline: B
     return tuple(dict.fromkeys(c for c in found if c is not None))
 
 
-def check_important(tokens: Sequence[str], classes: Sequence[str]) -> None:
+def resolve_floors(floors: Sequence[str], classes: Sequence[str], baseline: Baseline) -> dict[int, float]:
+    """The least recall of some classes, by index, from 'CLASS>=SHARE'. Of two for one class the higher keeps both."""
+    found: dict[int, float] = {}
+    for token, share in map(floor_of, floors):
+        (c,) = resolve_important([token], classes, baseline)
+        found[c] = max(share, found.get(c, 0.0))
+    return found
+
+
+def check_important(tokens: Sequence[str], classes: Sequence[str], option: str = "--important") -> None:
     """Raise InputError for a token that no baseline could resolve: before hours are spent, not after."""
     for token in tokens:
         if rank_of(token, len(classes)) is None and class_index(token, classes) is None:
             raise InputError(
-                f"--important {token!r} is no class here: give an index from 0 to {len(classes) - 1}, a class name "
+                f"{option} {token!r} is no class here: give an index from 0 to {len(classes) - 1}, a class name "
                 f"(such as {classes[0]!r}), worst1 to worst{len(classes)}, or median"
             )
 

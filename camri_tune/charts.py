@@ -25,6 +25,7 @@ from camri_tune.chart_style import (
     VERMILION,
     dressed,
 )
+from camri_tune.constraints import why_infeasible
 from camri_tune.overview import Overview
 from camri_tune.ranges import SearchRange
 from camri_tune.records import EpochScores, Figure, TrialRecord, parameters
@@ -37,7 +38,7 @@ def recall_accuracy(overview: Overview) -> go.Figure:
     """The plane that the study is about: every trial, the floor, the baseline and the finalists, on validation."""
     figure = go.Figure()
     for name, marker, trials in _kinds(overview.search):
-        _trials(figure, trials, name, marker, x=lambda t: 100 * (t.accuracy or 0.0))
+        _trials(figure, overview, trials, name, marker, x=lambda t: 100 * (t.accuracy or 0.0))
     if (best := overview.best) is not None and overview.result is None:
         figure.add_annotation(
             x=100 * (best.accuracy or 0.0), y=100 * (best.recall or 0.0), text=f"best so far: #{best.number}", **_ARROW
@@ -70,7 +71,7 @@ def search_history(overview: Overview) -> go.Figure:
     """Recall of each trial in turn, and the best that kept the floor so far."""
     figure = go.Figure()
     for name, marker, trials in _kinds(overview.search):
-        _trials(figure, trials, name, marker, x=lambda t: t.number)
+        _trials(figure, overview, trials, name, marker, x=lambda t: t.number)
     feasible = [t for t in overview.search if t.feasible and t.recall is not None]
     if feasible:
         tops = np.maximum.accumulate([100 * _known(t.recall) for t in feasible])
@@ -115,6 +116,7 @@ def slices(overview: Overview) -> go.Figure | None:
         for title, marker, some in _kinds(trials):
             _trials(
                 figure,
+                overview,
                 some,
                 title,
                 {**marker, "size": 7},
@@ -194,16 +196,27 @@ def _kinds(trials: Sequence[TrialRecord]) -> list[tuple[str, dict[str, Any], lis
     """Trials that have scores, by what became of them."""
     scored = [t for t in trials if t.recall is not None and t.accuracy is not None]
     complete = [t for t in scored if t.state == "complete"]
+    feasible = "trials that meet every constraint" if any(t.shortfalls for t in trials) else "trials above the floor"
     kinds: list[tuple[str, dict[str, Any], list[TrialRecord]]] = [
-        ("trials below the floor", INFEASIBLE, [t for t in complete if not t.feasible]),
+        ("trials below the floor", INFEASIBLE, [t for t in complete if not t.feasible and not _accurate(t)]),
+        (
+            "above the floor, but recall not as asked",
+            {**INFEASIBLE, "symbol": "cross-thin"},
+            [t for t in complete if not t.feasible and _accurate(t)],
+        ),
         ("stopped early", PRUNED, [t for t in scored if t.state == "pruned"]),
-        ("trials above the floor", FEASIBLE, [t for t in complete if t.feasible]),
+        (feasible, FEASIBLE, [t for t in complete if t.feasible]),
     ]
     return [kind for kind in kinds if kind[2]]
 
 
+def _accurate(trial: TrialRecord) -> bool:
+    return trial.constraint is not None and trial.constraint <= 0
+
+
 def _trials(
     figure: go.Figure,
+    overview: Overview,
     trials: Sequence[TrialRecord],
     name: str,
     marker: dict[str, Any],
@@ -214,6 +227,7 @@ def _trials(
     texts = [
         f"#{t.number}: recall {100 * _known(t.recall):.2f} %, accuracy {100 * _known(t.accuracy):.2f} %<br>"
         + parameters(t.params)
+        + "".join(f"<br>{escape(reason)}" for reason in _reasons(t, overview))
         for t in trials
     ]
     figure.add_scatter(
@@ -226,6 +240,13 @@ def _trials(
         hovertemplate=f"%{{text}}<extra>{name}</extra>",
         **where,
     )
+
+
+def _reasons(trial: TrialRecord, overview: Overview) -> list[str]:
+    """Why a trial is infeasible, where its place in the plane does not say it all."""
+    if trial.state != "complete" or not overview.constraints:
+        return []
+    return why_infeasible(trial, overview.constraints, overview.classes)
 
 
 class _Mean(NamedTuple):

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 from scipy import special
 
-from camri_tune.differences import PairedDifference, Share
+from camri_tune.constraint_claims import asked_as_well, obstacle, said_of_constraint
+from camri_tune.constraints import RecallConstraint
+from camri_tune.differences import PairedDifference, grouped, points, tracks
 from camri_tune.ranges import Searchable, is_searched, text_of
-from camri_tune.records import named
+from camri_tune.records import TrialRecord, named
 from camri_tune.result import Best, Finalist, Result, Verdict
 from camri_tune.stats import binomial_interval
 
@@ -24,24 +26,34 @@ def sentence_of(
     tolerance: float,
     finalists: Sequence[Finalist] = (),
     reads: int = 1,
+    constraints: Sequence[RecallConstraint] = (),
+    trials: Sequence[TrialRecord] = (),
 ) -> str:
     """One sentence of verdict: what the exported model gained and kept on test, and what is not shown.
 
-    `epsilon` and `tolerance` are in points. Without a model the `finalists` say why. `reads` is how often test was
-    looked at.
+    `epsilon` and `tolerance` are in points. Without a model the `finalists` say why, or where there are none the
+    `trials` of the search. `reads` is how often test was looked at.
     """
     if best is None:
         looks = f" (after {reads} looks at this test set)" if reads > 1 else ""
-        return f"No model: {_why_none(finalists, tolerance)}; nothing is exported{looks}."
+        asked = tolerance, constraints, classes
+        why = _why_none(finalists, *asked) if finalists else _no_trial(trials, *asked)
+        return f"No model: {why}; nothing is exported{looks}."
     after = f"; this is said after {reads} looks at this test set, and so with less than that confidence"
     after = after if reads > 1 else ""
     accuracy = best.accuracy_difference
-    bound = f"difference {_points(accuracy.estimate)}, {_bound(accuracy)}, n = {accuracy.n:,}{_grouped(accuracy)}"
+    bound = f"difference {points(accuracy.estimate)}, {_bound(accuracy)}, n = {accuracy.n:,}{grouped(accuracy)}"
     gain = "; ".join(_gain(classes[c], difference) for c, difference in best.recall_difference.items())
     gain = f"{gain[0].upper()}{gain[1:]}"
+    kept = "".join(f"; {said_of_constraint(found, classes)}" for found in best.constraints)
     if verdict == "certified":
-        kept = f"accuracy is certified to be not more than {epsilon:g} points below the baseline model's"
-        return f"{gain}; {kept} ({bound}){after}."
+        certified = f"accuracy is certified to be not more than {epsilon:g} points below the baseline model's"
+        return f"{gain}; {certified} ({bound}){kept}{after}."
+    if accuracy.lower_bound >= -epsilon / 100 and any(found.status == "broken" for found in best.constraints):
+        return (
+            f"{gain}; accuracy is shown to be not more than {epsilon:g} points below the baseline model's ({bound}), "
+            f"but it gets no certificate, for recall is not as asked{kept}{after}."
+        )
     needed = images_needed(accuracy, epsilon / 100)
     if needed is not None:
         way_out = f"about {needed:,} test images would be needed to certify such a difference in 4 of 5 cases"
@@ -52,29 +64,56 @@ def sentence_of(
     was = f"was within {tolerance:g} points of the baseline's" if tolerance else "was kept"
     return (
         f"{gain}; accuracy {was} on validation, but is not certified on test to be within {epsilon:g} points of the "
-        f"baseline model's ({bound}; {way_out}){after}."
+        f"baseline model's ({bound}; {way_out}){kept}{after}."
     )
 
 
 def _gain(name: str, recall: PairedDifference) -> str:
     """What happened to one class's recall."""
-    counts = f"{recall.gained} gained, {recall.lost} lost of {recall.n:,} images{_grouped(recall, '')}"
+    counts = f"{recall.gained} gained, {recall.lost} lost of {recall.n:,} images{grouped(recall, '')}"
     if recall.lower_bound > 0:
-        return f"recall of {name} on test rose by {_points(recall.estimate)} ({counts}; {_bound(recall)})"
+        return f"recall of {name} on test rose by {points(recall.estimate)} ({counts}; {_bound(recall)})"
     if recall.estimate > 0:
-        return f"recall of {name} on test rose by {_points(recall.estimate)} ({counts}: too few to tell from no gain)"
+        return f"recall of {name} on test rose by {points(recall.estimate)} ({counts}: too few to tell from no gain)"
     if recall.estimate == 0:
         return f"recall of {name} on test did not change ({counts})"
-    return f"recall of {name} on test FELL by {_points(-recall.estimate, sign=False)} ({counts})"
+    return f"recall of {name} on test FELL by {points(-recall.estimate, sign=False)} ({counts})"
 
 
-def _why_none(finalists: Sequence[Finalist], tolerance: float) -> str:
+def _no_trial(
+    trials: Sequence[TrialRecord], tolerance: float, constraints: Sequence[RecallConstraint], classes: Sequence[str]
+) -> str:
+    """Why no trial of the search went to the final."""
+    folds = range(len(constraints[0].images[0])) if constraints else ()
+    scored = {
+        f"trial #{t.number}": {c.name: c.misses(t.recall_per_class, folds) for c in constraints}
+        for t in trials
+        if t.state == "complete" and t.constraint is not None and t.constraint <= 0 and not t.feasible
+    }
+    if scored and constraints:
+        return f"no trial of the search {obstacle(scored, constraints, classes)}"
+    return (
+        f"no trial of the search was eligible, none having validation accuracy {floor_in_words(tolerance)}, nor "
+        f"nearly, and its checkpoint"
+    )
+
+
+def _why_none(
+    finalists: Sequence[Finalist],
+    tolerance: float,
+    constraints: Sequence[RecallConstraint],
+    classes: Sequence[str],
+) -> str:
     at = floor_in_words(tolerance)
-    if not finalists:
+    kept, failed = sum(f.is_candidate for f in finalists), sum(f.validation is None for f in finalists)
+    accurate = {f"trial #{f.trial}": f.misses for f in finalists if f.kept_accuracy}
+    if accurate and not kept:
+        if not any(f.split and f.kept_recall for f in finalists if f.kept_accuracy):
+            return f"no finalist {obstacle(accurate, constraints, classes)}"
         return (
-            f"no trial of the search was eligible, none having validation accuracy {at}, nor nearly, and its checkpoint"
+            "of each finalist whose means over seeds kept accuracy and recall as asked, no one model kept both (ways "
+            "out: more --seeds, a lower --floor or a larger --max-drop, under another --name)"
         )
-    kept, failed = sum(f.kept_accuracy for f in finalists), sum(f.validation is None for f in finalists)
     if kept:
         return (
             f"of each of the {kept} finalist(s) with mean validation accuracy over seeds {at} a checkpoint is missing "
@@ -141,7 +180,7 @@ def few_test_images(best: Best, classes: Sequence[str]) -> list[str]:
             most = binomial_interval(share.effective_n, share.effective_n).low
             few = f"{share.n} test images"
             if share.effective_n < share.n:
-                few += f"{_tracks(share)}, which count as {share.effective_n:.0f} independent ones"
+                few += f"{tracks(share)}, which count as {share.effective_n:.0f} independent ones"
             lines.append(
                 f"Class {named(c, classes)} has only {few}: one image is {100 / share.n:.1f} points of recall, and "
                 f"even with all of them right no more is shown (95 %) than a recall of {most:.3f}."
@@ -160,14 +199,20 @@ def provenance(result: Result) -> list[str]:
             f"alone."
         )
     else:
-        tracks = _tracks(best.accuracy_difference)
+        of_tracks = tracks(best.accuracy_difference)
         lines += [
-            f"Judged: test, {images['test']:,} images{tracks} ({of_class}), which chose nothing but to stop at the "
+            f"Judged: test, {images['test']:,} images{of_tracks} ({of_class}), which chose nothing but to stop at the "
             f"first finalist that is certified.",
             f"Claimed: what the exported model (seed {best.exported_seed}) does beside the baseline model of seed "
             f"{best.baseline_seed}, which the same rule chose, on images like the test set's; "
             f"{_confidence(result, best)}",
         ]
+        lines += [f"Asked as well: {asked_as_well(found, result.classes)}" for found in best.constraints]
+        if best.constraints:
+            lines.append(
+                "A certificate is of accuracy alone: it is withheld where test shows a constraint on recall to be "
+                "broken, and says nothing of one that is not shown."
+            )
         if best.accuracy_difference.hidden is not None:
             effect = best.accuracy_difference.hidden.effect
             lines.append(
@@ -228,22 +273,4 @@ def _confidence(result: Result, best: Best) -> str:
 
 
 def _bound(difference: PairedDifference) -> str:
-    return f"{100 * difference.confidence:.4g} % lower bound {_points(difference.lower_bound)}"
-
-
-def _tracks(measured: Share | PairedDifference) -> str:
-    if measured.hidden is None:
-        return ""
-    return f" of about {measured.n / measured.hidden.size:,.0f} unnamed tracks"
-
-
-def _grouped(difference: PairedDifference, images: str = " images") -> str:
-    """What the images count as, where it is less than their number."""
-    if difference.effective_n >= difference.n:
-        return ""
-    where = _tracks(difference) or " in groups"
-    return f"{images}{where}, which count as {difference.effective_n:,.0f}"
-
-
-def _points(fraction: float, sign: bool = True) -> str:
-    return f"{100 * fraction:{'+' if sign else ''}.2f} points"
+    return f"{100 * difference.confidence:.4g} % lower bound {points(difference.lower_bound)}"

@@ -159,6 +159,16 @@ def run(
     epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS>=SHARE",
+            help="Least recall of a class, such as 'Stop>=0.9' or 'Stop>=90%' (with quotes); may be repeated.",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Points of recall that any class may fall below the baseline's.")
+    ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Points of test accuracy: the certificate's margin.")] = None,
     finalists: FinalistsOption = None,
     folds: Annotated[

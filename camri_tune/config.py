@@ -6,6 +6,7 @@ import re
 import shlex
 import stat
 import tomllib
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -71,12 +72,13 @@ EXECUTION_FIELDS = frozenset(
 class StudyConfig(BaseModel):
     """What is tuned, on what, and how it is judged.
 
-    `tolerance` and `epsilon` are percentage points of accuracy. `important` holds class names, class indices as
-    text, or ranks by the baseline's validation recall: `worst1`, `worst2`, …, `median`. `epochs` and `image_size`
-    default to what suits the data set, `finalists` to a quarter of the trials, at most five. With several `folds`
-    a trial trains one model on each: `auto` asks for them where the important class has few validation images.
-    `group_by`, a pattern, is searched in the paths of a data set's files, and its group named `group` says which of
-    them show one object.
+    `tolerance` and `epsilon` are percentage points of accuracy. `important` holds class names, class indices as text,
+    or ranks by the baseline's validation recall: `worst1`, `worst2`, …, `median`. Each `floor` is a class and the
+    recall that it must keep (see `floor_of`); `max_drop` is how many points the recall of any class may be below the
+    baseline's. `epochs` and `image_size` default to what suits the data set, `finalists` to a quarter of the trials, at
+    most five. With several `folds` a trial trains one model on each: `auto` asks for them where the important class has
+    few validation images. `group_by`, a pattern, is searched in the paths of a data set's files, and its group named
+    `group` says which of them show one object.
 
     `weights` is a file that every training starts from, the baseline's too; `trainable` says which of the network's
     parts change (`all`; `last:N` the last N, see `models.parts_of`; `head` none of them), and `backbone_lr` is their
@@ -114,6 +116,8 @@ class StudyConfig(BaseModel):
     epochs: int | None = Field(None, ge=1, le=100_000)
     seeds: int = Field(3, ge=1, le=MOST_SEEDS)
     tolerance: float = Field(0.0, ge=0.0, le=100.0)
+    floor: tuple[str, ...] = ()
+    max_drop: float | None = Field(None, ge=0.0, le=100.0)
     epsilon: float = Field(0.5, ge=0.0, le=100.0)
     finalists: int | None = Field(None, ge=1, le=MOST_FINALISTS)
     folds: int | Literal["auto"] = "auto"
@@ -153,6 +157,14 @@ class StudyConfig(BaseModel):
         if info.field_name == "augmentation" and isinstance(value, str):
             value = STRENGTHS.get(value, value)
         return None if value is None else read_searchable(value, SEARCHABLE[info.field_name])
+
+    @field_validator("floor", mode="before")
+    @classmethod
+    def _floors_are_written_one_way(cls, value: Any) -> Any:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return value
+        return tuple(f"{token}>={Decimal(str(share)).normalize():f}" for token, share in map(floor_of, parts))
 
     @field_validator(
         "trials",
@@ -310,6 +322,9 @@ class StudyConfig(BaseModel):
             if key in ("storage", *speed, *places) or value == field.default:
                 continue
             option = f"--{key.replace('_', '-')}"
+            if key == "floor":
+                words += [word for floor in value for word in (option, floor)]
+                continue
             if key in SEARCHABLE:
                 value = text_of(value)
             words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]
@@ -332,6 +347,23 @@ class StudyConfig(BaseModel):
         Data set and weights stand in it by their paths, where a study is stored by their content.
         """
         return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS))
+
+
+def floor_of(text: object) -> tuple[str, float]:
+    """The class (as `important` names it) and the share of 'CLASS>=SHARE', where 0.9 and 90% are the same share.
+
+    A class's name may hold '>=' itself: the last one counts. ValueError where it is no such text.
+    """
+    token, _, share = text.rpartition(">=") if isinstance(text, str) else ("", "", "")
+    digits, percent = share.strip().removesuffix("%").rstrip(), share.rstrip().endswith("%")
+    if token.strip() and re.fullmatch(r"[0-9]{1,3}(\.[0-9]{0,15})?|\.[0-9]{1,15}", digits):
+        value = Decimal(digits) / (100 if percent else 1)
+        if value <= 1:
+            return token.strip(), round(float(value), 9)
+    raise ValueError(
+        f"must be a class and the least recall it may have, from 0 to 1, such as 'Stop>=0.9' or 'Stop>=90%', which "
+        f"{printable(repr(text), 80)} is not"
+    )
 
 
 def read_study_file(path: Path) -> dict[str, Any]:

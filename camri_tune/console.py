@@ -104,11 +104,17 @@ class Console:
         if record.recall is not None:
             parts.append(f"recall {record.recall:.4f}")
         if record.state == "complete" and record.constraint is not None:
-            parts.append("feasible" if record.feasible else "below the floor")
+            parts.append("feasible" if record.feasible else _missed(record))
         if record.failure:
             parts.append(record.failure)
         parts += [parameters(record.params), self._time_to_go()]
         return ", ".join(part for part in parts if part)
+
+
+def _missed(record: TrialRecord) -> str:
+    names = [name for name, value in record.shortfalls.items() if value > 0]
+    below = ["below the floor"] if record.constraint is not None and record.constraint > 0 else []
+    return " and ".join(below + ([f"misses {', '.join(names)}"] if names else []))
 
 
 def _title(stage: str, label: str) -> str:

@@ -28,8 +28,7 @@ from camri_tune.artifacts import open_artifacts
 from camri_tune.config import StudyConfig
 from camri_tune.database import SqlStorage, Storage, masked
 from camri_tune.errors import InputError
-from camri_tune.pruning import is_feasible
-from camri_tune.records import RECALL_CURVE
+from camri_tune.records import ACCURACY, RECALL_CURVE
 from camri_tune.storage import StudyStore
 
 OLD_CONSTRAINTS = "constraints"  # a list; the new format is one attribute for each, `constraints:KEY`
@@ -55,8 +54,12 @@ class DashboardStorage(_CachedStorage):
         self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None
     ) -> list[FrozenTrial]:
         trials = super().get_all_trials(study_id, deepcopy=deepcopy)
-        constrained = any(map(_constraints, trials)) or "identity" in self.get_study_user_attrs(study_id)
-        return [_shown(trial, constrained) for trial in trials if states is None or trial.state in states]
+        attributes = self.get_study_user_attrs(study_id)
+        ours = "identity" in attributes
+        constrained = ours or any(map(_constraints, trials))
+        baseline = attributes.get("baseline", {}) if ours else {}
+        asked = [constraint["name"] for constraint in baseline.get("constraints", ())]
+        return [_shown(trial, constrained, asked) for trial in trials if states is None or trial.state in states]
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         return _shown(super().get_trial(trial_id), constrained=False)
@@ -73,7 +76,7 @@ class DashboardStorage(_CachedStorage):
             return super().get_best_trial(study_id)
         sign = 1 if directions[0] == StudyDirection.MAXIMIZE else -1
         return max(
-            [trial for trial in complete if is_feasible(trial)] or complete,
+            [trial for trial in complete if _is_feasible(trial)] or complete,
             key=lambda t: (sign * (t.value or 0.0), t.user_attrs.get("accuracy", -math.inf), -t.number),
         )
 
@@ -106,17 +109,28 @@ class _ShownTrial(FrozenTrial):
         return shown
 
 
-def _constraints(trial: FrozenTrial) -> list[float]:
+def _constraints(trial: FrozenTrial) -> dict[str, float]:
     """A trial's constraints in the new format, in the order of their names."""
     prefix = f"{OLD_CONSTRAINTS}:"
-    return [value for key, value in sorted(trial.system_attrs.items()) if key.startswith(prefix)]
+    return {
+        key.removeprefix(prefix): value for key, value in sorted(trial.system_attrs.items()) if key.startswith(prefix)
+    }
 
 
-def _shown(trial: FrozenTrial, constrained: bool) -> FrozenTrial:
+def _shown(trial: FrozenTrial, constrained: bool, asked: Sequence[str] = ()) -> FrozenTrial:
+    """A trial of a study with constraints, perhaps, and with those that were `asked` beside accuracy's."""
     if OLD_CONSTRAINTS in trial.system_attrs:
         return _ShownTrial.of(trial, [])
-    ended = trial.state in (OptunaState.COMPLETE, OptunaState.PRUNED)
-    return _ShownTrial.of(trial, _constraints(trial) or ([UNKNOWN_CONSTRAINT] if constrained and ended else []))
+    found = _constraints(trial)
+    if constrained and trial.state in (OptunaState.COMPLETE, OptunaState.PRUNED):
+        missing = [name for name in (asked if found else [ACCURACY, *asked]) if name not in found]
+        found = dict(sorted({**found, **dict.fromkeys(missing, UNKNOWN_CONSTRAINT)}.items()))
+    return _ShownTrial.of(trial, list(found.values()))
+
+
+def _is_feasible(shown: FrozenTrial) -> bool:
+    """Every constraint met; Optuna itself takes a missing one for a met one."""
+    return all(value <= 0 for value in shown.system_attrs.get(OLD_CONSTRAINTS, [UNKNOWN_CONSTRAINT]))
 
 
 class StudyArtifacts:

@@ -46,7 +46,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers of one model on n images, with a 95 % binomial interval, exact where every image counts alone.
+    """Right answers of one model on n images, with a binomial interval, exact where every image counts alone.
 
     `effective_n` is how many independent images they count as (see `stats.effective_size`, and `stats.hidden_size`
     where they come in `hidden` groups).
@@ -56,12 +56,19 @@ class Share:
     n: int
     effective_n: float
     hidden: Hidden | None = None
+    confidence: float = 0.975  # one-sided, of each end of the interval
 
     @classmethod
-    def of(cls, right: NDArray[np.bool_], groups: NDArray[np.int64], hidden: Hidden | None = None) -> "Share":
+    def of(
+        cls,
+        right: NDArray[np.bool_],
+        groups: NDArray[np.int64],
+        hidden: Hidden | None = None,
+        confidence: float = 0.975,
+    ) -> "Share":
         """From whether each image (N,) was right, and which images (N,) belong together."""
-        size = _effective(right.astype(np.float64), groups, 0.975, hidden)
-        return cls(int(right.sum()), len(right), size, hidden)
+        size = _effective(right.astype(np.float64), groups, confidence, hidden)
+        return cls(int(right.sum()), len(right), size, hidden, confidence)
 
     @property
     def value(self) -> float:
@@ -69,7 +76,7 @@ class Share:
 
     @property
     def interval(self) -> Interval:
-        return binomial_interval(self.value * self.effective_n, self.effective_n)
+        return binomial_interval(self.value * self.effective_n, self.effective_n, 2 * self.confidence - 1)
 
     @property
     def exact(self) -> bool:
@@ -212,6 +219,26 @@ class SeedDifference:
 
     def as_json(self) -> dict[str, Any]:
         return {"mean": self.mean, "values": list(self.values), "interval": list(self.interval or ()) or None}
+
+
+def tracks(measured: Share | PairedDifference) -> str:
+    """Of how many unnamed groups the images are, in words; empty where groups have names."""
+    if measured.hidden is None:
+        return ""
+    return f" of about {measured.n / measured.hidden.size:,.0f} unnamed tracks"
+
+
+def grouped(measured: Share | PairedDifference, images: str = " images") -> str:
+    """What the images count as, where it is less than their number."""
+    if measured.effective_n >= measured.n:
+        return ""
+    where = tracks(measured) or " in groups"
+    return f"{images}{where}, which count as {measured.effective_n:,.0f}"
+
+
+def points(fraction: float, sign: bool = True) -> str:
+    """A fraction in percentage points."""
+    return f"{100 * fraction:{'+' if sign else ''}.2f} points"
 
 
 def _less(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from camri_tune.bundle import Bundle, load_classifier, read_bundle
 from camri_tune.calibration import Calibration, fit_temperature
 from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.constraints import ClassOnTest, OnTest, RecallConstraint, shortfalls
 from camri_tune.datasets import Dataset, Unseen, open_test_images
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
 from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
@@ -61,13 +62,20 @@ class Judge:
     """Measures a study's models on the test part, which is read when it is first asked for and not before."""
 
     def __init__(
-        self, data: Dataset, store: StudyStore, important: Sequence[int], model: Model, device: torch.device
+        self,
+        data: Dataset,
+        store: StudyStore,
+        important: Sequence[int],
+        model: Model,
+        device: torch.device,
+        constraints: Sequence[RecallConstraint] = (),
     ) -> None:
         self._data = data
         self._store = store
         self._important = important
         self._model = model
         self._device = device
+        self._constraints = constraints
         self._shown: dict[tuple[str | float | None, ...], Shown] = {}  # by checkpoint and biases
 
     @cached_property
@@ -102,6 +110,7 @@ class Judge:
             recall=float(recalls[important]),
             recall_per_class=tuple(recalls.tolist()),
             constraint=floor - accuracy(confusion),
+            shortfalls=shortfalls(self._constraints, recalls.tolist(), [record.fold]),
             right=pack(labels == answers),
         )
 
@@ -223,7 +232,37 @@ class Judge:
                 for c, own in of_class.items()
             },
             accuracy_over_seeds=SeedDifference.of(right, old_right, groups, all_seeds[None]),
+            constraints=self.constraints(new, old, confidence),
         )
+
+    def constraints(self, new: Entrant, old: Entrant, confidence: float) -> tuple[OnTest, ...]:
+        """What test says of each constraint of recall: of a setting's chosen model, for a drop beside the baseline's.
+
+        All floors share the doubt that `confidence` leaves, and so do all classes of a drop: of each it is said by
+        itself whether it is shown.
+        """
+        tracks = self._tracks(new, old) if self._constraints else None
+        return tuple(self._on_test(one, new, old, confidence, tracks) for one in self._constraints)
+
+    def _on_test(
+        self, constraint: RecallConstraint, new: Entrant, old: Entrant, confidence: float, tracks: "_Tracks | None"
+    ) -> OnTest:
+        labels, groups = self.test.labels.numpy(), self.test.groups.numpy()
+        alike = sum(len(one.classes) for one in self._constraints if one.kind == constraint.kind)
+        shared = 1 - (1 - confidence) / alike
+        found = []
+        for c in constraint.classes:
+            own = labels == c
+            if not own.any():
+                continue
+            measured: Share | PairedDifference
+            if constraint.kind == "floor":
+                hidden = None if tracks is None else tracks.of_exported(c).hidden
+                measured = Share.of(self._right(new.chosen, new.loss)[own], groups[own], hidden, shared)
+            else:
+                measured = self._difference(new, old, c, shared, tracks)
+            found.append(ClassOnTest(c, constraint.limit, measured))
+        return OnTest(constraint, tuple(found))
 
     def _difference(
         self, new: Entrant, old: Entrant, c: int | None, confidence: float, tracks: "_Tracks | None"

@@ -13,7 +13,6 @@ from optuna.trial import TrialState as OptunaState
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.errors import InputError
 from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, recall_per_class
-from camri_tune.pruning import is_feasible
 from camri_tune.records import without_nan
 from camri_tune.search import first_points, make_sampler, suggest_params
 
@@ -93,7 +92,9 @@ class ConstrainedObjective:
 
     def best_trial(self, study: Study) -> FrozenTrial | None:
         """The trial of highest recall among those that kept the floor, then of highest accuracy; None without one."""
-        kept = [t for t in study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)) if is_feasible(t)]
+        complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+        # Optuna takes a constraint that is missing for one that is met.
+        kept = [t for t in complete if t.constraints and all(value <= 0 for value in t.constraints.values())]
         return max(kept, key=lambda t: (t.value or 0.0, t.user_attrs["accuracy"], -t.number), default=None)
 
     def _confusion(self, labels: ArrayLike, predictions: ArrayLike) -> IntArray:

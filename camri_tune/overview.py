@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from camri_tune.config import StudyConfig, shown, why_no_path
+from camri_tune.constraints import RecallConstraint
 from camri_tune.database import masked, open_storage
 from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
@@ -35,9 +36,9 @@ class Overview:
     """One study as it stands. Who is important and the floor are known once the baseline is trained.
 
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
-    accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on
-    any machine. `storage` is the database's URL without passwords, where it is not the study's own file. `result` is
-    `result.json`, once there is one.
+    accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on any
+    machine. `constraints` are those of recall. `storage` is the database's URL without passwords, where it is not the
+    study's own file. `result` is `result.json`, once there is one.
     """
 
     config: StudyConfig
@@ -52,6 +53,7 @@ class Overview:
     wall_seconds: float | None
     storage: str | None
     result: Mapping[str, Any] | None
+    constraints: tuple[RecallConstraint, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,6 +67,11 @@ class Overview:
     def best(self) -> TrialRecord | None:
         """The best feasible trial so far: a candidate, not a result."""
         return next(iter(finalists(self.search, 1)), None)
+
+    @property
+    def feasible(self) -> int:
+        """How many trials of the search met every constraint."""
+        return sum(t.feasible for t in self.search)
 
     @property
     def baseline(self) -> Baseline | None:
@@ -121,6 +128,10 @@ class Overview:
             "important": list(self.important),
             "loss": self.config.loss,
             "floor": self.floor,
+            "constraints": [
+                {"name": c.name, "kind": c.kind, "asked": c.asked, "in_words": c.in_words(self.classes)}
+                for c in self.constraints
+            ],
             "baseline": {
                 "accuracy": baseline.accuracy,
                 "recall": baseline.measured(self.important).recall.mean,
@@ -132,6 +143,7 @@ class Overview:
                 stage: {state: sum(r.state == state for r in records) for state in states}
                 for stage, records in self.records.items()
             },
+            "feasible": self.feasible,
             "best": {
                 "trial": best.number,
                 "recall": best.recall,
@@ -155,6 +167,13 @@ def read_overview(store: StudyStore) -> Overview:
         raise InputError(f"study {store.name!r} is not all there yet; wait a moment, or give its run's command again")
     baseline = attributes.get("baseline") or {}
     important = tuple(baseline.get("important", ()))
+    constraints = tuple(map(RecallConstraint.from_json, baseline.get("constraints", ())))
+    asked = [constraint.name for constraint in constraints]
+    records: dict[str, list[TrialRecord]] = {
+        stage: [r.for_classes(important) for r in store.records(stage)] for stage in STAGES
+    }
+    for stage in ("search", "finalists"):
+        records[stage] = [r.bound_by(asked) for r in records[stage]]
     schedule = attributes.get("schedule")
     return Overview(
         config=store.config,
@@ -163,12 +182,13 @@ def read_overview(store: StudyStore) -> Overview:
         classes=tuple(attributes["classes"]),
         important=important,
         floor=baseline.get("search_floor"),
-        records={stage: [r.for_classes(important) for r in store.records(stage)] for stage in STAGES},
+        records=records,
         schedule=Schedule(**schedule) if schedule else None,
         running=store.is_held,
         wall_seconds=attributes.get("wall_seconds"),
         storage=None if store.storage.url == storage_url(store.config) else masked(store.storage.url),
         result=_read_result(folder / RESULT),
+        constraints=constraints,
     )
 
 

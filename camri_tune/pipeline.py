@@ -16,8 +16,10 @@ from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import BundleConfig, write_bundle
 from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of, smoothed_labels
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.config import Loss, StudyConfig, floor_of
 from camri_tune.console import Console
+from camri_tune.constraint_claims import doubtful_constraints
+from camri_tune.constraints import RecallConstraint
 from camri_tune.database import open_storage
 from camri_tune.datasets import open_dataset
 from camri_tune.differences import PairedDifference
@@ -33,7 +35,14 @@ from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_val
 from camri_tune.report import Facts, model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
 from camri_tune.search import model_spec, require_searchable
-from camri_tune.selection import certify, rank_settings, recall_bounds, shared_confidence
+from camri_tune.selection import (
+    certify,
+    mean_shortfall,
+    rank_models,
+    rank_settings,
+    recall_bounds,
+    shared_confidence,
+)
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import EXPORTED, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
@@ -90,6 +99,7 @@ def run(
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
         require_searchable(config)
+        check_important([token for token, _ in map(floor_of, config.floor)], data.classes, option="--floor")
         data.examine()
         start = starting_weights(config, channels=data.channels, image_size=data.image_size)
         store = StudyStore.create(open_storage(storage_url(config)), config, data)
@@ -154,10 +164,13 @@ def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]
         f"{baseline.accuracy:.4f}, recall of the important class {recalls}"
     )
     notice = nothing_to_gain(recall, stages.important, classes)
-    if notice is None:
-        return []
-    console.say(notice)
-    return [notice]
+    notices = [] if notice is None else [notice]
+    validation = stages.data.validation_of(stages.folds)
+    units = [len(torch.unique(validation.groups[validation.labels == c])) for c in range(len(classes))]
+    notices += doubtful_constraints(stages.constraints, recall, units, classes)
+    for line in notices:
+        console.say(line)
+    return notices
 
 
 def _judge(
@@ -170,10 +183,10 @@ def _judge(
 ) -> tuple[Result, TrialRecord | None, Evidence | None]:
     """Read the test part, for the baseline's models and for the settings that kept accuracy, in validation's order."""
     config, floors = stages.config, stages.floors(baseline)
-    judge = Judge(stages.data, stages.store, stages.important, config.model, device)
+    judge = Judge(stages.data, stages.store, stages.important, config.model, device, stages.constraints)
     if config.calibrate:
-        retrained = _calibrated(judge, retrained, config.loss, floors)
-    order = rank_settings(retrained)
+        retrained = _calibrated(judge, retrained, config.loss, floors, stages.constraints)
+    order = rank_settings(retrained, stages.constraints)
     console.judging(0, len(order))
     # One rule chooses a finalist's model and the baseline's: the best seed of one side alone would flatter it.
     measured = [replace(r, constraint=floors[r.fold] - (r.accuracy or 0.0)) for r in baseline.records]
@@ -196,13 +209,16 @@ def _judge(
         console.judging(len(entrants), len(order))
         return found
 
-    verdict, number, found = certify(order, judged, config.epsilon / 100)
+    def breaks(number: int, confidence: float) -> bool:
+        return any(one.status == "broken" for one in judge.constraints(entrants[number], old, confidence))
+
+    verdict, number, found = certify(order, judged, config.epsilon / 100, breaks)
     best = None if number is None else judge.best(number, entrants[number], old, shared_confidence(len(order)))
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
         best = replace(best, calibration=judge.calibration(entrants[best.trial].chosen, config.loss))
-    finals = _finalists(retrained, order, found, stages.important)
+    finals = _finalists(retrained, order, found, stages)
     result = _result(stages, baseline, judge, old, verdict, best, finals, reads, notices)
     if best is None:
         return result, None, None
@@ -214,18 +230,20 @@ def _finalists(
     retrained: Mapping[int, Sequence[TrialRecord]],
     order: Sequence[int],
     judged: Mapping[int, PairedDifference],
-    important: Sequence[int],
+    stages: Stages,
 ) -> list[Finalist]:
-    """Every finalist, those that kept accuracy first, in the order in which test may judge them."""
+    """Every finalist, those that kept what was asked first, in the order in which test may judge them."""
     bounds = recall_bounds(retrained)
     return [
         Finalist(
             trial=number,
             params=dict(retrained[number][0].params),
-            validation=measured_on_validation(retrained[number], important) if number in bounds else None,
+            validation=measured_on_validation(retrained[number], stages.important) if number in bounds else None,
             recall_bound=bounds.get(number),
-            kept_accuracy=number in order,
+            kept_accuracy=number in bounds and mean_shortfall(retrained[number]) <= 0,
             judged=judged.get(number),
+            misses={c.name: c.misses_over_seeds(retrained[number]) for c in stages.constraints if number in bounds},
+            split=number in bounds and not rank_models(retrained[number]),
         )
         for number in dict.fromkeys([*order, *retrained])
     ]
@@ -248,14 +266,18 @@ def _note_reading(stages: Stages, judged: Sequence[Sequence[TrialRecord]], basel
 
 
 def _calibrated(
-    judge: Judge, retrained: dict[int, list[TrialRecord]], loss: Loss, floors: Sequence[float]
+    judge: Judge,
+    retrained: dict[int, list[TrialRecord]],
+    loss: Loss,
+    floors: Sequence[float],
+    constraints: Sequence[RecallConstraint],
 ) -> dict[int, list[TrialRecord]]:
-    """Each setting's models with a bias tuned on validation; as trained where that would cost the setting its floor."""
+    """Each setting's models with a bias tuned on validation; as trained where that would cost the setting a floor."""
     settings = {}
     for number, records in retrained.items():
         found = [judge.calibrated(r, loss, floors[r.fold]) if r.state == "complete" else None for r in records]
         biased = [r for r in found if r is not None]
-        kept = len(biased) == len(records) and rank_settings({number: biased})
+        kept = len(biased) == len(records) and rank_settings({number: biased}, constraints)
         settings[number] = biased if kept else records
     return settings
 
@@ -356,6 +378,8 @@ def _result(
             tolerance=config.tolerance,
             finalists=finals,
             reads=test_reads,
+            constraints=stages.constraints,
+            trials=records,
         ),
         notices=tuple(notices),
         images={
@@ -375,6 +399,7 @@ def _result(
         wall_seconds=float(stages.store.attributes["wall_seconds"]),
         versions=versions(),
         folder=str(config.folder),
+        constraints=stages.constraints,
     )
     return replace(result, provenance=tuple(provenance(result)))
 

@@ -50,8 +50,3 @@ def is_hopeless(curve: Curve, finished: Sequence[Curve], *, floor: float, images
     gains = [other[last] - other[epoch] for other in finished if epoch in other and last in other]
     doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / images) if 0 < floor < 1 else 0.0
     return len(gains) >= MIN_FINISHED and curve[epoch] + max(gains) + doubt < floor
-
-
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Constraint recorded and met; Optuna itself takes a missing constraint for a met one."""
-    return bool(trial.constraints) and all(value <= 0 for value in trial.constraints.values())

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from camri_tune.stats import Interval, seed_interval
 
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
+ACCURACY = "accuracy"  # the constraint that every study has
 # A trial's curves, as Optuna stores them with it: {"epoch": accuracy} and {"epoch": recall of each class}.
 ACCURACY_CURVE, RECALL_CURVE = "accuracy_curve", "recall_curve"
 # Of a trial that was stopped early: the epoch. For Optuna it is complete, since its Gaussian process learns from no
@@ -29,6 +30,8 @@ class EpochScores:
 class TrialRecord:
     """One training as it stands in the storage. `constraint` <= 0 means that the accuracy floor was met.
 
+    So do the `shortfalls` of the study's other constraints, by name (see constraints.py).
+
     `confusion` (C, C) is of validation, rows true; `curve` has what validation said after some of the epochs. `right`,
     packed (see metrics.py), says which validation images the model gets right: of those that test may judge.
     """
@@ -41,6 +44,7 @@ class TrialRecord:
     recall_per_class: tuple[float, ...] = ()
     recall: float | None = None
     constraint: float | None = None
+    shortfalls: Mapping[str, float] = field(default_factory=dict)
     checkpoint: str | None = None
     sha256: str | None = None
     failure: str | None = None
@@ -55,8 +59,13 @@ class TrialRecord:
 
     @property
     def feasible(self) -> bool:
-        """Complete, with the constraint recorded and met: what Optuna's `best_trial` does not insist on."""
-        return self.state == "complete" and self.constraint is not None and self.constraint <= 0
+        """Complete, with every constraint recorded and met: what Optuna's `best_trial` does not insist on."""
+        values = (self.constraint, *self.shortfalls.values())
+        return self.state == "complete" and all(value is not None and value <= 0 for value in values)
+
+    def bound_by(self, names: Sequence[str]) -> "TrialRecord":
+        """The same training in a study with these constraints beside accuracy's: one that it lacks is not met."""
+        return replace(self, shortfalls={name: self.shortfalls.get(name, math.inf) for name in names})
 
     def for_classes(self, important: Sequence[int]) -> "TrialRecord":
         """The same training with `recall` of these classes (the lowest), where both are known."""
@@ -157,6 +166,16 @@ class Baseline:
         for record in (*self.records, *self.others):
             by_fold.setdefault(record.fold, []).append(_known(record.accuracy))
         return tuple(Figure(tuple(by_fold[fold])).mean for fold in sorted(by_fold))
+
+    @property
+    def recall_by_fold(self) -> tuple[tuple[float, ...], ...]:
+        """Mean validation recall of each class (C,) of the models that were scored on each fold."""
+        by_fold: dict[int, list[tuple[float, ...]]] = {}
+        for record in (*self.records, *self.others):
+            by_fold.setdefault(record.fold, []).append(record.recall_per_class)
+        return tuple(
+            tuple(Figure(column).mean for column in zip(*by_fold[fold], strict=True)) for fold in sorted(by_fold)
+        )
 
     @property
     def accuracy_sd(self) -> float | None:

@@ -12,6 +12,7 @@ from camri_tune.bundle import BundleConfig, ModelSpec
 from camri_tune.calibration import BINS, Calibration
 from camri_tune.claims import few_test_images, floor_in_words, provenance
 from camri_tune.config import printable
+from camri_tune.constraint_claims import TABLE_HEAD, constraint_table
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.evidence import Evidence
 from camri_tune.files import write_text
@@ -25,6 +26,7 @@ from camri_tune.study_page import study_page
 from camri_tune.table1 import TITLES, Cell, Outcome, Table, below, best_of, legend
 
 MOST_OF_A_TEXT = 4_000  # characters of foreign text in one place of a card
+_PIPE = "\\|"  # it would end a table's cell
 
 
 def write_report(store: StudyStore) -> Path:
@@ -129,7 +131,7 @@ All seeds, beside the baseline's, with other images in mind as well (95 % interv
 
       {printable(facts.command, 4000)}
 
-## How it was judged
+{_asked_as_well(result)}## How it was judged
 {claims}
 - Margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
 {_bias_line(best.params, result.tolerance)}
@@ -190,6 +192,16 @@ def _probabilities(found: Calibration | None, result: Result, spec: ModelSpec) -
             "the class decided for need not be the likeliest."
         )
     return "\n".join(lines)
+
+
+def _asked_as_well(result: Result) -> str:
+    """The constraints on recall, if any, as a section."""
+    rows = constraint_table(without_nan(result.as_json()["constraints"]), result.classes)
+    if not rows:
+        return ""
+    lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *rows]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', _PIPE) for cell in line)} |" for line in lines)
+    return f"## Asked as well\n{table}\n\nWhat is kept but not shown may not hold for other images.\n\n"
 
 
 def _paired(difference: PairedDifference) -> str:
@@ -278,7 +290,7 @@ def comparison_markdown(table: Table) -> str:
             f"{token}: {named(first.important, {first.important: first.class_name})}"
             for token, (first, *_) in columns.items()
         ]
-        heads = [head.replace("|", "\\|") for head in heads]  # it would end the table's cell
+        heads = [head.replace("|", _PIPE) for head in heads]
         views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
         views.append(("with a bias tuned to the baseline's validation accuracy", lambda c: cell_text(c, c.matched)))
         if any(cell.paper for cells in columns.values() for cell in cells):

@@ -1,9 +1,11 @@
 """What a study found, as `result.json` holds it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from camri_tune.calibration import Calibration
+from camri_tune.constraints import OnTest, RecallConstraint
 from camri_tune.differences import CONFIDENCE, PairedDifference, SeedDifference, Share
 from camri_tune.records import Measured, named
 
@@ -29,7 +31,8 @@ class Best:
     baseline model of `baseline_seed`, which the same rule chose on validation, on the same test images; those
     `_over_seeds` compare all R models of both, seed by seed. What is said of recall is said of each important class by
     itself: pooled, one could hide what another loses. `calibration` is of the exported model's probabilities on test; a
-    setting that is not exported has none.
+    setting that is not exported has none. `constraints` has what test says of each constraint of
+    recall.
     """
 
     trial: int
@@ -44,6 +47,7 @@ class Best:
     recall_over_seeds: dict[int, SeedDifference]
     accuracy_over_seeds: SeedDifference
     calibration: Calibration | None = None
+    constraints: tuple[OnTest, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -71,7 +75,9 @@ class Best:
 class Finalist:
     """A setting that was retrained on fresh seeds, as validation ranked it, and what test said of it, if it was asked.
 
-    `recall_bound` is the lower bound of its mean recall on validation; None where a training failed.
+    `recall_bound` is the lower bound of its mean recall on validation; None where a training failed. `misses` says of
+    each constraint of recall, by name, by how much each class missed it: in the means over seeds, at most 0 where it is
+    kept. Where all means keep it and no one model keeps everything, it is `split`, and cannot be exported.
     """
 
     trial: int
@@ -80,6 +86,18 @@ class Finalist:
     recall_bound: float | None
     kept_accuracy: bool
     judged: PairedDifference | None
+    misses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    split: bool = False
+
+    @property
+    def kept_recall(self) -> bool:
+        """Whether its means keep every constraint of recall."""
+        return all(miss <= 0 for of_class in self.misses.values() for miss in of_class.values())
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether test may judge it."""
+        return self.kept_accuracy and self.kept_recall and not self.split
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -88,6 +106,8 @@ class Finalist:
             "validation": self.validation.as_json() if self.validation else None,
             "recall_lower_bound": self.recall_bound,
             "kept_accuracy": self.kept_accuracy,
+            "kept_recall": self.kept_recall,
+            "is_candidate": self.is_candidate,
             "accuracy_difference": self.judged.as_json() if self.judged else None,
         }
 
@@ -122,15 +142,48 @@ class Result:
     versions: dict[str, str]
     folder: str
     provenance: tuple[str, ...] = ()
+    constraints: tuple[RecallConstraint, ...] = ()
 
     @property
     def candidates(self) -> int:
-        """How many finalists kept accuracy on validation: so many could have been judged on test."""
-        return sum(f.kept_accuracy for f in self.finalists)
+        """How many finalists kept accuracy, and what else was asked, on validation: so many test could have judged."""
+        return sum(f.is_candidate for f in self.finalists)
 
     @property
     def important_names(self) -> str:
         return ", ".join(named(c, self.classes) for c in self.important)
+
+    def _constraint_json(self, constraint: RecallConstraint) -> dict[str, Any]:
+        """A constraint, the figures of its classes on both sides, and what test shows of the exported model."""
+        best, floor = self.best, constraint.kind == "floor"
+        judged = next((found for found in best.constraints if found.constraint == constraint), None) if best else None
+        on_test = {one.c: one.as_json() for one in judged.classes} if judged else {}
+        misses = next((f.misses for f in self.finalists if best is not None and f.trial == best.trial), {})
+
+        def figures(side: Side, c: int) -> dict[str, Any]:
+            both = {"validation": side.validation, "test": side.test}
+            return {part: measured.recall_per_class[c].as_json() for part, measured in both.items()}
+
+        return {
+            "name": constraint.name,
+            "kind": constraint.kind,
+            "class": constraint.classes[0] if floor else None,
+            "floor": constraint.asked if floor else None,
+            "points": None if floor else constraint.asked,
+            "in_words": constraint.in_words(self.classes),
+            "met_on_validation": max(misses[constraint.name].values()) <= 0 if constraint.name in misses else None,
+            "status": judged.status if judged else None,
+            "classes": [
+                {
+                    "class": c,
+                    "validation_images": sum(images),
+                    "baseline": figures(self.baseline, c),
+                    "best": figures(best.side, c) if best else None,
+                    "test": on_test.get(c),
+                }
+                for c, images in zip(constraint.classes, constraint.images, strict=True)
+            ],
+        }
 
     def as_json(self) -> dict[str, Any]:
         best = self.best
@@ -155,6 +208,7 @@ class Result:
             "accuracy_difference": {
                 **best.accuracy_difference.as_json(), "epsilon": self.epsilon / 100, "study_confidence": CONFIDENCE
             } if best else None,
+            "constraints": [self._constraint_json(constraint) for constraint in self.constraints],
             "finalists": [finalist.as_json() for finalist in self.finalists],
             "trials": self.trials,
             "wall_seconds": self.wall_seconds,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution
@@ -15,6 +16,7 @@ from optuna.trial import TrialState as OptunaState
 
 from camri_tune.bundle import ModelSpec
 from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, Loss, Model, StudyConfig
+from camri_tune.constraints import RecallConstraint
 from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError
 from camri_tune.losses import adacos_scale
@@ -55,8 +57,8 @@ MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at
 class Plan:
     """What a trial needs to know beyond its own parameters. The floors and the classes come with the baseline.
 
-    There is a floor of accuracy for each fold, and so as many folds as floors. `start` has the weights that every
-    training starts from, by their names in the network.
+    There is a floor of accuracy for each fold, and so as many folds as floors; `constraints` are those of recall.
+    `start` has the weights that every training starts from, by their names in the network.
     """
 
     config: StudyConfig
@@ -65,6 +67,7 @@ class Plan:
     important: tuple[int, ...] = ()
     floors: tuple[float, ...] = ()
     baseline_learning_rate: float = 0.0
+    constraints: tuple[RecallConstraint, ...] = ()
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -256,7 +259,14 @@ class _Relay(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._of(trial).sample_relative(study, trial, search_space)
+        sampler = self._of(trial)
+        if sampler is self._first:
+            # It takes the n-th constraint of each trial for the same one, and no database has to keep their order.
+            for other in study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)):
+                other.system_attrs = dict(sorted(other.system_attrs.items()))
+        # Where one constraint is out of reach everywhere, its weights are 0 / 0, which it copes with.
+        with np.errstate(invalid="ignore"):
+            return sampler.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from scipy import special
 
+from camri_tune.constraints import RecallConstraint
 from camri_tune.differences import CONFIDENCE, PairedDifference
 from camri_tune.records import Figure, TrialRecord
 from camri_tune.result import Verdict
@@ -13,33 +14,55 @@ from camri_tune.result import Verdict
 SHARED_FREEDOM = 4
 
 
-def finalists(trials: Sequence[TrialRecord], count: int, slack: float = 0.0) -> list[TrialRecord]:
+def finalists(
+    trials: Sequence[TrialRecord], count: int, slack: float = 0.0, slacks: Mapping[str, float] | None = None
+) -> list[TrialRecord]:
     """The `count` best feasible trials that have a checkpoint: by recall, then accuracy, then the earlier one.
 
-    After them, in the same order, those that miss the accuracy floor by at most `slack`, a fraction: one trial says
-    that little about the mean over seeds, which decides.
+    After them, in the same order, those that miss the accuracy floor by at most `slack`, a fraction, and the other
+    constraints by what `slacks` says of each: one trial says that little about the mean over seeds, which decides.
     """
+    allowed = slacks or {}
     kept = [t for t in trials if t.state == "complete" and t.checkpoint is not None and t.sha256 is not None]
-    eligible = [t for t in kept if t.constraint is not None and t.constraint <= slack]
+    eligible = [
+        t
+        for t in kept
+        if _above(t.constraint) <= slack
+        and all(value <= allowed.get(name, 0.0) for name, value in t.shortfalls.items())
+    ]
     return sorted(eligible, key=lambda t: (not t.feasible, -_of(t.recall), -_of(t.accuracy), t.number))[:count]
 
 
-def rank_settings(retrained: Mapping[int, Sequence[TrialRecord]]) -> list[int]:
-    """Source trials whose mean accuracy over seeds keeps the floor, highest lower bound of recall first.
+def rank_settings(
+    retrained: Mapping[int, Sequence[TrialRecord]], constraints: Sequence[RecallConstraint] = ()
+) -> list[int]:
+    """Source trials whose means over seeds keep the accuracy floor and all `constraints`, and one model of whose does.
 
-    `retrained` maps a finalist's trial number to its retrained models on validation. Of equal bounds the higher mean
-    accuracy goes first, then the earlier trial. A setting with a failed seed has not shown that it trains reliably, and
+    Those of the highest lower bound of recall come first. Where accuracy alone is to be kept there always is such a
+    model; with several constraints each could be kept by another one, and none could be exported. `retrained` maps a
+    finalist's trial number to its retrained models on validation. Of equal bounds the higher mean accuracy goes first,
+    then the earlier trial. A setting with a failed seed has not shown that it trains reliably, and
     is left out.
     """
     bounds = recall_bounds(retrained)
 
-    def shortfall(number: int) -> float:
-        return Figure(tuple(_above(r.constraint) for r in retrained[number])).mean
+    def keeps(number: int) -> bool:
+        models = retrained[number]
+        return (
+            mean_shortfall(models) <= 0
+            and all(max(c.misses_over_seeds(models).values()) <= 0 for c in constraints)
+            and bool(rank_models(models))
+        )
 
     def key(number: int) -> tuple[float, float, int]:
         return -bounds[number], -Figure(tuple(_of(r.accuracy) for r in retrained[number])).mean, number
 
-    return sorted((number for number in bounds if shortfall(number) <= 0), key=key)
+    return sorted((number for number in bounds if keeps(number)), key=key)
+
+
+def mean_shortfall(models: Sequence[TrialRecord]) -> float:
+    """By how much a setting's mean accuracy over seeds is below its floor; infinite where a model's is not known."""
+    return Figure(tuple(_above(r.constraint) for r in models)).mean
 
 
 def recall_bounds(retrained: Mapping[int, Sequence[TrialRecord]]) -> dict[int, float]:
@@ -68,7 +91,7 @@ def recall_bounds(retrained: Mapping[int, Sequence[TrialRecord]]) -> dict[int, f
 
 
 def rank_models(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Models of one setting that meet the constraint themselves: by recall, then accuracy, then seed.
+    """Models of one setting that meet every constraint themselves: by recall, then accuracy, then seed.
 
     By seed alone where they were scored on different folds: their recalls are of different images.
     """
@@ -79,9 +102,20 @@ def rank_models(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def certify(
-    order: Sequence[int], judge: Callable[[int, float], PairedDifference | None], epsilon: float
+    order: Sequence[int],
+    judge: Callable[[int, float], PairedDifference | None],
+    epsilon: float,
+    breaks: Callable[[int, float], bool] = lambda _number, _confidence: False,
 ) -> tuple[Verdict, int | None, dict[int, PairedDifference]]:
     """Judge settings in a fixed order until one is certified: its accuracy is shown to be within `epsilon`, a fraction.
+
+    One that `breaks` a constraint of recall is passed over all the same: there test shows, at that confidence, that a
+    promise is not kept, and what is called certified gets used. That can only take certificates away, and so what they
+    say of accuracy errs no more often; chance alone takes them from settings that keep all floors in about 5 % of
+    studies at most, and as often for the largest drop.
+    A promise that is not shown takes none away. With 36 images of a class even all of them right show no recall above
+    0.92, and a few errors of one class among many are chance: to decide by them would be to let chance on test choose
+    what is exported. A certificate thus says nothing of such a promise, and the sentence of verdict says so.
 
     `judge(number, confidence)` compares the accuracy of one setting's model on test with the baseline's, its bounds
     holding at that confidence; None where its files are damaged, and it is passed over. Returns the verdict, which
@@ -98,7 +132,7 @@ def certify(
         if found is None:
             continue
         judged[number] = found
-        if found.lower_bound >= -epsilon:
+        if found.lower_bound >= -epsilon and not breaks(number, confidence):
             return "certified", number, judged
     return ("feasible", next(iter(judged)), judged) if judged else ("none", None, judged)
 

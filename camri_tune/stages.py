@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from camri_tune.baseline import best_learning_rate, next_learning_rates
+from camri_tune.baseline import best_learning_rate, next_learning_rates, resolve_floors
 from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
+from camri_tune.constraints import RecallConstraint, recall_constraints
 from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError, WorkerError
 from camri_tune.heartbeat import Heart
+from camri_tune.images import Images
 from camri_tune.overview import read_overview
 from camri_tune.progress import Schedule
 from camri_tune.ray_workers import ray_launch
@@ -51,6 +53,7 @@ class Stages:
         self.store = store
         self.important = important
         self.folds = 1
+        self.constraints: tuple[RecallConstraint, ...] = ()
 
     def plan_baseline(self, folds: int = 1) -> Baseline | None:
         """The cross-entropy baseline; None where something of it was missing, and is queued now. Nothing may wait.
@@ -84,9 +87,15 @@ class Stages:
         return Baseline(best, models[: self.config.seeds], models[self.config.seeds :])
 
     def adopt(self, baseline: Baseline, important: tuple[int, ...]) -> None:
-        """Settle who is important and which accuracy must be kept on each fold, for this study's trials."""
+        """Settle who is important and what must be kept on each fold, for this study's trials."""
         self.important = important
         self.folds = len(baseline.accuracy_by_fold)
+        self.constraints = recall_constraints(
+            resolve_floors(self.config.floor, self.data.classes, baseline),
+            self.config.max_drop,
+            baseline.recall_by_fold,
+            [self._per_class(self.data.fold(fold)[1]) for fold in range(self.folds)],
+        )
         floors = self.floors(baseline)
         self.store.set(
             "baseline",
@@ -96,8 +105,14 @@ class Stages:
                 "search_floor": pooled_floor(floors, self.data, range(self.folds)),
                 "learning_rate": baseline.learning_rate,
                 "recall_per_class": list(baseline.recall_per_class),
+                "constraints": [constraint.as_json() for constraint in self.constraints],
             },
         )
+
+    def _per_class(self, images: Images) -> list[int]:
+        """How many images each class has."""
+        counts: list[int] = torch.bincount(images.labels, minlength=len(self.data.classes)).tolist()
+        return counts
 
     def plan_search(self, baseline: Baseline) -> None:
         """Fill the search's queue up to the number of trials asked for, good starting points first.
@@ -120,19 +135,20 @@ class Stages:
         """The finalists' models by trial, one for each of the baseline's seeds; None where some had to be queued.
 
         Nothing may wait when it is asked. The best of many noisy trials is partly luck: hence fresh seeds. Where none
-        of the first few finalists keeps the floor over seeds, the next few get their chance; trials that missed it by
-        less than seeds scatter come last.
+        of the first few finalists keeps every floor over seeds, the next few get their chance; trials that missed one
+        by less than seeds scatter come last.
         """
         count = self.config.most_finalists
         slack = baseline.accuracy_sd or 0.0
-        candidates = finalists(self.records("search"), count * ROUNDS_OF_FINALISTS, slack)
+        slacks = {constraint.name: constraint.scatter(baseline.records) for constraint in self.constraints}
+        candidates = finalists(self.records("search"), count * ROUNDS_OF_FINALISTS, slack, slacks)
         models: dict[int, list[TrialRecord]] = {}
         for start in range(0, len(candidates), count):
             found = self.retrain(candidates[start : start + count])
             if found is None:
                 return None
             models |= found
-            if rank_settings(models):
+            if rank_settings(models, self.constraints):
                 break
         return models
 
@@ -190,8 +206,9 @@ class Stages:
         return None
 
     def records(self, stage: Stage) -> list[TrialRecord]:
-        """Trials of a stage, with the recall of this study's important classes."""
-        return [r.for_classes(self.important) for r in self.store.records(stage)]
+        """Trials of a stage, with the recall of this study's important classes and the constraints that bind them."""
+        found = [r.for_classes(self.important) for r in self.store.records(stage)]
+        return found if stage == "baseline" else [r.bound_by([c.name for c in self.constraints]) for r in found]
 
 
 class Crew:

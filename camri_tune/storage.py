@@ -29,7 +29,7 @@ from camri_tune.database import Storage, patiently
 from camri_tune.errors import InputError, StudyMismatchError
 from camri_tune.files import code_version, sha256
 from camri_tune.heartbeat import GRACE_SECONDS, WORKER, Heart, is_gone, seconds_silent
-from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED, EpochScores, TrialRecord, TrialState
+from camri_tune.records import ACCURACY, ACCURACY_CURVE, RECALL_CURVE, STOPPED, EpochScores, TrialRecord, TrialState
 
 if TYPE_CHECKING:  # to look at a study must not cost the seconds that torch takes
     from camri_tune.datasets import Dataset
@@ -116,7 +116,8 @@ class StudyStore:
         identity["weights"] = None if config.weights is None else sha256(config.weights)
         attributes = store.attributes
         if "identity" in attributes:
-            _require_equal(attributes["identity"], identity, config)
+            # What an earlier version could not be asked for was as it is by default.
+            _require_equal({**StudyConfig().identity(), **attributes["identity"]}, identity, config)
         else:
             store.set("identity", identity)
         if "id" not in attributes:
@@ -416,7 +417,8 @@ def _epochs_kept(resume: Mapping[str, Any] | None) -> int:
 
 def _record(trial: FrozenTrial) -> TrialRecord:
     attributes = trial.user_attrs
-    constraint = trial.constraints.get("accuracy")
+    shortfalls = trial.constraints
+    constraint = shortfalls.pop(ACCURACY, None)
     accuracies, curves = attributes.get(ACCURACY_CURVE, {}), attributes.get(RECALL_CURVE, {})
     return TrialRecord(
         number=trial.number,
@@ -427,6 +429,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         recall_per_class=tuple(attributes.get("recall_per_class", ())),
         recall=attributes.get("recall"),
         constraint=constraint,
+        shortfalls=shortfalls,
         checkpoint=attributes.get("checkpoint"),
         sha256=attributes.get("sha256"),
         failure=attributes.get("failure"),

@@ -78,11 +78,13 @@ def _floor(overview: Overview) -> str:
         return "The cross-entropy baseline is still training; its validation accuracy sets the floor."
     baseline = overview.baseline
     text = f"A trial is feasible with a validation accuracy of at least {overview.floor:.2%}"
+    more = "".join(f" As well: {_plain(constraint.in_words(overview.classes))}." for constraint in overview.constraints)
     if baseline is None:
-        return f"{text}."
+        return f"{text}.{more}"
     return (
         f"{text}: the cross-entropy baseline's less {overview.config.tolerance:g} points. The baseline's recall is "
         f"{baseline.measured(overview.important).recall.mean:.2%} (validation, mean of {len(baseline.records)} seeds)."
+        f"{more}"
     )
 
 
@@ -103,7 +105,7 @@ def _how_far(overview: Overview) -> str:
 def _best(overview: Overview) -> str:
     best = overview.best
     if best is None:
-        return "None has met the floor yet."
+        return f"None has met {'every constraint' if overview.constraints else 'the floor'} yet."
     params = ", ".join(f"`{name}` {value:.4g}" for name, value in sorted(best.params.items()))
     return (
         f"Trial **{best.number}**: recall {best.recall or 0.0:.2%}, accuracy {best.accuracy or 0.0:.2%}, {params}. "

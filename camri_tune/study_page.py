@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from camri_tune import charts, error_charts
+from camri_tune.constraint_claims import TABLE_HEAD, constraint_table
 from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
@@ -31,7 +32,7 @@ def study_page(overview: Overview, importance: Mapping[str, Mapping[str, float]]
     parts = [f"<h1>{escape(overview.name)}</h1>", _subtitle(overview)]
     parts.append(_progress(overview) if result is None or overview.running else "")
     if result is not None:
-        parts += [_verdict(result), _side_by_side(result), _notices(result)]
+        parts += [_verdict(result), _side_by_side(result), _asked_as_well(result), _notices(result)]
     parts += _search(overview, importance)
     if result is not None:
         parts.append(_finalists(result))
@@ -66,7 +67,7 @@ def _progress(overview: Overview) -> str:
     best = overview.best
     if best is not None:
         lines.append(
-            f"<li>Best trial above the floor so far: #{best.number}, recall {_percent(best.recall)}, accuracy "
+            f"<li>{'Best feasible trial' if overview.constraints else 'Best trial above the floor'} so far: #{best.number}, recall {_percent(best.recall)}, accuracy "
             f"{_percent(best.accuracy)} on validation: a candidate, not a result.</li>"
         )
     if not overview.running:
@@ -76,6 +77,8 @@ def _progress(overview: Overview) -> str:
 
 def _verdict(result: Mapping[str, Any]) -> str:
     sign, title, kind = VERDICTS[result["verdict"]]
+    if result["verdict"] == "certified" and any(c["status"] != "shown" for c in result.get("constraints", ())):
+        title, kind = "Accuracy certified; not all that was asked of recall is shown", "fair"
     return f'<div class="verdict {kind}"><span class="badge">{sign} {title}</span><p>{escape(result["sentence"])}</p></div>'
 
 
@@ -113,6 +116,21 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>{table}<p class="note">{note}</p>'
 
 
+def _asked_as_well(result: Mapping[str, Any]) -> str:
+    """The constraints on recall, if any, as a table."""
+    rows = constraint_table(result.get("constraints", ()), result["classes"])
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(text)}</th>" for text in TABLE_HEAD)
+    cells = ("".join(f"<td>{escape(text)}</td>" for text in row) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return (
+        f'<h3>Asked as well</h3><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        '<p class="note">Means ± sd over seeds; the exported model alone with one-sided bounds. What is kept but not '
+        "shown may not hold for other images. A certificate is of accuracy and does not speak of these.</p>"
+    )
+
+
 def _gains(result: Mapping[str, Any], name: str) -> str:
     """What was gained over all seeds; of recall for each important class by itself."""
     found = result["best"]["over_seeds"][f"{name}_difference"]
@@ -141,7 +159,7 @@ def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -
         "<h2>The search</h2>",
         f'<p class="note">All on validation. Each small mark is a trial ({models}); baseline and finalists are means over '
         f"seeds, with 95 % intervals over them. The floor{floor} is the baseline's mean accuracy{_tolerance(overview)}: what "
-        "lies left of it gives up accuracy for recall.</p>",
+        f"lies left of it gives up accuracy for recall.{_constraints(overview)}</p>",
         picture(charts.recall_accuracy(overview), "recall-accuracy"),
         "<h3>How it went</h3>",
         picture(charts.search_history(overview), "search-history"),
@@ -158,6 +176,11 @@ def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -
     return parts
 
 
+def _constraints(overview: Overview) -> str:
+    asked = "; ".join(constraint.in_words(overview.classes) for constraint in overview.constraints)
+    return f" Asked as well: {escape(asked)}. Point at a trial to read what it misses." if asked else ""
+
+
 def _tolerance(overview: Overview) -> str:
     tolerance = overview.config.tolerance
     return f" less {tolerance:g} points" if tolerance else ""
@@ -165,6 +188,7 @@ def _tolerance(overview: Overview) -> str:
 
 def _finalists(result: Mapping[str, Any]) -> str:
     rows = []
+    last = next((f for f in reversed(result["finalists"]) if f["accuracy_difference"] is not None), None)
     for finalist in result["finalists"]:
         validation, judged = finalist["validation"], finalist["accuracy_difference"]
         if validation is None:
@@ -177,10 +201,18 @@ def _finalists(result: Mapping[str, Any]) -> str:
             )
         if judged is None:
             said = "not asked" if finalist["kept_accuracy"] else "below the floor: not asked"
+            if not finalist.get("is_candidate", True) and finalist["kept_accuracy"]:
+                said = "recall not as asked on validation: not asked"
         else:
             passed = judged["lower_bound"] >= -result["accuracy_difference"]["epsilon"]
+            # Accuracy alone is no certificate where test shows that recall is not as asked.
+            good = (
+                "certified"
+                if result["verdict"] == "certified" and finalist is last
+                else "accuracy shown, recall broken"
+            )
             said = (
-                f"{'certified' if passed else 'not certified'}: accuracy {100 * judged['estimate']:+.2f} points, lower "
+                f"{good if passed else 'not certified'}: accuracy {100 * judged['estimate']:+.2f} points, lower "
                 f"bound {100 * judged['lower_bound']:+.2f}"
             )
         exported = result["best"] is not None and result["best"]["trial"] == finalist["trial"]
@@ -306,6 +338,7 @@ def _trials(overview: Overview) -> str:
 
 def _trial_row(t: TrialRecord) -> str:
     floor = "" if t.constraint is None else "kept" if t.constraint <= 0 else f"missed by {100 * t.constraint:.2f}"
+    floor += "".join(f"<small>{name} missed</small>" for name, value in t.shortfalls.items() if floor and value > 0)
     what = escape(t.failure) if t.failure else _params(t.params)
     time = duration(t.seconds) if t.seconds else ""
     return (

@@ -31,6 +31,7 @@ def status_view(overview: Overview) -> Group:
                 f"{_cell(measured.accuracy)}, recall {_cell(measured.recall)}; floor {overview.floor:.4f}"
             )
         )
+    lines += [Text(f"as well: {constraint.in_words(overview.classes)}") for constraint in overview.constraints]
     table = Table(title=None)
     for head in ("", "done", "running", "waiting", "failed", ""):
         table.add_column(head, justify="left" if not head else "right")
@@ -50,17 +51,20 @@ def status_view(overview: Overview) -> Group:
             for r in records
             if r.state == "running"
         ]
+    if ended := sum(r.state == "complete" for r in overview.search):
+        lines.append(Text(f"{overview.feasible} of {ended} complete trial(s) feasible"))
     if overview.result is not None:
         lines.append(Text(f"{overview.result['verdict']}: {overview.result['sentence']}"))
     elif (best := overview.best) is not None:
+        which = "feasible" if overview.constraints else "above the floor"
         lines.append(
             Text(
-                f"best above the floor so far: #{best.number}, recall {best.recall:.4f}, accuracy "
-                f"{best.accuracy:.4f} on validation ({parameters(best.params)}): a candidate, not a result"
+                f"best {which} so far: #{best.number}, recall {best.recall:.4f}, accuracy {best.accuracy:.4f} on "
+                f"validation ({parameters(best.params)}): a candidate, not a result"
             )
         )
     elif overview.search:
-        lines.append(Text("no trial above the floor yet"))
+        lines.append(Text("no feasible trial yet" if overview.constraints else "no trial above the floor yet"))
     reasons = [f"#{t.number}: {t.failure}" for t in overview.search if t.state == "failed"]
     lines += [Text(f"failed {reason}") for reason in reasons[-3:]]
     lines.append(Text(f"files: {overview.folder}"))

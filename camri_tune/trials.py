@@ -23,13 +23,14 @@ from torch import Tensor
 from camri_tune.bundle import save_weights
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import SEEDS_APART
+from camri_tune.constraints import shortfalls
 from camri_tune.datasets import Dataset
 from camri_tune.errors import OutOfMemoryError, StoppedError, StorageError, TrainingDivergedError, WorkerError
 from camri_tune.files import code_version
 from camri_tune.heartbeat import Heart
 from camri_tune.metrics import IntArray, accuracy, important_recall, pack, recall_per_class
 from camri_tune.pruning import AccuracyFloorPruner
-from camri_tune.records import ACCURACY_CURVE, RECALL_CURVE, STOPPED
+from camri_tune.records import ACCURACY, ACCURACY_CURVE, RECALL_CURVE, STOPPED
 from camri_tune.search import Plan, recipe_choices, suggest
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train, with_choices
@@ -267,7 +268,7 @@ class _Run:
     # --- what is stored of a trial ------------------------------------------------------------------------------------
 
     def _set_scores(self, confusion: IntArray, folds: Sequence[int]) -> float:
-        """Store what validation says of a trial on these folds; the constraint exactly once, last."""
+        """Store what validation says of a trial on these folds; the constraints exactly once, last, accuracy's last."""
         trial, plan = self.trial, self.plan
         trial.set_user_attr("accuracy", accuracy(confusion))
         trial.set_user_attr("recall_per_class", [float(r) for r in recall_per_class(confusion)])
@@ -275,7 +276,10 @@ class _Run:
         value = _value(confusion, plan)
         if plan.floors:
             trial.set_user_attr("recall", value)
-            trial.set_constraint("accuracy", pooled_floor(plan.floors, plan.data, folds) - accuracy(confusion))
+            recalls = recall_per_class(confusion).tolist()
+            for name, shortfall in shortfalls(plan.constraints, recalls, folds).items():
+                trial.set_constraint(name, shortfall)
+            trial.set_constraint(ACCURACY, pooled_floor(plan.floors, plan.data, folds) - accuracy(confusion))
         return value
 
     def _keep_checkpoint(self) -> None:

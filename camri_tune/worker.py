@@ -16,6 +16,7 @@ from types import FrameType
 
 import torch
 
+from camri_tune.constraints import RecallConstraint
 from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
@@ -124,6 +125,7 @@ def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:
         device,
         important=tuple(baseline["important"]),
         floors=tuple(baseline["floors"]),
+        constraints=tuple(map(RecallConstraint.from_json, baseline.get("constraints", ()))),
         baseline_learning_rate=baseline["learning_rate"],
     )
 

@@ -41,6 +41,15 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("tolerance", float("nan"), "0"),
     ("tolerance", float("inf"), "100"),
     ("tolerance", "little", "number"),
+    *(("floor", value, "from 0 to 1, such as 'Stop>=0.9'") for value in ("", "Stop", ">=0.5", "Stop>0.5", "Stop>=")),
+    *(("floor", value, "from 0 to 1, such as 'Stop>=0.9'") for value in ("a>=1.1", "a>=101%", "a>=nan", "a>=-0.1")),
+    *(("floor", value, "from 0 to 1, such as 'Stop>=0.9'") for value in ("a>=1e-3", "a>=0,9", "a>=²", "a>=%", [3])),
+    *(("floor", value, "from 0 to 1, such as 'Stop>=0.9'") for value in (["a>=1", "b"], [["a>=1"]], "a>=" + "9" * 40)),
+    ("floor", 0.9, "tuple"),
+    ("max_drop", -0.1, "greater than or equal to 0"),
+    ("max_drop", 100.5, "less than or equal to 100"),
+    ("max_drop", float("nan"), "0"),
+    ("max_drop", "little", "number"),
     ("epsilon", -1, "greater than or equal to 0"),
     ("epsilon", 101, "less than or equal to 100"),
     ("finalists", 0, "greater than or equal to 1"),
@@ -164,7 +173,10 @@ def test_a_study_cannot_be_changed_after_it_is_made() -> None:
 def test_a_study_file_gives_the_values_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text('dataset = "gtsrb"\nimportant = [14, "Stop"]\ntolerance = 0.5\nworkers = 2\n', encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write('floor = ["Stop>=90%", "3 >= 0.5"]\nmax_drop = 2\n')
     config = StudyConfig.build(read_study_file(path), source=str(path))
+    assert (config.floor, config.max_drop) == (("Stop>=0.9", "3>=0.5"), 2.0)
     assert (config.dataset, config.important, config.tolerance, config.workers) == ("gtsrb", ("14", "Stop"), 0.5, 2)
 
 
@@ -215,6 +227,22 @@ def test_a_study_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 )
 def test_important_classes_come_as_text_number_or_list(given: object, expected: tuple[str, ...]) -> None:
     assert StudyConfig.build({"important": given}).important == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("Stop>=0.9", ("Stop>=0.9",)),
+        (" No entry  >= 90 % ", ("No entry>=0.9",)),
+        (["a>=0.00001", "b>=0.0000000001%"], ("a>=0.00001", "b>=0")),
+        (["3>=1", "worst1>=.5", "median>=0."], ("3>=1", "worst1>=0.5", "median>=0")),
+        ("a>=b>=99.9%", ("a>=b>=0.999",)),
+        ("x=>y>=0.25", ("x=>y>=0.25",)),
+        ((), ()),
+    ],
+)
+def test_a_floor_is_a_class_and_a_share(given: object, expected: tuple[str, ...]) -> None:
+    assert StudyConfig.build({"floor": given}).floor == expected
 
 
 @pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("3", 3), (3, 3)])
@@ -318,6 +346,8 @@ OTHER_VALUES: dict[str, object] = {
     "epochs": 3,
     "seeds": 5,
     "tolerance": 1.0,
+    "floor": ["3>=0.9", "worst1>=0.5"],
+    "max_drop": 2.0,
     "epsilon": 1.0,
     "finalists": 1,
     "folds": 3,

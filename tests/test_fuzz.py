@@ -100,6 +100,8 @@ def _read_study(path: Path, content: bytes) -> None:
         assert config.folder.parent == config.out
         assert config.absolute().study_name == config.study_name
         assert all(map(is_printable, (config.dataset, str(config.out), str(config.data_dir), *config.important)))
+        assert all(map(is_printable, config.floor))
+        assert StudyConfig.build({"floor": list(config.floor)}).floor == config.floor
 
 
 def _toml(value: Any) -> str:
@@ -124,6 +126,8 @@ PLAUSIBLE = {
     "important": [3, "stop"],
     "trials": 4,
     "tolerance": 0.5,
+    "floor": ["stop>=0.9", "a>=b>=90%"],
+    "max_drop": 2.5,
     "workers": "auto",
     "folds": 3,
     "group_by": "(?P<group>patient[0-9]+)_",

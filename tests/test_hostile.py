@@ -483,12 +483,12 @@ def test_a_deeply_nested_study_file_is_refused_and_at_once(text: str, tmp_path: 
 
 
 @pytest.mark.parametrize("value", ["9" * 5_000, "0x" + "f" * 5_000, str(2**63), str(-(2**63) - 1)])
-@pytest.mark.parametrize("key", ["trials", "tolerance", "important", "folds", "unknown"])
+@pytest.mark.parametrize("key", ["trials", "tolerance", "floor", "max_drop", "important", "folds", "unknown"])
 def test_a_number_of_any_length_is_refused(key: str, value: str, tmp_path: Path) -> None:
     assert _study(tmp_path, f"{key} = {value}")
 
 
-@pytest.mark.parametrize("key", ["dataset", "data_dir", "important", "name", "out", "storage", "artifacts"])
+@pytest.mark.parametrize("key", ["dataset", "data_dir", "important", "floor", "name", "out", "storage", "artifacts"])
 @pytest.mark.parametrize("text", HOSTILE_NAMES)
 def test_text_that_acts_on_a_terminal_is_refused(key: str, text: str, tmp_path: Path) -> None:
     quoted = '"' + "".join(f"\\U{ord(c):08x}" for c in text) + '"'

@@ -20,6 +20,7 @@ FLOORS = [
     {"overview", "trials"},
     {"objective"},
     {"search", "selection", "claims", "table1"},
+    {"constraint_claims"},
     {"storage", "pruning", "baseline"},
     {"answers"},
     {"bundle", "plane"},
@@ -32,6 +33,7 @@ FLOORS = [
     {"progress"},
     {"result"},
     {"counts", "duplicates"},
+    {"constraints"},
     {"augmentation", "backbones", "grouping", "images", "losses", "splits", "records", "differences"},
     {"evidence", "chart_style", "prefork"},
     {

@@ -36,7 +36,7 @@ from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
 from camri_tune.metrics import confusion_matrix
 from camri_tune.models import Classifier, build_body
-from camri_tune.pruning import AccuracyFloorPruner, is_feasible, is_hopeless
+from camri_tune.pruning import AccuracyFloorPruner, is_hopeless
 from camri_tune.records import ACCURACY_CURVE, TrialRecord
 from camri_tune.search import (
     SPACES,
@@ -1169,13 +1169,6 @@ def test_a_training_like_one_that_reached_the_floor_is_never_hopeless(
 def _finished(curve: Mapping[str, float], constraint: float | None) -> FrozenTrial:
     system = {} if constraint is None else {"constraints:accuracy": constraint}
     return create_trial(value=1.0, user_attrs={ACCURACY_CURVE: dict(curve)}, system_attrs=system)
-
-
-def test_feasible_means_recorded_and_met() -> None:
-    assert is_feasible(_finished({}, -0.1))
-    assert is_feasible(_finished({}, 0.0))
-    assert not is_feasible(_finished({}, 0.1))
-    assert not is_feasible(_finished({}, None)), "which Optuna takes for feasible"
 
 
 @pytest.mark.parametrize(("accuracy", "others", "expected"), [(0.5, 5, True), (0.5, 4, False), (0.85, 5, False)])
