@@ -224,7 +224,7 @@ def test_judging_asks_each_model_about_each_test_image_once(
     config = StudyConfig.build({**options, "out": tmp_path, "name": "d"})
     assert pipeline.run(config).best is not None
     assert asked == [359] * 4, "two seeds of the exported setting, two of the baseline"
-    assert again == [288, 359], "the exported model alone, whose probabilities are calibrated on validation"
+    assert again == [287, 359], "the exported model alone, whose probabilities are calibrated on validation"
     asked.clear()
     store = StudyStore.existing(open_storage(f"sqlite:///{mine / 'study.db'}"), "d").at(mine)
     judge = Judge(_Grouped(config), store, (0,), "compact", torch.device("cpu"))
