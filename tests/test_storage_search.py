@@ -786,7 +786,7 @@ def test_whatever_goes_wrong_in_training_becomes_the_reason(
     assert record.state == "failed"
     assert record.failure
     assert record.failure.startswith("KeyError")
-    assert "models.py" in record.failure
+    assert "backbones.py" in record.failure
 
 
 @pytest.mark.usefixtures("no_threads_more")
