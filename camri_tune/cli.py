@@ -64,6 +64,11 @@ ModelOption = Annotated[
     typer.Option(help="Network: compact, paper-cnn, torchvision:NAME or timm:NAME, as in torchvision:resnet18."),
 ]
 
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
+]
+
 WorkersOption = Annotated[
     str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
 ]
@@ -178,10 +183,7 @@ def run(
     calibrate: Annotated[
         bool | None, typer.Option("--calibrate", help="Add a bias to the important class's logit, tuned on validation.")
     ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
-    ] = None,
+    image_size: ImageSizeOption = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images: for trying things out.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     group_by: GroupByOption = None,
@@ -236,10 +238,7 @@ def compare(
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     finalists: FinalistsOption = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(help="Side in pixels that images are resized to (default: the data set's, or the network's)."),
-    ] = None,
+    image_size: ImageSizeOption = None,
     limit: Annotated[int | None, typer.Option(help="Use at most N training images.")] = None,
     per_group: Annotated[int | None, typer.Option(help="Train on at most N images of each group (track).")] = None,
     group_by: GroupByOption = None,

@@ -461,11 +461,9 @@ def _waiting_again(record: TrialRecord) -> TrialRecord:
 
 
 def _require_equal(stored: Mapping[str, Any], asked: Mapping[str, Any], config: StudyConfig) -> None:
-    usual = StudyConfig().identity()  # of a study that was started before there was a choice
     for key, value in asked.items():
-        before = stored.get(key, usual.get(key))
-        if before != value:
+        if stored.get(key) != value:
             raise StudyMismatchError(
-                f"study {config.study_name!r} was started with {key} = {before!r}, not {value!r}: trials "
+                f"study {config.study_name!r} was started with {key} = {stored.get(key)!r}, not {value!r}: trials "
                 f"under both cannot be compared; repeat the first value, or start another study with --name"
             )
