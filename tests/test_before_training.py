@@ -214,9 +214,10 @@ def test_near_is_what_the_rule_says_and_not_exact(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_handwritten_ones_of_many_people_are_not_one(mnist_dir: Path) -> None:
-    data = open_dataset(StudyConfig(dataset="mnist", data_dir=mnist_dir))
+    config = StudyConfig(dataset="mnist", data_dir=mnist_dir)
+    data = Dataset(replace(find_source(config), groups_by="as a user's own"), config)  # built-in sets are not looked at
     data.examine()
-    assert data.notices() == []
+    assert not [line for line in data.notices() if "images are" in line]
 
 
 def test_frames_without_their_tracks_stand_on_both_sides(gtsrb_dir: Path) -> None:
@@ -230,7 +231,8 @@ def test_frames_without_their_tracks_stand_on_both_sides(gtsrb_dir: Path) -> Non
     frames = {part: [item._replace(group=n) for n, item in enumerate(items)] for part, items in tracks.items()}
     told = []
     for parts in (tracks, frames):
-        data = Dataset(replace(source, classes=("no passing", "stop"), parts=parts), config)
+        own = replace(source, classes=("no passing", "stop"), parts=parts, groups_by="as a user's own")
+        data = Dataset(own, config)
         data.examine()
         told.append(data.notices())
     assert len(told[0]) == 1
