@@ -259,7 +259,32 @@ def _initial(
     frozen = freeze(body, recipe.trainable)
     built = head.build(num_classes, body.embedding_size)
     built.label_smoothing = recipe.label_smoothing
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(_again_in_float32)
     return Classifier(body, built), frozen
+
+
+def _again_in_float32(convolution: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    """The result of a convolution anew, where it is wrong in bfloat16 on a CPU; None elsewhere."""
+    if output.dtype != torch.bfloat16 or output.device.type != "cpu" or not _is_wrong(convolution, inputs[0]):
+        return None
+    with torch.autocast("cpu", enabled=False):
+        again: Tensor = convolution.forward(inputs[0].float())
+    return again.to(output.dtype)
+
+
+def _is_wrong(convolution: nn.Conv2d, maps: Tensor) -> bool:
+    """Whether this is one of the shapes that oneDNN gets wrong with AMX, as benchmarks/kernels.py found (PyTorch 2.14).
+
+    Where the stride is larger than the map, and in dilated kernels of groups, part of the kernel's gradient is never
+    written and is what was in that memory before, NaN among it. Large patches of few channels come out wrong.
+    """
+    kernel, stride = convolution.kernel_size, convolution.stride
+    small = max(kernel) > 1 and any(side < step for side, step in zip(maps.shape[-2:], stride, strict=True))
+    grouped = convolution.groups > 1 and max(convolution.dilation) > 1
+    patches = kernel == stride and max(stride) >= 4 and 3 < convolution.in_channels < 32
+    return small or grouped or patches
 
 
 def _set_training(classifier: Classifier, frozen: Sequence[nn.Module]) -> None:

@@ -34,6 +34,7 @@ from camri_tune.training import (
     Progress,
     Recipe,
     Trained,
+    _again_in_float32,
     _fast_precision,
     _optimizer,
     _schedule,
@@ -596,6 +597,40 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(digits: Dataset) -> No
     assert not np.array_equal(first.confusion, other.confusion)
     for name, weights in first.classifier.named_parameters():
         assert not torch.equal(weights, other.classifier.get_parameter(name)), name
+
+
+# Where a map is smaller than the stride, where a dilated kernel works in groups, and large patches of few channels.
+ODD_CONVOLUTIONS = [
+    (nn.Conv2d(192, 96, 3, stride=2, padding=1), 1),
+    (nn.Conv2d(3, 32, 2, stride=4, padding=1), 2),
+    (nn.Conv2d(24, 24, 3, stride=4, padding=1, groups=24), 3),
+    (nn.Conv2d(64, 64, 3, padding=2, dilation=2, groups=64).to(memory_format=torch.channels_last), 57),
+    (nn.Conv2d(16, 48, 4, stride=4), 16),
+]
+
+
+@pytest.mark.parametrize(("convolution", "side"), ODD_CONVOLUTIONS)
+def test_a_convolution_that_bfloat16_gets_wrong_is_right(convolution: nn.Conv2d, side: int) -> None:
+    """Where a CPU has AMX, oneDNN leaves parts of gradients unwritten; elsewhere this is no trouble."""
+    images = torch.randn(32, convolution.in_channels, side, side)
+    convolution.zero_grad()
+    right = convolution(images)
+    right.sum().backward()
+    assert convolution.weight.grad is not None
+    expected = convolution.weight.grad.clone()
+
+    handle = convolution.register_forward_hook(_again_in_float32)
+    for _ in range(3):
+        convolution.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = convolution(images)
+        sizes = (output.numel(), images.numel(), expected.numel())
+        spoilt = [torch.full((size * times,), math.nan) for size in sizes for times in (1, 2)]
+        del spoilt  # the memory is handed out again, as it is
+        output.float().sum().backward()
+        assert (output - right).abs().max() <= 0.03 * right.abs().max()
+        assert (convolution.weight.grad - expected).abs().max() <= 0.03 * expected.abs().max()
+    handle.remove()
 
 
 def test_training_leaves_the_callers_random_numbers_alone(digits: Dataset) -> None:
