@@ -10,9 +10,9 @@ from camri_tune.records import named
 class Answering(nn.Module):
     """A bundle's model with all that follows its logits. This is what other formats hold.
 
-    uint8 images (N, C, S, S) -> the class decided for (N,) int64, logits (N, classes), of which it is the argmax, and
-    probabilities (N, classes): the softmax over the bundle's temperature, without the bias of a decision (see
-    ModelSpec).
+    uint8 images (N, C, S, S), or embeddings (N, D) -> the class decided for (N,) int64, logits (N, classes), of which
+    it is the argmax, and probabilities (N, classes): the softmax over the bundle's temperature, without the bias of a
+    decision (see ModelSpec).
     """
 
     bias: Tensor

@@ -1,4 +1,4 @@
-"""Data sets that are arrays in .npz files: `images` and `labels`, and `groups`, `split` and `classes` where known.
+"""Data sets that are arrays in .npz files: `images` or `embeddings`, `labels`; `groups`, `split`, `classes` if known.
 
 Such a file may come from anybody. Nothing in it is unpickled, what its arrays claim to be is checked before they are
 read, and images are read piece by piece into the cache: neither a large file nor a small one that claims to be large
@@ -7,6 +7,7 @@ fills memory.
 
 import json
 import math
+import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from camri_tune.augmentation import Augmentation
 from camri_tune.config import printable, shown
 from camri_tune.errors import DataError
 from camri_tune.folders import PART_NAMES, PARTS, PIECE, Part, Source, is_class_name, own_data
@@ -31,16 +33,22 @@ PIECE_BYTES = 2**25  # of images that are read at a time
 MOST_PACKING = 250  # times: deflate makes a thousandth of zeros, but of images a half or a tenth
 FEWEST_PIXELS, LARGEST_OWN_SIDE = 8, 64  # of a side; images no larger than this keep their side
 Place = Part | Literal["all"]  # a part, or a file that holds all of them
+MOST_NUMBERS = 2**16  # of an embedding
+_IMAGES, _EMBEDDINGS = "images", "embeddings"  # arrays, of which a data set has one
 _SHAPES = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1 or 3"
 
 
 class Layout(NamedTuple):
-    """One image of an array: C, H and W, and which of its axes these are, None for a channel that is not there."""
+    """One image of an array: C, H and W, and which of its axes these are, None for a channel that is not there.
+
+    An embedding is one of D channels and a single pixel.
+    """
 
     channels: int
     height: int
     width: int
     axes: tuple[int, int, int] | None
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> "Layout | None":
@@ -56,15 +64,25 @@ class Layout(NamedTuple):
         fits = min(layout.height, layout.width) >= FEWEST_PIXELS and layout.height * layout.width <= MOST_PIXELS
         return layout if fits else None
 
+    @classmethod
+    def of_embeddings(cls, shape: Sequence[int], dtype: np.dtype[Any]) -> "Layout | None":
+        """Of embeddings (N, D) of this shape; None where it is none of those that they have."""
+        return cls(shape[1], 1, 1, None, dtype) if len(shape) == 2 and 2 <= shape[1] <= MOST_NUMBERS else None
+
     @property
     def size(self) -> int:
-        return self.channels * self.height * self.width
+        """Bytes."""
+        return self.channels * self.height * self.width * self.dtype.itemsize
 
     def read(self, file: IO[bytes], count: int) -> torch.Tensor:
-        """The next `count` images as uint8 (`count`, C, H, W). Raises ValueError where there are fewer."""
+        """The next `count` as (`count`, C, H, W), uint8 or for embeddings float32. ValueError where there are fewer."""
         content = bytearray(file.read(count * self.size))
         if len(content) < count * self.size:
             raise ValueError("it is cut short")
+        if self.dtype.kind == "f":
+            with np.errstate(over="ignore"):  # infinity is refused
+                numbers = np.frombuffer(content, self.dtype).astype(np.float32)
+            return torch.from_numpy(numbers).view(count, self.channels, 1, 1)
         found = torch.frombuffer(content, dtype=torch.uint8)
         if self.axes is None:
             return found.view(count, 1, self.height, self.width)
@@ -93,7 +111,8 @@ class ArrayPart:
         return self.known_by
 
     def name_of(self, row: int) -> str:
-        return f"image {self.rows[row]} of {shown(self.path.name)}"
+        what = "embedding" if self.layout.dtype.kind == "f" else "image"
+        return f"{what} {self.rows[row]} of {shown(self.path.name)}"
 
     def pieces(self) -> Pieces:
         labels, groups = torch.from_numpy(self.labels), torch.from_numpy(self.groups)
@@ -105,6 +124,11 @@ class ArrayPart:
             (count, *_), _ = _head(file)
             for start in range(0, count, at_a_time):
                 piece = self.layout.read(file, min(at_a_time, count - start))
+                if piece.is_floating_point() and not bool((finite := piece.isfinite().flatten(1).all(dim=1)).all()):
+                    raise DataError(
+                        f"embedding {start + int(finite.int().argmin())} of {shown(self.path.name)} holds NaN, "
+                        f"infinity or a number that float32 cannot hold; mend it, or leave it out"
+                    )
                 first, last = np.searchsorted(self.rows, (start, start + len(piece)))
                 if last > first:
                     yield piece[torch.from_numpy(self.rows[first:last] - start)]
@@ -114,10 +138,10 @@ class ArrayPart:
 
 @dataclass(frozen=True, eq=False)
 class _Arrays:
-    """What one file, or the arrays of one prefix in it, say of their images; `values` by the arrays' names."""
+    """What one file, or the arrays of one prefix in it, say of images in `member`; `values` by the arrays' names."""
 
     path: Path
-    prefix: str
+    member: str
     layout: Layout
     known_by: bytes
     values: Mapping[str, NDArray[Any]]
@@ -128,8 +152,8 @@ def array_source(path: Path, called: str = "") -> Source:
 
     `images` uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) and `labels` (N,), integers or text; where they are known
     `groups` (N,) and `split` (N,), and `classes`, the names of the labels 0, 1, …. Also as `train_images`,
-    `train_labels`, …, as MedMNIST has them. Raises DataError in one line where something does not fit, in which the
-    data set is `called` so, or OSError.
+    `train_labels`, …, as MedMNIST has them. In the place of images, `embeddings` (N, D) of floating-point numbers.
+    Raises DataError in one line where something does not fit, in which the data set is `called` so, or OSError.
     """
     where = called or f"data set {shown(str(path))}"
     found = {place: _read(file, prefix, where) for place, (file, prefix) in _places(path, where).items()}
@@ -147,11 +171,12 @@ def array_source(path: Path, called: str = "") -> Source:
     places: dict[Part, Place] = {part: "all" if "all" in found else part for part in rows}
     groups = _groups({part: (found[place], rows[part]) for part, place in places.items()})
     parts: dict[Part, ArrayPart] = {}
+    trained_on = found[places["train"]]
     for part, place in places.items():
         arrays, chosen = found[place], labels[place][rows[part]]
         parts[part] = ArrayPart(
             arrays.path,
-            f"{arrays.prefix}images.npy",
+            arrays.member,
             arrays.layout,
             arrays.known_by,
             chosen,
@@ -164,16 +189,23 @@ def array_source(path: Path, called: str = "") -> Source:
                 f"{where} has no image of class {shown(classes[missing[0]])} in split {part} ({len(missing)} such "
                 f"class(es)): every class needs some in each split that is given; add some, or leave class or split out"
             )
-        if arrays.layout.channels != found[places["train"]].layout.channels:
-            raise DataError(f"{where} has images of 1 channel in one part and of 3 in another; give all the same")
-    layout = parts["train"].layout
+        (one, kind), (other, another) = [(a.layout.channels, a.layout.dtype.kind) for a in (trained_on, arrays)]
+        if kind != another:
+            raise DataError(f"{where} has images in one part and embeddings in another; give all the same")
+        if one != other:
+            what = "embeddings of {} numbers" if kind == "f" else "images of {} channel(s)"
+            raise DataError(f"{where} has {what.format(one)} in one part and of {other} in another; give all the same")
+    layout = trained_on.layout
+    usual: dict[str, Any] = {"image_size": default_side(layout.height, layout.width)}
+    if layout.dtype.kind == "f":
+        usual = {"image_size": 1, "augmentation": Augmentation()}
     return own_data(
         path.resolve().stem if path.is_file() else path.resolve().name,
         path,
         classes,
-        image_size=default_side(layout.height, layout.width),
         packed=parts,
         groups_by="an array 'groups'",
+        **usual,
     )
 
 
@@ -190,13 +222,13 @@ def _places(path: Path, where: str) -> dict[Place, tuple[Path, str]]:
     else:
         with _opened(path) as archive:
             members = set(archive.namelist())
-        if "images.npy" in members:
+        if any(f"{array}.npy" in members for array in (_IMAGES, _EMBEDDINGS)):
             return {"all": (path, "")}
         files = {name: (path, f"{name}_") for name in PARTS}
-        there = {name for name in PARTS if f"{name}_images.npy" in members}
+        there = {name for name in PARTS if any(f"{name}_{array}.npy" in members for array in (_IMAGES, _EMBEDDINGS))}
         if not there:
             has = ", ".join(shown(name.removesuffix(".npy")) for name in sorted(members)[:8]) or "nothing"
-            raise DataError(f"{where} holds {has}, but should hold arrays called 'images' and 'labels'")
+            raise DataError(f"{where} holds {has}, but should hold arrays 'images' (or 'embeddings') and 'labels'")
     places: dict[Place, tuple[Path, str]] = {}
     for name in sorted(there):
         if PARTS[name] in places:
@@ -209,39 +241,65 @@ def _read(path: Path, prefix: str, where: str) -> _Arrays:
     """Everything but the images. Raises DataError where they do not fit together."""
     with _opened(path) as archive:
         infos = {info.filename: info for info in archive.infolist()}
-        names = [name for name in ("images", "labels", "groups", "split", "classes") if f"{prefix}{name}.npy" in infos]
-        for name in ("images", "labels"):
+        what = _EMBEDDINGS if f"{prefix}{_EMBEDDINGS}.npy" in infos else _IMAGES
+        if what == _EMBEDDINGS and f"{prefix}{_IMAGES}.npy" in infos:
+            raise DataError(f"{where} has both {prefix}{_IMAGES} and {prefix}{_EMBEDDINGS}; leave one out")
+        names = [name for name in (what, "labels", "groups", "split", "classes") if f"{prefix}{name}.npy" in infos]
+        for name in (what, "labels"):
             if name not in names:
                 raise DataError(f"{where} has no array {prefix + name!r}; save it beside the others")
-        values = {name: _list(archive, infos, f"{prefix}{name}", where) for name in names if name != "images"}
-        info = infos[f"{prefix}images.npy"]
-        with archive.open(info) as file:
-            shape, dtype = _head(file)
-    layout = Layout.of(shape)
-    if layout is None:
-        raise DataError(
-            f"{where}: {prefix}images has the shape {shown(shape)}, but should have {_SHAPES}, and sides of at least "
-            f"{FEWEST_PIXELS} pixels"
-        )
-    if dtype != np.uint8:
-        raise DataError(
-            f"{where}: {prefix}images is of type {dtype}, but should be uint8 from 0 to 255: scale the values to that, "
-            f"round and save them with .astype('uint8')"
-        )
-    if info.file_size > max(2**20, MOST_PACKING * min(info.compress_size, path.stat().st_size)):
-        raise DataError(
-            f"{where}: {prefix}images takes {info.file_size:,} bytes, but is packed into {info.compress_size:,}, which "
-            f"may be a decompression bomb; save it with numpy.savez, which does not pack"
-        )
+        values = {name: _list(archive, infos, f"{prefix}{name}", where) for name in names if name != what}
+        layout, count = _layout(archive, infos[f"{prefix}{what}.npy"], where)
     for name in ("labels", "groups", "split"):
-        if name in values and len(values[name]) != shape[0]:
-            raise DataError(
-                f"{where} has {shape[0]:,} images, but {len(values[name]):,} {prefix}{name}; give each image one"
-            )
+        if name in values and len(values[name]) != count:
+            raise DataError(f"{where} has {count:,} {what}, but {len(values[name]):,} {prefix}{name}; give each one")
     members = [infos[f"{prefix}{name}.npy"] for name in names]
     # The checksums that the file has of its arrays, packed or not; each is compared where the array is read.
     known_by = json.dumps([(info.filename, info.file_size, info.CRC) for info in members]).encode()
-    return _Arrays(path, prefix, layout, known_by, values)
+    return _Arrays(path, f"{prefix}{what}.npy", layout, known_by, values)
+
+
+def _layout(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> tuple[Layout, int]:
+    """How images or embeddings lie in an array, and how many there are. Raises DataError."""
+    name = info.filename.removesuffix(".npy")
+    with archive.open(info) as file:
+        shape, dtype = _head(file)
+    if info.file_size > max(2**20, MOST_PACKING * min(info.compress_size, os.path.getsize(str(archive.filename)))):
+        raise DataError(
+            f"{where}: {name} takes {info.file_size:,} bytes, but is packed into {info.compress_size:,}, which may be "
+            f"a decompression bomb; save it with numpy.savez, which does not pack"
+        )
+    if name.endswith(_EMBEDDINGS):
+        layout, shapes = Layout.of_embeddings(shape, dtype), f"(N, D) with D of 2 to {MOST_NUMBERS:,}"
+    else:
+        layout, shapes = Layout.of(shape), f"{_SHAPES}, and sides of at least {FEWEST_PIXELS} pixels"
+    if layout is None:
+        raise DataError(f"{where}: {name} has the shape {shown(shape)}, but should have {shapes}")
+    if name.endswith(_EMBEDDINGS) and (dtype.kind != "f" or dtype.itemsize > 8):
+        raise DataError(
+            f"{where}: {name} is of type {dtype}, but should be float32 (float16 and float64 are read, too): save it "
+            f"with .astype('float32')"
+        )
+    if name.endswith(_IMAGES) and dtype != np.uint8:
+        raise DataError(
+            f"{where}: {name} is of type {dtype}, but should be uint8 from 0 to 255: scale the values to that, round "
+            f"and save them with .astype('uint8')"
+        )
+    return layout, shape[0]
+
+
+def embeddings_in(path: Path) -> Iterator[torch.Tensor]:
+    """The embeddings of a .npz file, labelled or not, as float32 (n, D), piece by piece. Raises DataError."""
+    where = f"file {shown(str(path))}"
+    with _opened(path) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        if (member := f"{_EMBEDDINGS}.npy") not in infos:
+            raise DataError(f"{where} has no array {_EMBEDDINGS!r}: save it with numpy.savez(path, embeddings=…)")
+        layout, count = _layout(archive, infos[member], where)
+    nobody = np.zeros(count, np.int64)
+    part = ArrayPart(path, member, layout, b"", nobody, nobody, np.arange(count))
+    for piece in part.pieces().pixels:
+        yield piece.flatten(1)
 
 
 def _list(archive: zipfile.ZipFile, infos: Mapping[str, zipfile.ZipInfo], name: str, where: str) -> NDArray[Any]:

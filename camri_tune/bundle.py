@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from camri_tune.arrays import MOST_NUMBERS
 from camri_tune.backbones import ShapesOnly
 from camri_tune.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from camri_tune.config import MOST_PATTERN, Model, is_printable, printable, require_model_name
+from camri_tune.config import HEAD, MOST_PATTERN, Model, is_printable, printable, require_model_name
 from camri_tune.errors import BundleError, InputError
 from camri_tune.files import sha256
 from camri_tune.folders import is_class_name
@@ -29,8 +30,14 @@ from camri_tune.models import Classifier, build_body
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
+MOST_CHANNELS = 64  # of images
 MOST_HEADER = 2**20  # bytes of the list of tensors; ours take 4,000
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+IMAGES = (
+    "uint8 RGB (or one channel) images, whole image resized to image_size x image_size with bilinear antialiasing; "
+    "normalisation is part of the model"
+)
+EMBEDDINGS = "float32 embeddings of the network that the training part's are of; normalisation is part of the model"
 MOST_BIAS = 1e6  # beyond, nothing but the bias would decide, and float32 ends somewhere
 
 
@@ -44,8 +51,8 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Model
-    channels: int = Field(ge=1, le=64)
-    image_size: int = Field(ge=8, le=512)
+    channels: int = Field(ge=1, le=MOST_NUMBERS)
+    image_size: int = Field(ge=1, le=512)
     classes: tuple[str, ...] = Field(min_length=2)
     head: Literal["dense", "cosine"]
     scale: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -56,6 +63,19 @@ class ModelSpec(BaseModel):
     @classmethod
     def _model_can_be_named(cls, value: str) -> str:
         return require_model_name(value)
+
+    @field_validator("image_size")
+    @classmethod
+    def _images_have_a_size(cls, value: int, info: ValidationInfo) -> int:
+        channels, is_head = info.data.get("channels", 1), info.data.get("model") == HEAD
+        if value != 1 if is_head else value < 8 or channels > MOST_CHANNELS:
+            raise ValueError(f"must be 1 for --model {HEAD}, else from 8, of at most {MOST_CHANNELS} channels")
+        return value
+
+    @property
+    def are_embeddings(self) -> bool:
+        """Whether it takes embeddings (N, `channels`) in the place of images."""
+        return self.model == HEAD
 
     @field_validator("classes")
     @classmethod
@@ -91,10 +111,7 @@ class BundleConfig(BaseModel):
     group_by: str | None = Field(None, min_length=1, max_length=MOST_PATTERN)
     skip_corrupt: bool
     weights_sha256: str = ""  # filled in when the bundle is written
-    input: str = (
-        "uint8 RGB (or one channel) images, whole image resized to image_size x image_size with bilinear antialiasing; "
-        "normalisation is part of the model"
-    )
+    input: str = IMAGES
 
     @field_validator("important")
     @classmethod
@@ -259,8 +276,8 @@ def read_bundle(folder: Path) -> Bundle:
 def load(folder: str | os.PathLike[str]) -> nn.Module:
     """The model of a bundle as a plain module, in evaluation mode on the CPU. Raises BundleError.
 
-    It takes uint8 images (N, C, S, S) of the size in `config.json`, normalises them itself, and gives logits (N,
-    classes); the class is their argmax.
+    It takes uint8 images (N, C, S, S) of the size in `config.json`, or float32 embeddings (N, D), normalises them
+    itself, and gives logits (N, classes); the class is their argmax.
 
     >>> import camri_tune, torch
     >>> model = camri_tune.load("runs/digits-camri-worst1/best")

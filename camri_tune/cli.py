@@ -61,7 +61,7 @@ FinalistsOption = Annotated[
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Network: compact, paper-cnn, torchvision:NAME or timm:NAME, as in torchvision:resnet18."),
+    typer.Option(help="Network: compact, paper-cnn, torchvision:NAME, timm:NAME, or head (for embeddings)."),
 ]
 
 ImageSizeOption = Annotated[
@@ -428,7 +428,9 @@ def _share(share: Mapping[str, Any]) -> str:
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="An exported model, such as runs/NAME/best.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, and folders that are looked through.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, and folders that are looked through; .npz files of embeddings.")
+    ],
     form: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="How the answers are printed.")
     ] = "table",
@@ -522,6 +524,7 @@ def datasets() -> None:
         "PATH.csv  a list: columns path,label and perhaps group,split (train, validation, test); paths from its folder"
     )
     print("PATH.npz  arrays: images (uint8), labels and perhaps groups, split, classes; or train_images, val_images, …")
+    print("          or embeddings (N, D) of any network in the place of images, with --model head")
     print(
         r"          --group-by '(?P<group>patient\d+)_' names what files show, so that it stays on one side of a split"
     )

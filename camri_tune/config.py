@@ -17,7 +17,8 @@ from camri_tune.ranges import Bounds, Searchable, read_searchable, text_of
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
-BUILT_IN_MODELS = ("compact", "paper-cnn")
+HEAD = "head"  # no network: the data set has embeddings, and the head is all there is
+BUILT_IN_MODELS = ("compact", "paper-cnn", HEAD)
 Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -212,6 +213,14 @@ class StudyConfig(BaseModel):
     @classmethod
     def _known_model(cls, value: str) -> str:
         return require_model_name(value)
+
+    @field_validator("weights", "trainable", "backbone_lr", "augmentation", "image_size")
+    @classmethod
+    def _there_is_a_network(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "a validator of fields"
+        if info.data.get("model") == HEAD and value != cls.model_fields[info.field_name].default:
+            raise ValueError("must be left out with --model head, which has neither a network nor images")
+        return value
 
     @field_validator("trainable")
     @classmethod
@@ -434,7 +443,10 @@ def require_model_name(name: Model) -> Model:
     Raises ValueError with the rule.
     """
     if name not in BUILT_IN_MODELS and not re.fullmatch(r"(torchvision|timm):[a-z0-9_.]{1,100}", name):
-        raise ValueError("must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18) or timm:NAME")
+        raise ValueError(
+            "must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18), timm:NAME, or 'head' for "
+            "embeddings"
+        )
     return name
 
 

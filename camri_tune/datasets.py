@@ -295,8 +295,7 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
 
 
 # What a cache file holds: of each image, but for the pixels, its class, its group, its hashes and whether it could be
-# decoded.
-# By name, the type as safetensors, NumPy and PyTorch call it.
+# decoded. By name, the type as safetensors, NumPy and PyTorch call it; embeddings lie where pixels do.
 _TENSORS: dict[str, tuple[str, type, torch.dtype]] = {
     "labels": ("I64", np.int64, torch.int64),
     "groups": ("I64", np.int64, torch.int64),
@@ -305,6 +304,7 @@ _TENSORS: dict[str, tuple[str, type, torch.dtype]] = {
     "pixels": ("U8", np.uint8, torch.uint8),
     "good": ("BOOL", np.bool_, torch.bool),
 }
+_OF_EMBEDDINGS = {**_TENSORS, "pixels": ("F32", np.float32, torch.float32)}
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which the mmap module does not name everywhere
 
 
@@ -357,7 +357,8 @@ class _Cache:
         items = self._source.parts.get(part, [])
         side = self._source.image_size
         count, channels = (len(items), 3) if pieces is None else (len(pieces.labels), pieces.channels)
-        with _written_whole(path, (count, channels, side, side)) as arrays:
+        tensors = _OF_EMBEDDINGS if self._source.are_embeddings else _TENSORS
+        with _written_whole(path, (count, channels, side, side), tensors) as arrays:
             if pieces is not None:
                 arrays["labels"][:] = pieces.labels.numpy()
                 arrays["groups"][:] = pieces.groups.numpy()
@@ -383,7 +384,7 @@ class _Cache:
                 f"put the files under {self._source.root} back and run again"
             ) from None
 
-    def _unpack_into(self, pixels: NDArray[np.uint8], pieces: Pieces) -> None:
+    def _unpack_into(self, pixels: NDArray[Any], pieces: Pieces) -> None:
         done = 0
         for some in pieces.pixels:
             pixels[done : done + len(some)] = squeezed(some, pixels.shape[-1]).numpy()
@@ -430,8 +431,9 @@ def _stored(path: Path) -> _Decoded | None:
         if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != len(mapped):
             return None
         tensors = {}
-        for name, (_, _, dtype) in _TENSORS.items():
+        for name, (_, _, usual) in _TENSORS.items():
             begin, end = entries[name]["data_offsets"]
+            dtype = torch.float32 if entries[name]["dtype"] == "F32" else usual
             count = (end - begin) // dtype.itemsize
             tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=8 + length + begin)
             tensors[name] = tensors[name].view(entries[name]["shape"])
@@ -456,16 +458,18 @@ def _cache_folder() -> Path:
 
 
 @contextmanager
-def _written_whole(path: Path, shape: tuple[int, ...]) -> Iterator[dict[str, NDArray[Any]]]:
-    """The arrays of `_TENSORS` for pixels (N, C, S, S), to be filled, which then are a safetensors file.
+def _written_whole(
+    path: Path, shape: tuple[int, ...], tensors: Mapping[str, tuple[str, type, torch.dtype]] = _TENSORS
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """These arrays for pixels (N, C, S, S), to be filled, which then are a safetensors file.
 
     They are mapped into memory, for they may be larger than that. The file gets its name once it is whole. One that
     cannot be written is only slower: then they are in memory alone.
     """
     entries: dict[str, Any] = {}
-    shapes = {name: shape if name == "pixels" else shape[:1] for name in _TENSORS}
+    shapes = {name: shape if name == "pixels" else shape[:1] for name in tensors}
     end = 0
-    for name, (dtype, kind, _) in _TENSORS.items():
+    for name, (dtype, kind, _) in tensors.items():
         begin, end = end, end + math.prod(shapes[name]) * np.dtype(kind).itemsize
         entries[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
@@ -489,12 +493,12 @@ def _written_whole(path: Path, shape: tuple[int, ...]) -> Iterator[dict[str, NDA
         warnings.warn(
             f"the image cache {str(path)!r} could not be written ({error}); images are decoded again", stacklevel=2
         )
-        yield {name: np.empty(shapes[name], kind) for name, (_, kind, _) in _TENSORS.items()}
+        yield {name: np.empty(shapes[name], kind) for name, (_, kind, _) in tensors.items()}
         return
     try:
         mapped = np.memmap(scratch, np.uint8, "r+", offset=start, shape=(end,))
         arrays: dict[str, NDArray[Any]] = {}
-        for name, (_, kind, _) in _TENSORS.items():
+        for name, (_, kind, _) in tensors.items():
             first, last = entries[name]["data_offsets"]
             arrays[name] = mapped[first:last].view(kind).reshape(shapes[name])
         yield arrays

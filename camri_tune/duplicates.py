@@ -105,7 +105,7 @@ def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
     """In plain words, with the first pair of each kind; `way_out` goes on with what is to be done."""
     later, earlier = found.later, found.earlier
     kinds = (
-        ("", found.exact, "pixel for pixel"),
+        ("", found.exact, "number for number" if later.images.are_embeddings else "pixel for pixel"),
         (
             "At least ",
             found.near,

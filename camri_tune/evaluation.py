@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from camri_tune.bundle import Bundle, load_classifier, read_bundle
 from camri_tune.calibration import Calibration, fit_temperature
-from camri_tune.config import Loss, Model, StudyConfig
+from camri_tune.config import HEAD, Loss, Model, StudyConfig
 from camri_tune.constraints import ClassOnTest, OnTest, RecallConstraint, shortfalls
 from camri_tune.datasets import Dataset, Unseen, open_test_images
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
@@ -166,6 +166,8 @@ class Judge:
         answers, to_important, to_other = (np.stack(side) for side in zip(*both, strict=True))
         kinds = kinds_of_images(labels, answers, list(self._important))
         rows = np.unique(np.concatenate([rows[:SHOWN] for rows in kinds.values()]))
+        if self.test.are_embeddings:  # of which there is nothing to look at
+            return Evidence(labels, answers, to_important, to_other, rows[:0], np.zeros((0, 1, 1, 1), np.uint8))
         shown = resized(self.test[rows], min(SIDE, self._data.image_size)).pixels.numpy()
         return Evidence(labels, answers, to_important, to_other, rows, shown)
 
@@ -355,14 +357,16 @@ def images_for(bundle: Bundle, where: str | None, *, data_dir: Path, skip_corrup
         seed=config.seed,
         group_by=config.group_by,
         skip_corrupt=config.skip_corrupt or skip_corrupt,
-        image_size=config.spec.image_size,
+        model=config.spec.model,
+        image_size=None if config.spec.model == HEAD else config.spec.image_size,
     )
     unseen = open_test_images(
         where, trained_on=trained_on, fingerprint=config.dataset_fingerprint, classes=bundle.classes
     )
     if unseen.images.channels != config.spec.channels:
+        what = "embeddings of {} numbers" if unseen.images.are_embeddings else "images of {} channel(s)"
         raise InputError(
-            f"{where!r} has images of {unseen.images.channels} channel(s), but the model takes {config.spec.channels}"
+            f"{where!r} has {what.format(unseen.images.channels)}, but the model takes {config.spec.channels}"
         )
     return unseen
 

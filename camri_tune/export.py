@@ -1,7 +1,7 @@
 """An exported model in another format, compared with the PyTorch model before it is written; or its bundle again.
 
-The other formats hold all that `Answering` does: uint8 images in, normalisation inside, and the class, logits and
-probabilities out. What has to happen to an image before, and what the file is, stands in a JSON file beside it.
+The other formats hold all that `Answering` does: uint8 images in (or embeddings), normalisation inside, and the class,
+logits and probabilities out. What has to happen to an image before, and what the file is, stands in a JSON file beside.
 """
 
 import importlib.util
@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from camri_tune.answers import Answering, meaning, output_names
-from camri_tune.bundle import CONFIG, WEIGHTS, Bundle, BundleConfig, read_bundle, read_card, write_bundle
-from camri_tune.config import printable, shown, why_no_path
+from camri_tune.bundle import CONFIG, WEIGHTS, Bundle, BundleConfig, ModelSpec, read_bundle, read_card, write_bundle
+from camri_tune.config import is_data_file, printable, shown, why_no_path
 from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
 from camri_tune.evaluation import images_for, versions
 from camri_tune.evidence import Evidence
@@ -38,7 +38,6 @@ Format = Literal["bundle", "onnx", "torchscript", "torch-export"]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
-INPUT = "images"
 MOST_COMPARED = 1_000  # images
 BATCH, SINGLES = 64, 8  # images at once, and how many are also compared one by one
 NOISE = 1e-3  # of logits, for each unit of the largest: two ways to add up float32 differ by a hundredth of that
@@ -253,7 +252,7 @@ def _read_note(path: Path) -> dict[str, Any] | None:
 
 
 def _images(bundle: Bundle, folder: Path, data: str | None, data_dir: Path) -> tuple[Tensor, str, bool]:
-    """Images (N, C, S, S) to compare on, what they are, and whether anybody took them.
+    """Images (N, C, S, S), or embeddings (N, D), to compare on, what they are, and whether they are real.
 
     Those of `data`; else the test part of the study's data, where that is here; else the test images that its report
     shows, where they are as large as the model takes them; else noise.
@@ -267,23 +266,28 @@ def _images(bundle: Bundle, folder: Path, data: str | None, data_dir: Path) -> t
                 raise
         else:
             rows = torch.linspace(0, len(unseen.images) - 1, min(len(unseen.images), MOST_COMPARED)).long()
-            return unseen.images[rows.numpy()].pixels, unseen.text, True
+            found = unseen.images[rows.numpy()].pixels
+            return found.flatten(1) if spec.are_embeddings else found, unseen.text, True
     evidence = Evidence.load(folder.resolve().parent / EVIDENCE, len(spec.classes))
-    if evidence is not None and len(evidence.pixels) and evidence.pixels.shape[1:] == _shape(bundle):
+    if evidence is not None and len(evidence.pixels) and evidence.pixels.shape[1:] == _shape(spec):
         return torch.from_numpy(evidence.pixels), "test images that the study's report shows", True
     same_each_time = torch.Generator().manual_seed(0)
-    made_up = torch.randint(0, 256, (BATCH, *_shape(bundle)), dtype=torch.uint8, generator=same_each_time)
+    if spec.are_embeddings:
+        made_up = torch.randn((BATCH, *_shape(spec)), generator=same_each_time)
+    else:
+        made_up = torch.randint(0, 256, (BATCH, *_shape(spec)), dtype=torch.uint8, generator=same_each_time)
     return made_up, "noise, for the study's test images are not here; name real ones with --data", False
 
 
 def _is_here(dataset: str, data_dir: Path) -> bool:
     """Whether a data set can be opened without a download."""
-    return dataset == "digits" or os.path.isdir(dataset) or is_data_dir_of(dataset, data_dir)
+    own = os.path.isdir(dataset) or (is_data_file(dataset) and os.path.isfile(dataset))
+    return dataset == "digits" or own or is_data_dir_of(dataset, data_dir)
 
 
-def _shape(bundle: Bundle) -> tuple[int, int, int]:
-    spec = bundle.config.spec
-    return spec.channels, spec.image_size, spec.image_size
+def _shape(spec: ModelSpec) -> tuple[int, ...]:
+    """Of what the model takes one of."""
+    return (spec.channels,) if spec.are_embeddings else (spec.channels, spec.image_size, spec.image_size)
 
 
 @torch.inference_mode()
@@ -331,20 +335,25 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _input_name(spec: ModelSpec) -> str:
+    return "embeddings" if spec.are_embeddings else "images"
+
+
 def _example(answering: Answering) -> tuple[Tensor, ...]:
     spec = answering.spec
-    return (torch.zeros((2, spec.channels, spec.image_size, spec.image_size), dtype=torch.uint8),)
+    return (torch.zeros((2, *_shape(spec)), dtype=torch.float32 if spec.are_embeddings else torch.uint8),)
 
 
 def _write_onnx(answering: Answering, path: Path, outputs: list[str]) -> tuple[str, Run]:
     import onnxruntime  # noqa: PLC0415 - belongs to an extra
 
+    name = _input_name(answering.spec)
     program = torch.onnx.export(
         _with_fixed_windows(answering),
         _example(answering),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=[INPUT],
+        input_names=[name],
         output_names=outputs,
         verbose=False,
     )
@@ -357,7 +366,7 @@ def _write_onnx(answering: Answering, path: Path, outputs: list[str]) -> tuple[s
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.from_numpy, session.run(outputs, {INPUT: pixels.numpy()})))
+        return tuple(map(torch.from_numpy, session.run(outputs, {name: pixels.numpy()})))
 
     return f"onnxruntime {onnxruntime.__version__} (opset {program.model.opset_imports['']})", run
 
@@ -415,22 +424,25 @@ def _description(bundle: Bundle, form: Format) -> dict[str, Any]:
     """What somebody needs who has but the file: what goes in, what comes out, and which model it is."""
     config, spec = bundle.config, bundle.config.spec
     decided, logits, numbers = output_names(spec)
+    taken: dict[str, Any] = {"name": _input_name(spec), "shape": ["batch", *_shape(spec)]}
+    if spec.are_embeddings:
+        taken |= {"type": "float32", "what": config.input}
+    else:
+        taken |= {
+            "type": "uint8",
+            "layout": "NCHW",
+            "channels": {1: "grey", 3: "RGB"}.get(spec.channels, str(spec.channels)),
+            "range": [0, 255],
+            "resize": RESIZE,
+            "normalisation": "inside the model: give it the bytes as they are",
+        }
     return {
         "schema": 1,
         "written_by": WRITER,
         "format": form,
         "classes": list(spec.classes),
         "important": list(config.important),
-        "input": {
-            "name": INPUT,
-            "type": "uint8",
-            "shape": ["batch", spec.channels, spec.image_size, spec.image_size],
-            "layout": "NCHW",
-            "channels": {1: "grey", 3: "RGB"}.get(spec.channels, str(spec.channels)),
-            "range": [0, 255],
-            "resize": RESIZE,
-            "normalisation": "inside the model: give it the bytes as they are",
-        },
+        "input": taken,
         "outputs": {
             decided: "int64 (batch): index of the class decided for, the argmax of the logits",
             logits: f"float32 (batch, {len(spec.classes)}), with the bias of the decision, if any",

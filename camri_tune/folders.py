@@ -73,6 +73,7 @@ class Source:
     Where a part is missing, it is split from the training part. The images of the test part come in groups of about
     `hidden_group_size` that nobody names: frames of one object without the object's number. 1: each stands alone.
     `groups_by` says how a user may name groups, '' where there is no way; `notices` what is to be known of the files.
+    Embeddings are images of a single pixel (see Images).
     """
 
     name: str
@@ -91,6 +92,10 @@ class Source:
     @cached_property
     def _found(self) -> dict[Part, list[os.stat_result]]:
         return {part: [os.stat(item.path) for item in items] for part, items in self.parts.items()}
+
+    @property
+    def are_embeddings(self) -> bool:
+        return self.image_size == 1
 
     def has(self, part: Part) -> bool:
         return part in self.parts or part in self.packed

@@ -42,7 +42,8 @@ class Images:
     """One part of a data set: rows of a store of pixels that parts share, so that no part is a copy.
 
     `store` uint8 (M, C, S, S), which may be a file that all processes on a machine map into memory; `labels` and
-    `groups` int64 (N,); `rows` int64 (N,) says where in the store each image lies, None: all of it in order.
+    `groups` int64 (N,); `rows` int64 (N,) says where in the store each image lies, None: all of it in order. Embeddings
+    are images of D channels and a single pixel, in float32.
     """
 
     store: torch.Tensor
@@ -73,9 +74,14 @@ class Images:
         return int(self.store.shape[2])
 
     @property
+    def are_embeddings(self) -> bool:
+        """Whether somebody's network has made numbers of them already."""
+        return self.store.is_floating_point()
+
+    @property
     def bytes(self) -> int:
         """What the pixels take."""
-        return len(self) * math.prod(self.store.shape[1:])
+        return len(self) * math.prod(self.store.shape[1:]) * self.store.element_size()
 
     def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels (B, C, S, S) and labels (B,) of the images in these places, int64 (B,)."""
@@ -97,7 +103,8 @@ class Images:
 class Pieces(NamedTuple):
     """Images that are read piece by piece, for they may be larger than memory.
 
-    `labels` and `groups` int64 (N,); `pixels` gives uint8 (n, C, H, W) of any H and W, N images in all, once.
+    `labels` and `groups` int64 (N,); `pixels` gives uint8 (n, C, H, W) of any H and W, or embeddings as float32
+    (n, C, 1, 1), N in all, once.
     """
 
     labels: torch.Tensor
@@ -109,7 +116,7 @@ class Pieces(NamedTuple):
 def describe_counts(images: Images) -> str:
     """'31,380 images in 1,046 groups', or without groups where every image is its own."""
     groups = len(torch.unique(images.groups))
-    text = f"{len(images):,} images"
+    text = f"{len(images):,} {'embeddings' if images.are_embeddings else 'images'}"
     return text if groups == len(images) else f"{text} in {groups:,} groups"
 
 

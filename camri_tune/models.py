@@ -1,4 +1,4 @@
-"""Networks. A `Classifier` takes uint8 images and gives logits; contrast normalisation is part of it."""
+"""Networks. A `Classifier` takes uint8 images, or embeddings, and gives logits; normalisation is part of it."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from camri_tune.backbones import Backbone, build_backbone
-from camri_tune.config import Model
+from camri_tune.config import HEAD, Model
 from camri_tune.errors import InputError
 from camri_tune.losses import Head
 
@@ -128,12 +128,33 @@ class PaperCNN(nn.Module):
         return features
 
 
-Body = CompactCNN | PaperCNN | Backbone
-_BODIES: dict[Model, type[CompactCNN] | type[PaperCNN]] = {"compact": CompactCNN, "paper-cnn": PaperCNN}
+class Standardised(nn.Module):
+    """No network: embeddings (N, D), or (N, D, 1, 1), each of their numbers centred and scaled over the training part.
+
+    A learning rate, a scale and a margin then mean the same whatever network the embeddings are of.
+    """
+
+    def __init__(self, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.embedding_size = channels
+        # Without momentum the statistics are those of all batches, not of the last ten.
+        self.normalise = nn.BatchNorm1d(channels, eps=1e-8, momentum=None, affine=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        standardised: Tensor = self.normalise(embeddings.float().flatten(1))
+        return standardised
+
+
+Body = CompactCNN | PaperCNN | Standardised | Backbone
+_BODIES: dict[Model, type[CompactCNN] | type[PaperCNN] | type[Standardised]] = {
+    "compact": CompactCNN,
+    "paper-cnn": PaperCNN,
+    HEAD: Standardised,
+}
 
 
 class Classifier(nn.Module):
-    """Images to logits: network with its own normalisation, head without margin. This is what is exported.
+    """Images, or embeddings, to logits: network with its own normalisation, head without margin. What is exported.
 
     `logit_bias` maps class index to what is added to that class's logit (see posthoc.py).
     """
@@ -145,7 +166,7 @@ class Classifier(nn.Module):
         self.logit_bias = dict(logit_bias or {})
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (N, D) of uint8 or float images (N, C, S, S) of range 0 to 255."""
+        """Embeddings (N, D) of uint8 or float images (N, C, S, S) of range 0 to 255, or of embeddings (N, D)."""
         embeddings: Tensor = self.body(images)
         return embeddings
 

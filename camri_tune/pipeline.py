@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
-from camri_tune.bundle import BundleConfig, write_bundle
+from camri_tune.bundle import EMBEDDINGS, IMAGES, BundleConfig, write_bundle
 from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of, smoothed_labels
 from camri_tune.config import Loss, StudyConfig, floor_of
 from camri_tune.console import Console
@@ -303,6 +303,7 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         seed=config.seed,
         group_by=config.group_by,
         skip_corrupt=config.skip_corrupt,
+        input=EMBEDDINGS if spec.are_embeddings else IMAGES,
     )
     place = stages.seeds().index(best.exported_seed)
     metrics = {

@@ -1,4 +1,4 @@
-"""An exported model on image files: what it decides for and how surely, as a table, CSV or JSON.
+"""An exported model on image files, or on embeddings: what it decides for and how surely, as a table, CSV or JSON.
 
 Files are decoded and answered a batch at a time, so that a folder may hold more images than memory does.
 """
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from camri_tune.answers import Answering, meaning, number_name
+from camri_tune.arrays import embeddings_in
 from camri_tune.bundle import Bundle
 from camri_tune.config import printable, shown
 from camri_tune.errors import BundleError, DataError, InputError
@@ -45,34 +46,51 @@ class Predictions:
 
     A file that cannot be read raises DataError, unless `on_corrupt` is there to hear of it; then it is left out, and
     counted in `left_out`. Raises InputError, before anything is decoded, where a path is none of an image, or a folder
-    has no images.
+    has no images. A model of embeddings takes .npz files that hold some: their rows are called PATH[0], PATH[1], ….
     """
 
     def __init__(
         self, bundle: Bundle, paths: Sequence[Path], *, on_corrupt: Callable[[DataError], None] | None = None
     ) -> None:
         spec = bundle.config.spec
-        if spec.channels not in (1, 3):
+        if not spec.are_embeddings and spec.channels not in (1, 3):
             raise InputError(f"the model takes images of {spec.channels} channels, but files are read as grey or RGB")
         self.config = bundle.config
         self.left_out = 0
-        self._files = [file for path in paths for file in _files_at(path)]
+        find = _arrays_at if spec.are_embeddings else _files_at
+        self._files = [file for path in paths for file in find(path)]
         self._answering = Answering(bundle)
         self._on_corrupt = on_corrupt
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Prediction]:
+        for names, inputs in self._embeddings() if self.config.spec.are_embeddings else self._images():
+            decided, _, numbers = self._answering(inputs)
+            if not bool(numbers.isfinite().all()):
+                raise BundleError("the model's weights give no finite numbers; export it again")
+            yield from map(Prediction, names, decided.tolist(), numbers.numpy())
+        if self.left_out == len(self._files):
+            raise DataError(f"none of the {self.left_out:,} image file(s) can be read; name others")
+
+    def _images(self) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
         with ThreadPoolExecutor(cpu_count()) as pool:
             for start in range(0, len(self._files), BATCH):
                 files, pixels = self._decoded(pool, self._files[start : start + BATCH])
-                if not files:
-                    continue
-                decided, _, numbers = self._answering(torch.from_numpy(pixels))
-                if not bool(numbers.isfinite().all()):
-                    raise BundleError("the model's weights give no finite numbers; export it again")
-                yield from map(Prediction, files, decided.tolist(), numbers.numpy())
-        if self.left_out == len(self._files):
-            raise DataError(f"none of the {self.left_out:,} image file(s) can be read; name others")
+                if files:
+                    yield files, torch.from_numpy(pixels)
+
+    def _embeddings(self) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
+        wanted = self.config.spec.channels
+        for file in self._files:
+            row = 0
+            for piece in embeddings_in(Path(file)):
+                if piece.shape[1] != wanted:
+                    raise DataError(
+                        f"file {shown(file)} has embeddings of {piece.shape[1]:,} numbers, but the model takes "
+                        f"{wanted:,}: they are of another network"
+                    )
+                yield [f"{file}[{n}]" for n in range(row, row + len(piece))], piece
+                row += len(piece)
 
     def _decoded(self, pool: ThreadPoolExecutor, files: Sequence[str]) -> tuple[list[str], NDArray[np.uint8]]:
         """Those of the files that can be read, and their pixels (N, C, S, S)."""
@@ -119,6 +137,21 @@ def _files_at(path: Path) -> list[str]:
     if not files:
         raise InputError(f"folder {shown(text)} has no images; name images, or folders of them")
     return files
+
+
+def _arrays_at(path: Path) -> list[str]:
+    """The file of embeddings that a path names. Raises InputError."""
+    text = str(path)
+    try:
+        is_file = path.suffix.lower() == ".npz" and os.path.isfile(text)
+    except ValueError:  # a zero byte
+        is_file = False
+    if not is_file:
+        raise InputError(
+            f"{shown(text)} is no .npz file, but the model takes embeddings: save them with numpy.savez(path, "
+            f"embeddings=…), and name that file"
+        )
+    return [text]
 
 
 def lines_of(predictions: Predictions, form: Format) -> Iterator[str]:

@@ -84,6 +84,10 @@ def model_card(result: Result, bundle: BundleConfig, facts: Facts) -> str:
     of_fold = " of the first fold (the other folds' are about as many)" if result.folds > 1 else ""
     spec, images = bundle.spec, result.images
     colours = {1: "one channel", 3: "RGB"}.get(spec.channels, f"{spec.channels} channels")
+    taken = f"images of {spec.image_size}x{spec.image_size}, {colours}"
+    shape, dtype = f"(N, {spec.channels}, {spec.image_size}, {spec.image_size})", "uint8"
+    if spec.are_embeddings:
+        taken, shape, dtype = f"embeddings of {spec.channels:,} numbers", f"(N, {spec.channels})", "float32"
     versions = "; ".join(f"{name} {escaped(version)}" for name, version in result.versions.items())
     return f"""# {escaped(result.study)}
 
@@ -121,7 +125,7 @@ All seeds, beside the baseline's, with other images in mind as well (95 % interv
 {_probabilities(best.calibration, result, spec)}
 
 ## Data
-- {escaped(result.dataset)} (fingerprint {escaped(bundle.dataset_fingerprint)}), images of {spec.image_size}x{spec.image_size}, {colours}.
+- {escaped(result.dataset)} (fingerprint {escaped(bundle.dataset_fingerprint)}), {taken}.
 - Trained on {images["train"]:,} images{of_fold}; validation {images["validation"]:,} ({images["validation_important"]:,} of the important class); test {images["test"]:,} ({images["test_important"]:,}).
 
 ## Training
@@ -136,16 +140,16 @@ All seeds, beside the baseline's, with other images in mind as well (95 % interv
 - Margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
 {_bias_line(best.params, result.tolerance)}
 ## Input, and how to use it
-Takes {escaped(bundle.input)}. Here: {spec.image_size}x{spec.image_size}, {colours}.
+Takes {escaped(bundle.input)}. Here: {taken}.
 
 ```python
 import camri_tune
 
 model = camri_tune.load("FOLDER")  # a torch.nn.Module in evaluation mode
-logits = model(images)  # uint8 (N, {spec.channels}, {spec.image_size}, {spec.image_size}) -> (N, {len(classes)}); the class is the argmax
+logits = model(inputs)  # {dtype} {shape} -> (N, {len(classes)}); the class is the argmax
 ```
 
-`camri-tune predict FOLDER IMAGE…`, `camri-tune evaluate FOLDER` (these figures again), `camri-tune export FOLDER --format
+`camri-tune predict FOLDER FILE…`, `camri-tune evaluate FOLDER` (these figures again), `camri-tune export FOLDER --format
 onnx`. The logits have no margin. Class names are in `config.json`, all figures in `metrics.json`.
 
 ## What it is

@@ -18,7 +18,7 @@ import torch
 from camri_tune.arrays import array_source, holds_arrays
 from camri_tune.augmentation import Augmentation
 from camri_tune.backbones import default_image_size
-from camri_tune.config import BUILT_IN_DATASETS, StudyConfig, is_data_file, is_printable, package_of
+from camri_tune.config import BUILT_IN_DATASETS, HEAD, StudyConfig, is_data_file, is_printable, package_of
 from camri_tune.errors import DataError
 from camri_tune.folders import Packed, Part, Source, class_folders, image_files, is_class_name
 from camri_tune.grouping import Item, NotGroupedError
@@ -69,6 +69,16 @@ def find_source(config: StudyConfig) -> Source:
     except OSError as error:
         where = f"{error.strerror}: {error.filename!r}"
         raise DataError(f"data set {config.dataset!r} cannot be read ({where}); mend that, or name another") from None
+    if source.are_embeddings and config.model != HEAD:
+        raise DataError(
+            f"data set {config.dataset!r} has embeddings, which {config.model} takes no more than any network does: "
+            f"give --model {HEAD}, and without --image-size"
+        )
+    if config.model == HEAD and not source.are_embeddings:
+        raise DataError(
+            f"--model {HEAD} is for embeddings (N, D) in a .npz file, but data set {config.dataset!r} has images; give "
+            f"another --model"
+        )
     return source if config.image_size is None else replace(source, image_size=config.image_size)
 
 
