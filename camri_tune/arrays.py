@@ -193,8 +193,9 @@ def array_source(path: Path, called: str = "") -> Source:
         if kind != another:
             raise DataError(f"{where} has images in one part and embeddings in another; give all the same")
         if one != other:
-            what = "embeddings of {} numbers" if kind == "f" else "images of {} channel(s)"
-            raise DataError(f"{where} has {what.format(one)} in one part and of {other} in another; give all the same")
+            few, many = sorted((one, other))
+            what = f"embeddings of {few} numbers" if kind == "f" else f"images of {few} channel"
+            raise DataError(f"{where} has {what} in one part and of {many} in another; give all the same")
     layout = trained_on.layout
     usual: dict[str, Any] = {"image_size": default_side(layout.height, layout.width)}
     if layout.dtype.kind == "f":

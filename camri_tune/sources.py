@@ -71,8 +71,7 @@ def find_source(config: StudyConfig) -> Source:
         raise DataError(f"data set {config.dataset!r} cannot be read ({where}); mend that, or name another") from None
     if source.are_embeddings and config.model != HEAD:
         raise DataError(
-            f"data set {config.dataset!r} has embeddings, which {config.model} takes no more than any network does: "
-            f"give --model {HEAD}, and without --image-size"
+            f"data set {config.dataset!r} has embeddings, but --model {config.model} takes images; give --model {HEAD}"
         )
     if config.model == HEAD and not source.are_embeddings:
         raise DataError(

@@ -224,7 +224,7 @@ def test_arrays_that_do_not_fit_get_one_line(changes: dict[str, Array], parts: l
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({}, ["holds nothing", "'images' and 'labels'"]),
+        ({}, ["holds nothing", "'images' (or 'embeddings') and 'labels'"]),
         ({"x\x1b": np.zeros(3)}, ["holds 'x\\x1b'"]),
         ({"images": _images()}, ["no array 'labels'"]),
         ({"test_images": _images(), "test_labels": _labels()}, ["no images to train on"]),
