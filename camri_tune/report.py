@@ -91,13 +91,13 @@ def model_card(result: Result, bundle: BundleConfig, facts: Facts) -> str:
     versions = "; ".join(f"{name} {escaped(version)}" for name, version in result.versions.items())
     return f"""# {escaped(result.study)}
 
-Image classifier of {len(classes)} classes ({escaped(result.dataset)}), trained so that class {names} is
+Classifier of {len(classes)} classes ({escaped(result.dataset)}), trained so that class {names} is
 missed less often, while accuracy stays {stays} the cross-entropy baseline's. Written by camri-tune {result.versions["camri-tune"]}.
 
 **{escaped(result.sentence)}**
 
 ## What it is for
-To tell the {len(classes)} classes of {escaped(result.dataset)} from each other in images like the test set's, where to miss an image of class
+To tell the {len(classes)} classes of {escaped(result.dataset)} from each other in images like the test set's, where to miss one of class
 {names} costs more than other errors do. The study was told so (`--important`: "{escaped(facts.asked)}"; worst1, worst2 and median are
 ranks by the baseline's recall on validation). Its recall, the share of its images that are found, is what was to rise, and
 accuracy what was to stay; what was shown of both, and what was not, is said above and in the figures below.

@@ -51,7 +51,8 @@ def test_the_options_of_every_command_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)], ids=lambda page: page.stem)
 def test_every_command_that_can_run_here_does(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the page's order, in one folder."""
+    """In the page's order, in one folder, after its Python, which makes files of data."""
+    _run_python(page, tmp_path)
     shutil.copytree(REPOSITORY / "studies", tmp_path / "studies")
     monkeypatch.chdir(tmp_path)
     for words in _commands(page):
@@ -64,9 +65,13 @@ def test_every_command_that_can_run_here_does(page: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=lambda page: page.stem)
 def test_every_piece_of_python_runs(page: Path, tmp_path: Path) -> None:
     """One after the other, as in a notebook; whole studies, which stand behind `__main__`, are only read."""
+    _run_python(page, tmp_path)
+
+
+def _run_python(page: Path, folder: Path) -> None:
     setting = "import torch\nembeddings, labels = torch.randn(8, 256), torch.arange(8)\n__name__ = 'docs'\n"
     code = setting + "\n".join(_blocks(page, "python"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
