@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Optional, TypeVar
 
 import typer
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 from camri_tune import prefork
 from camri_tune.config import MOST_WORKERS, NAME_RULE, StudyConfig, is_name, printable, read_study_file, shown
 from camri_tune.errors import CamriTuneError, InputError
+from camri_tune.interrupts import heard
 from camri_tune.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -557,12 +557,12 @@ def _version(package: str) -> str:
 
 def main() -> NoReturn:
     """Entry point. Errors made on purpose are one line; an interrupt says how to resume."""
-    signal.signal(signal.SIGTERM, _interrupt)
     keep_freed_memory()  # a model is judged in three quarters of the time
     _mend_streams()
     try:
         _require_text()
-        code = app(standalone_mode=False)
+        with heard(signal.SIGINT, signal.SIGTERM):
+            code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk is told of here
     except typer.TyperException as error:
         _fail(_usage(error), error.exit_code)
@@ -686,10 +686,6 @@ def _fail(message: str, code: int) -> NoReturn:
 def _warn(message: object) -> None:
     """Say something that is no result, on standard error."""
     print(f"camri-tune: {printable(str(message), 4000)}", file=sys.stderr)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

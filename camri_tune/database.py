@@ -19,6 +19,7 @@ from optuna.storages import GrpcStorageProxy, RDBStorage
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.errors import InputError, StorageError
+from camri_tune.interrupts import held_back
 
 STORAGE_VARIABLE = "CAMRI_STORAGE"  # a password in the URL must not stand on a command line
 PATIENCE_SECONDS = 600.0  # what a server may take to come back
@@ -75,7 +76,8 @@ def patiently(call: Callable[[], Result], url: str) -> Result:
     start, wait, told = time.monotonic(), 0.01, False
     while True:
         try:
-            return call()
+            with held_back():
+                return call()
         except Exception as error:
             trouble = _trouble(error, url)
             if trouble is None:

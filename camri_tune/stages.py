@@ -1,6 +1,7 @@
 """The stages of a run. Each queues what is missing, so that a resumed run does only what is left."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError, WorkerError
 from camri_tune.heartbeat import Heart
 from camri_tune.images import Images
+from camri_tune.interrupts import heard, raise_swallowed
 from camri_tune.overview import read_overview
 from camri_tune.progress import Schedule
 from camri_tune.ray_workers import ray_launch
@@ -239,7 +241,7 @@ class Crew:
         """Put the queues in order, say what will be done, and have workers serve the study meanwhile."""
         config, data, store = study.config, study.data, study.store
         started = time.monotonic()
-        with _launching(study, device, console) as (launch, places), store.held() as heart:
+        with heard(signal.SIGINT), _launching(study, device, console) as (launch, places), store.held() as heart:
             store.sign()
             store.artifacts.sweep()
             store.set("stage", "running")
@@ -280,6 +282,7 @@ class Crew:
             return all(r.state not in ("waiting", "running") for found in records.values() for r in found)
 
         def on_tick() -> None:
+            raise_swallowed()
             if self._heart.lost:
                 raise WorkerError(f"study {self._store.name!r} was taken over by another run while this one hung")
             self._console.update(stage, records)

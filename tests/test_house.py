@@ -49,7 +49,7 @@ FLOORS = [
         "heartbeat",
         "memory",
     },
-    {"errors", "ranges"},
+    {"errors", "ranges", "interrupts"},
 ]
 
 
