@@ -24,7 +24,10 @@ from camri_tune.errors import DataError, InputError, StudyMismatchError
 from camri_tune.folders import Part
 from camri_tune.images import squeezed, to_rgb
 
-_IMAGES = "a PIL image, or a tensor (C, H, W) with C of 1 or 3, of uint8 or of floating-point numbers from 0 to 1"
+_IMAGES = (
+    "a PIL image, a tensor (C, H, W) with C of 1 or 3, of uint8 or of floating-point numbers from 0 to 1, or an "
+    "embedding, floating-point numbers (D,)"
+)
 
 
 def file_for(config: StudyConfig) -> Path:
@@ -48,8 +51,9 @@ def write_arrays(
 ) -> None:
     """Write data sets of (image, label) or (image, label, group) as a file of arrays at `path`, whole or not at all.
 
-    Images are resized to `side`, or to what `default_side` says of the first. A file that is there must hold the same:
-    raises StudyMismatchError where it does not, and DataError, naming the item, for what is no image or no label.
+    In the place of images, embeddings (D,). Images are resized to `side`, or to what `default_side` says of the first.
+    A file that is there must hold the same: raises StudyMismatchError where it does not, and DataError, naming the
+    item, for what is no image or no label.
     """
     scratch = path.with_name(f"{path.name}.partial")
     try:
@@ -75,23 +79,27 @@ def _write(
     sizes = {part: _length(data, part) for part, data in parts.items()}
     total = sum(sizes.values())
     first, *_ = _item(parts["train"], "train", 0)
-    side = side or default_side(*first.shape[1:])
+    array, kind, shape = "embeddings", "<f4", tuple(first.shape)
+    if first.ndim == 3:
+        side = side or default_side(*first.shape[1:])
+        array, kind, shape = "images", "|u1", (len(first), side, side)
     labels: list[int | str] = []
     groups: list[str] = []
     with zipfile.ZipFile(path, "w") as archive:
-        with archive.open("images.npy", "w", force_zip64=True) as file:
-            shape = (total, len(first), side, side)
-            npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with archive.open(f"{array}.npy", "w", force_zip64=True) as file:
+            npy.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": (total, *shape)})
             for part, data in parts.items():
                 for index in range(sizes[part]):
                     pixels, label, group = _item(data, part, index)
-                    if len(pixels) != len(first) or (labels and isinstance(label, str) != isinstance(labels[0], str)):
+                    like_first = (pixels.ndim, len(pixels)) == (first.ndim, len(first))
+                    if not like_first or (labels and isinstance(label, str) != isinstance(labels[0], str)):
                         raise DataError(
-                            f"item {index} of the {part} data set has {len(pixels)} channel(s) and the label "
-                            f"{shown(label)}, unlike the first, with {len(first)} and {shown((labels or [label])[0])}; "
-                            f"give all images one number of channels, and all labels one kind"
+                            f"item {index} of the {part} data set has {_kind(pixels)} and the label {shown(label)}, "
+                            f"unlike the first, with {_kind(first)} and {shown((labels or [label])[0])}; give all "
+                            f"images one number of channels, or all embeddings one length, and all labels one kind"
                         )
-                    file.write(squeezed(pixels[None], side).numpy().tobytes())
+                    row = pixels if side is None or pixels.ndim == 1 else squeezed(pixels[None], side)
+                    file.write(row.numpy().tobytes())
                     labels.append(label)
                     groups.append(group)
                     if len(labels) % 500 == 0 or len(labels) == total:
@@ -118,8 +126,12 @@ def _length(data: "Dataset[Any]", part: Part) -> int:
     return size
 
 
+def _kind(pixels: torch.Tensor) -> str:
+    return f"{len(pixels)} channel(s)" if pixels.ndim == 3 else f"an embedding of {len(pixels)} numbers"
+
+
 def _item(data: "Dataset[Any]", part: Part, index: int) -> tuple[torch.Tensor, int | str, str]:
-    """Pixels uint8 (C, H, W), label, and the group's name, '' where there is none."""
+    """Pixels uint8 (C, H, W) or float32 (D,), label, and the group's name, '' where there is none."""
     where = f"item {index} of the {part} data set"
     item = data[index]
     if not isinstance(item, tuple | list) or len(item) not in (2, 3):
@@ -137,6 +149,13 @@ def _pixels(image: Any, where: str) -> torch.Tensor:
             return torch.from_numpy(np.asarray(to_rgb(image, None)).transpose(2, 0, 1).copy())
         except (OSError, ValueError) as error:
             raise DataError(f"the image of {where} cannot be read ({printable(str(error))}); mend it") from None
+    if isinstance(image, torch.Tensor) and image.ndim == 1 and image.is_floating_point() and len(image) > 1:
+        numbers = image.detach().cpu().float()
+        if not numbers.isfinite().all():
+            raise DataError(
+                f"the embedding of {where} holds NaN, infinity or a number that float32 cannot hold; mend it"
+            )
+        return numbers
     if not isinstance(image, torch.Tensor) or image.ndim != 3 or len(image) not in (1, 3) or not image.numel():
         what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
         raise DataError(f"the image of {where} is {shown(what)}, but should be {_IMAGES}")

@@ -20,6 +20,7 @@ from camri_tune.torch_data import write_arrays
 from tests.command import camri_tune, result_of
 
 PIXELS = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+NUMBERS = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 
 
 class Items(Dataset[Any]):
@@ -116,6 +117,14 @@ def test_images_of_many_sizes_are_resized(tmp_path: Path) -> None:
     assert _stored(_write(tmp_path / "y.npz", train, side=12))["images"].shape == (24, 1, 12, 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_embeddings_are_stored_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = _stored(_write(tmp_path / "x.npz", Items(lambda index: (NUMBERS[index].to(dtype), index % 3))))
+    assert sorted(stored) == ["embeddings", "labels", "split"]
+    assert stored["embeddings"].dtype == np.float32
+    assert np.array_equal(stored["embeddings"], NUMBERS.to(dtype).float().numpy())
+
+
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
@@ -135,6 +144,10 @@ def test_images_of_many_sizes_are_resized(tmp_path: Path) -> None:
         (lambda index: (PIXELS[index], 2**70), ["64 bits"]),
         (lambda index: (PIXELS[index], index % 2, object()), ["the group of item 0"]),
         (lambda index: (PIXELS[index][: 1 + 2 * (index < 5)], index % 2), ["item 5", "1 channel(s)", "with 3"]),
+        (lambda index: (NUMBERS[index] if index else PIXELS[0], 0), ["item 1", "an embedding of 5 numbers", "with 3"]),
+        (lambda index: (NUMBERS[index][: 5 - index], index % 2), ["item 1", "of 4 numbers", "with an embedding of 5"]),
+        (lambda index: (NUMBERS[index] / (index - 3), index % 2), ["the embedding of item 3", "NaN, infinity"]),
+        (lambda index: (NUMBERS[index].long(), index % 2), ["torch.int64", "floating-point numbers (D,)"]),
         (lambda index: (PIXELS[index], "a" if index > 3 else 0), ["item 4", "'a'", "one kind"]),
         (lambda index: (PIXELS[index], "\x1b[2J" if index else "a"), ["data set 'x'", "class '\\x1b[2J'"]),
         (lambda index: (PIXELS[index], 1), ["data set 'x'", "1 class(es)"]),
@@ -203,3 +216,15 @@ def test_the_example_of_run_works_and_the_command_line_goes_on_with_it(
         assert result_of(again)[key] == json.loads(json.dumps(result.as_json()[key])), "nothing was trained anew"
     with pytest.raises(StudyMismatchError, match=r"stripes\.npz' holds other images"):
         run(example.globs["config"], dataset=Items(lambda index: (PIXELS[index], index % 2)))
+
+
+def test_a_study_of_embeddings(tmp_path: Path, own_cache: Path) -> None:
+    labels = torch.arange(240) % 3
+    numbers = torch.eye(5)[labels] + 0.1 * torch.randn(240, 5, generator=torch.Generator().manual_seed(0))
+    config = StudyConfig(
+        name="x", model="head", important=("2",), trials=1, epochs=60, seeds=1, folds=1, finalists=1, out=tmp_path
+    )
+    result = run(config, dataset=TensorDataset(numbers, labels))
+    assert result.baseline.test.accuracy.mean > 0.9
+    with pytest.raises(DataError, match="give --model head"):
+        run(StudyConfig(name="y", out=tmp_path), dataset=TensorDataset(numbers, labels))
