@@ -1,23 +1,27 @@
-"""Networks that are not ours: torchvision's and timm's classifiers, without their classifier and with random weights.
+"""Networks that are not ours: torchvision's and timm's classifiers, without their classifier, and the user's own.
 
-Nothing is downloaded. A name may come from anybody, in a study file or an exported model: it chooses among what these
-libraries have registered, and nothing else is imported or called.
+Nothing is downloaded: libraries' networks have random weights. A name may come from anybody, in a study file or an
+exported model: it chooses among what these libraries have registered, or what the user has allowed (see own_networks),
+and nothing else is imported or called.
 """
 
 import difflib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from camri_tune.config import Model, printable
+from camri_tune.config import Model, is_own_model, package_of
 from camri_tune.errors import InputError
+from camri_tune.own_networks import factory_of, reason_of
 
-LARGEST_SIDE = 512  # that a study takes; a few networks would like more
+SMALLEST_SIDE, LARGEST_SIDE = 8, 512  # that a study takes; a few networks would like more
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSES = 1_000  # of a network that torchvision builds: its last layer is told by them
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
@@ -52,7 +56,7 @@ class _Design(NamedTuple):
     """What is known of a network before it is built. `build` takes the side of the images."""
 
     build: Callable[[int], nn.Module]
-    side: int
+    side: int | None
     mean: Sequence[float]
     deviation: Sequence[float]
 
@@ -75,8 +79,13 @@ class ShapesOnly(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def without_memory(name: Model) -> AbstractContextManager[object]:
+    """`ShapesOnly` where that is enough to know a network by. The user's own may read weights, or compute with them."""
+    return nullcontext() if is_own_model(name) else ShapesOnly()
+
+
 def build_backbone(name: Model, *, channels: int, image_size: int) -> Backbone:
-    """The network called `torchvision:NAME` or `timm:NAME`, freshly initialised from torch's global generator.
+    """The network called `torchvision:NAME`, `timm:NAME` or `module:factory`, new, from torch's global generator.
 
     Raises InputError where there is none of that name, or where it does not take such images.
     """
@@ -87,20 +96,24 @@ def build_backbone(name: Model, *, channels: int, image_size: int) -> Backbone:
 
 @functools.cache
 def embedding_size(name: Model, channels: int, image_size: int) -> int:
-    """The D of a network's embeddings (N, D), by running it without memory. Raises InputError as `build_backbone`."""
+    """The D of a network's embeddings (N, D), by running it. Raises InputError as `build_backbone`."""
     if channels not in (1, 3):
         raise InputError(f"network {name!r} takes images of 1 or 3 channels, not of {channels}: choose compact")
     design = _design(name)
+    device = "cpu" if is_own_model(name) else "meta"
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            with ShapesOnly():
+            with without_memory(name):
                 network = design.build(image_size).eval()
-            found = network.to("meta")(torch.empty(2, 3, image_size, image_size, device="meta"))
+            found = network.to(device)(torch.zeros(2, 3, image_size, image_size, device=device))
+    except InputError:
+        raise
     except Exception as error:  # whatever it is that this network has against such images
-        limit = f", and at most {LARGEST_SIDE} are taken" if design.side > LARGEST_SIDE else ""
+        limit = f", and at most {LARGEST_SIDE} are taken" if (design.side or 0) > LARGEST_SIDE else ""
+        made_for = f" (it was made for {design.side}{limit})" if design.side else ""
         raise InputError(
-            f"network {name!r} does not take images of {image_size} pixels a side ({_reason(error)}): give another "
-            f"--image-size (it was made for {design.side}{limit})"
+            f"network {name!r} does not take images of {image_size} pixels a side ({reason_of(error)}): give another "
+            f"--image-size{made_for}"
         ) from None
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2 or not found.is_floating_point():
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -113,14 +126,59 @@ def embedding_size(name: Model, channels: int, image_size: int) -> int:
     return found.shape[1]
 
 
-def default_image_size(name: Model) -> int:
-    """The side of the images that a network was made for, at most `LARGEST_SIDE`. Raises InputError."""
-    return min(_design(name).side, LARGEST_SIDE)
+def default_image_size(name: Model) -> int | None:
+    """The side of the images that a network was made for, at most `LARGEST_SIDE`; None where it was made for none.
+
+    Raises InputError.
+    """
+    if not (package_of(name) or is_own_model(name)) or (side := _design(name).side) is None:
+        return None
+    return min(side, LARGEST_SIDE)
 
 
 def _design(name: Model) -> _Design:
+    if is_own_model(name):
+        return _of_the_users(name)
     library, _, own = name.partition(":")
     return {"torchvision": _of_torchvision, "timm": _of_timm}[library](own)
+
+
+@functools.cache
+def _of_the_users(name: Model) -> _Design:
+    factory = factory_of(name)
+
+    def build(_side: int) -> nn.Module:
+        try:
+            made = factory()
+        except Exception as error:  # whatever it may be
+            raise InputError(f"network {name!r} cannot be made ({reason_of(error)}); mend its function") from None
+        if not isinstance(made, nn.Module):
+            raise InputError(
+                f"network {name!r} is {type(made).__name__}, but its function should return a torch.nn.Module"
+            )
+        return made
+
+    with torch.random.fork_rng(devices=[]):
+        made = build(0)
+    sizes = {}
+    for key, usual in zip(("mean", "std"), _IMAGENET, strict=True):
+        values = getattr(made, key, usual)
+        try:
+            sizes[key] = [float(value) for value in values]
+        except (TypeError, ValueError):
+            sizes[key] = []
+        if len(sizes[key]) != 3 or not all(map(math.isfinite, sizes[key])) or (key == "std" and min(sizes[key]) <= 0):
+            raise InputError(
+                f"network {name!r} has a {key} that is not three numbers, of images from 0 to 1; mend it, or leave it "
+                f"out for ImageNet's"
+            )
+    side = getattr(made, "image_size", None)
+    if side is not None and (not isinstance(side, int) or side < SMALLEST_SIDE):
+        raise InputError(
+            f"network {name!r} has an image_size that is not a number of pixels from {SMALLEST_SIDE}; mend it, or "
+            f"leave it out"
+        )
+    return _Design(build, side, sizes["mean"], sizes["std"])
 
 
 @functools.cache
@@ -167,7 +225,7 @@ def _of_timm(name: str) -> _Design:
     try:
         wanted: Any = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # what follows the dot is no set of weights
-        raise InputError(f"network 'timm:{name}' is not one of timm's: {_reason(error)}") from None
+        raise InputError(f"network 'timm:{name}' is not one of timm's: {reason_of(error)}") from None
 
     def build(side: int) -> nn.Module:
         options: dict[str, Any] = {"img_size": side} if wanted.fixed_input_size else {}
@@ -180,7 +238,3 @@ def _of_timm(name: str) -> _Design:
 def _unknown(library: str, name: str, known: Sequence[str]) -> InputError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["resnet18"]
     return InputError(f"{library} has no classifier {name!r}: give {library}:NAME, such as {', '.join(near)}")
-
-
-def _reason(error: Exception) -> str:
-    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 160)

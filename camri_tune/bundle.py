@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from camri_tune.arrays import MOST_NUMBERS
-from camri_tune.backbones import ShapesOnly
+from camri_tune.backbones import without_memory
 from camri_tune.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from camri_tune.config import HEAD, MOST_PATTERN, Model, is_printable, printable, require_model_name
 from camri_tune.errors import BundleError, InputError
@@ -27,6 +27,7 @@ from camri_tune.files import sha256
 from camri_tune.folders import is_class_name
 from camri_tune.losses import CrossEntropyLoss, Head, NormFaceLoss
 from camri_tune.models import Classifier, build_body
+from camri_tune.own_networks import allow
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
@@ -158,7 +159,7 @@ def load_classifier(path: Path, spec: ModelSpec) -> Classifier:
         raise BundleError(f"{str(path.parent / CONFIG)!r} has a cosine head without its scale; export the model again")
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
-            with ShapesOnly():
+            with without_memory(spec.model):
                 expected = _build(spec).state_dict()
             if reason := _why_unfit(path, expected):
                 raise BundleError(f"weights {str(path)!r} are not this model's ({reason}); export them again")
@@ -273,11 +274,12 @@ def read_bundle(folder: Path) -> Bundle:
     return Bundle(classifier, config, metrics)
 
 
-def load(folder: str | os.PathLike[str]) -> nn.Module:
+def load(folder: str | os.PathLike[str], *, model: Model | None = None) -> nn.Module:
     """The model of a bundle as a plain module, in evaluation mode on the CPU. Raises BundleError.
 
     It takes uint8 images (N, C, S, S) of the size in `config.json`, or float32 embeddings (N, D), normalises them
-    itself, and gives logits (N, classes); the class is their argmax.
+    itself, and gives logits (N, classes); the class is their argmax. A network of your own is only imported where
+    `model` names it, as in `--model package.module:factory`.
 
     >>> import camri_tune, torch
     >>> model = camri_tune.load("runs/digits-camri-worst1/best")
@@ -285,6 +287,7 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
     >>> model(images).shape
     torch.Size([2, 10])
     """
+    allow(model)
     return read_bundle(Path(folder)).classifier
 
 

@@ -23,6 +23,7 @@ from camri_tune.config import MOST_WORKERS, NAME_RULE, StudyConfig, is_name, pri
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.interrupts import heard
 from camri_tune.memory import keep_freed_memory
+from camri_tune.own_networks import allow
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -61,7 +62,15 @@ FinalistsOption = Annotated[
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Network: compact, paper-cnn, torchvision:NAME, timm:NAME, or head (for embeddings)."),
+    typer.Option(
+        help="Network: compact, paper-cnn, torchvision:NAME, timm:NAME, MODULE:FUNCTION, or head (for embeddings)."
+    ),
+]
+OwnModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODULE:FUNCTION", help="Import this network of your own, if that is what the model is."
+    ),
 ]
 
 ImageSizeOption = Annotated[
@@ -324,6 +333,7 @@ def worker(
     weights: Annotated[
         Path | None, typer.Option(help="Where the study's weights lie here (default: where they lie for the run).")
     ] = None,
+    model: OwnModelOption = None,
     wait: Annotated[
         float,
         typer.Option(min=0.0, help="Seconds to wait for the study to be there, and for a run to go on with it."),
@@ -351,6 +361,7 @@ def worker(
             threads=threads,
             data_dir=data_dir,
             weights=weights,
+            model=model,
             index=index,
             patience=wait,
             asked_to_stop=stop,
@@ -385,6 +396,7 @@ def evaluate(
         typer.Option(help="Class folders, a .csv or .npz, a data set's name, or where one lies (default: as trained)."),
     ] = None,
     data_dir: DataDirOption = None,
+    model: OwnModelOption = None,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -392,6 +404,7 @@ def evaluate(
     from camri_tune.evaluation import evaluate_bundle  # noqa: PLC0415
     from camri_tune.records import named  # noqa: PLC0415
 
+    allow(model)
     figures = evaluate_bundle(bundle, data, data_dir=_data_dir(data_dir), skip_corrupt=skip_corrupt)
     if as_json:
         print(json.dumps(figures, indent=2))
@@ -434,6 +447,7 @@ def predict(
     form: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="How the answers are printed.")
     ] = "table",
+    model: OwnModelOption = None,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave unreadable images out.")] = False,
 ) -> None:
     """What an exported model decides for images of any number, and how surely; it says if its numbers are scores."""
@@ -441,6 +455,7 @@ def predict(
     from camri_tune.bundle import read_bundle  # noqa: PLC0415
     from camri_tune.predict import Predictions, lines_of  # noqa: PLC0415
 
+    allow(model)
     predictions = Predictions(read_bundle(bundle), images, on_corrupt=_warn if skip_corrupt else None)
     for line in lines_of(predictions, form):
         print(line)
@@ -465,12 +480,14 @@ def export(
         str | None, typer.Option(help="Images to compare both models on, as for evaluate (default: the study's test).")
     ] = None,
     data_dir: DataDirOption = None,
+    model: OwnModelOption = None,
     out: OutOption = Path("runs"),
     storage: StorageOption = None,
 ) -> None:
     """Write an exported model in another format, compared with the original on real images, or its bundle again."""
     from camri_tune.export import export as export_model  # noqa: PLC0415
 
+    allow(model)
     done = export_model(what, form, to=to, data=data, out=out, storage=storage, data_dir=_data_dir(data_dir))
     print(done.path)
     if done.parity is not None:

@@ -27,6 +27,7 @@ from camri_tune.evaluation import Judge, versions
 from camri_tune.files import is_writable_folder
 from camri_tune.folders import Part
 from camri_tune.images import Images
+from camri_tune.own_networks import allow
 from camri_tune.posthoc import biased, tune_bias
 from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, Figure, TrialRecord
@@ -57,6 +58,7 @@ def compare(
     seeds, and the best is chosen by its means on test, as the paper did: that flatters whoever was tried most.
     """
     console = console or Console(quiet=True)
+    allow(config.model)
     folder = (config.out / (config.name or "compare")).resolve()
     if not is_writable_folder(folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")

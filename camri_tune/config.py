@@ -19,6 +19,7 @@ Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
 HEAD = "head"  # no network: the data set has embeddings, and the head is all there is
 BUILT_IN_MODELS = ("compact", "paper-cnn", HEAD)
+MOST_MODEL = 200  # characters of the name of a network of the user's own
 Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -396,6 +397,11 @@ def read_study_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{name} cannot be read as TOML: it is nested too deeply; its keys are plain values") from None
     except (OSError, ValueError) as error:  # the latter also from a number of thousands of digits
         raise InputError(f"{name} cannot be read as TOML: {printable(str(error))}") from None
+    if isinstance(model := values.get("model"), str) and is_own_model(model):
+        raise InputError(
+            f"{name} must not hold the network {model!r}, which is code that would be executed here; give --model "
+            f"{model}"
+        )
     if "ray_address" in values:
         raise InputError(
             f"{name} must not hold 'ray_address': whoever owns that cluster could run code here; give --ray-address"
@@ -442,18 +448,26 @@ def require_model_name(name: Model) -> Model:
 
     Raises ValueError with the rule.
     """
-    if name not in BUILT_IN_MODELS and not re.fullmatch(r"(torchvision|timm):[a-z0-9_.]{1,100}", name):
+    of_a_library = re.fullmatch(r"(torchvision|timm):[a-z0-9_.]{1,100}", name)
+    if name not in BUILT_IN_MODELS and not of_a_library and not is_own_model(name):
         raise ValueError(
-            "must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18), timm:NAME, or 'head' for "
-            "embeddings"
+            "must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18), timm:NAME, "
+            "MODULE:FUNCTION of your own, or 'head' for embeddings"
         )
     return name
 
 
+def is_own_model(name: Model) -> bool:
+    """Whether it names a network of the user's own, `package.module:factory` (see own_networks)."""
+    word = r"[A-Za-z_][A-Za-z0-9_]*"
+    found = re.fullmatch(rf"({word}(?:\.{word})*):{word}", name[: MOST_MODEL + 1])
+    return found is not None and len(name) <= MOST_MODEL and found[1] not in ("torchvision", "timm")
+
+
 def package_of(name: Model) -> str | None:
-    """The library that a network comes from, which takes seconds to import; None for one of ours."""
-    library, colon, _ = name.partition(":")
-    return library if colon else None
+    """The library that a network comes from, which takes seconds to import; None for ours and the user's own."""
+    library = name.partition(":")[0]
+    return library if library in ("torchvision", "timm") else None
 
 
 def is_name(text: str) -> bool:

@@ -30,6 +30,7 @@ from camri_tune.files import is_writable_folder, write_text
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
+from camri_tune.own_networks import allow
 from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
@@ -86,6 +87,7 @@ def run(
     if dataset is None and any(value is not None for value in (validation, test, classes)):
         raise InputError("validation, test and classes belong to a data set from Python: give dataset=… as well")
     arrays = None if dataset is None else file_for(config)
+    allow(config.model)
     config = config.absolute()
     device = device_here(config)
     if not is_writable_folder(config.folder):

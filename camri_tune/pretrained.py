@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from camri_tune.backbones import ShapesOnly
+from camri_tune.backbones import without_memory
 from camri_tune.config import StudyConfig, printable
 from camri_tune.errors import InputError
 from camri_tune.models import build_body, freeze, trunk
@@ -34,7 +34,7 @@ def starting_weights(config: StudyConfig, *, channels: int, image_size: int) -> 
     Raises InputError where there is no such network, where it does not take such images, where it has fewer parts than
     are to be trained, or where `config.weights` cannot be read or has nothing of it.
     """
-    with torch.random.fork_rng(devices=[]), ShapesOnly():
+    with torch.random.fork_rng(devices=[]), without_memory(config.model):
         body = build_body(config.model, channels=channels, image_size=image_size)
     freeze(body, config.trainable)
     if config.weights is None:

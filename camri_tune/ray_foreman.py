@@ -121,6 +121,8 @@ class _Supervision:
             device=device,
             threads=None if gpus else 1,
             index=place,
+            model=self._order["model"],
+            folder=self._order["folder"],
         )
         self._actors[number] = _Started(handle, handle.name.remote(), outcome)
 
@@ -220,16 +222,30 @@ class CamriWorker:
         """Have the training at hand saved and given back."""
         self._asked_to_stop = True
 
-    def run(self, storage: Secret, *, name: str, device: str, threads: int | None, index: int) -> tuple[str, str]:
+    def run(
+        self,
+        storage: Secret,
+        *,
+        name: str,
+        device: str,
+        threads: int | None,
+        index: int,
+        model: str | None,
+        folder: str,
+    ) -> tuple[str, str]:
         """Work until the study is done. Returns how it ended ("input": all would end like this) and what to say of it.
+
+        `model` is the user's own network that may be imported, from the run's `folder` if it is here.
 
         Nothing is raised: Ray would make a traceback of it, here and in the run.
         """
         url = storage.reveal()
         try:
             # Only here: the foreman imports this module, too, and should be up at once.
+            from camri_tune.own_networks import allow  # noqa: PLC0415
             from camri_tune.worker import work  # noqa: PLC0415
 
+            allow(model, folder=folder)
             work(
                 storage_url=url,
                 name=name,

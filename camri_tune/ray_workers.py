@@ -25,6 +25,7 @@ from sqlalchemy.engine import make_url
 
 from camri_tune.config import StudyConfig, printable
 from camri_tune.errors import InputError, WorkerError
+from camri_tune.own_networks import allowed
 from camri_tune.ray_foreman import END_SECONDS
 
 if TYPE_CHECKING:  # the foreman is up at once, and has no need of torch
@@ -67,6 +68,7 @@ def ray_launch(
         url = url.set(database=path if path.startswith("file:") else os.path.abspath(path))
         storage_url = url.render_as_string(hide_password=False)
     order = {"address": config.ray_address, "storage": storage_url, "name": name}
+    order |= {"model": allowed(config.model), "folder": os.getcwd()}
     foreman = _Foreman(config.folder / "logs" / LOG, say)
     try:
         nodes = foreman.connect(order, _called(config.ray_address or os.environ.get("RAY_ADDRESS")))

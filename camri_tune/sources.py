@@ -18,7 +18,7 @@ import torch
 from camri_tune.arrays import array_source, holds_arrays
 from camri_tune.augmentation import Augmentation
 from camri_tune.backbones import default_image_size
-from camri_tune.config import BUILT_IN_DATASETS, HEAD, StudyConfig, is_data_file, is_printable, package_of
+from camri_tune.config import BUILT_IN_DATASETS, HEAD, StudyConfig, is_data_file, is_printable
 from camri_tune.errors import DataError
 from camri_tune.folders import Packed, Part, Source, class_folders, image_files, is_class_name
 from camri_tune.grouping import Item, NotGroupedError
@@ -64,8 +64,8 @@ def find_source(config: StudyConfig) -> Source:
         else:
             source = _own(config.dataset, config.group_by)
             # Photographs have no size of their own; small arrays do.
-            if package_of(config.model) and config.image_size is None and not source.packed:
-                source = replace(source, image_size=default_image_size(config.model))
+            if config.image_size is None and not source.packed and (side := default_image_size(config.model)):
+                source = replace(source, image_size=side)
     except OSError as error:
         where = f"{error.strerror}: {error.filename!r}"
         raise DataError(f"data set {config.dataset!r} cannot be read ({where}); mend that, or name another") from None

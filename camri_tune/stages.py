@@ -23,6 +23,7 @@ from camri_tune.heartbeat import Heart
 from camri_tune.images import Images
 from camri_tune.interrupts import heard, raise_swallowed
 from camri_tune.overview import read_overview
+from camri_tune.own_networks import allowed
 from camri_tune.progress import Schedule
 from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
@@ -317,7 +318,8 @@ def _launching(study: Stages, device: torch.device, console: Console) -> Iterato
             yield found
         return
     places = places_for(config, device, torch.cuda.device_count() if device.type == "cuda" else 0)
-    yield local_launch(name=name, storage_url=url, devices=places, log_folder=config.folder / "logs"), places
+    model, logs = allowed(config.model), config.folder / "logs"
+    yield local_launch(name=name, storage_url=url, devices=places, log_folder=logs, model=model), places
 
 
 def show(store: StudyStore, console: Console) -> None:

@@ -29,6 +29,7 @@ from camri_tune.database import Storage, patiently
 from camri_tune.errors import InputError, StudyMismatchError
 from camri_tune.files import code_version, sha256
 from camri_tune.heartbeat import GRACE_SECONDS, WORKER, Heart, is_gone, seconds_silent
+from camri_tune.own_networks import identified
 from camri_tune.records import ACCURACY, ACCURACY_CURVE, RECALL_CURVE, STOPPED, EpochScores, TrialRecord, TrialState
 
 if TYPE_CHECKING:  # to look at a study must not cost the seconds that torch takes
@@ -111,8 +112,9 @@ class StudyStore:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
                 study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
-        # The content identifies a data set and weights, not the path that they lie at.
+        # The content identifies a data set, weights and somebody's network, not the path that they lie at.
         identity = {**config.identity(), "dataset": f"{data.name} ({data.fingerprint})"}
+        identity["model"] = identified(config.model)
         identity["weights"] = None if config.weights is None else sha256(config.weights)
         attributes = store.attributes
         if "identity" in attributes:

@@ -16,12 +16,14 @@ from types import FrameType
 
 import torch
 
+from camri_tune.config import Model
 from camri_tune.constraints import RecallConstraint
 from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version, sha256
 from camri_tune.memory import keep_freed_memory
+from camri_tune.own_networks import MODEL_VARIABLE, allow, identified
 from camri_tune.prefork import serve
 from camri_tune.pretrained import starting_weights
 from camri_tune.search import Plan, make_sampler
@@ -40,16 +42,17 @@ def work(
     threads: int | None = None,
     data_dir: Path | None = None,
     weights: Path | None = None,
+    model: Model | None = None,
     index: int = 0,
     patience: float | None = None,
     asked_to_stop: Stop = lambda: None,
 ) -> None:
     """Serve study `name` and those within it until its run is done.
 
-    `index` sets this worker's sampler apart from the others'. With `patience`, so many seconds are waited for the study
-    to be there, and for a run to hold it while nothing is queued; None waits for ever. Raises StoppedError once
-    `asked_to_stop` says why, the training at hand saved and given back; StudyMismatchError where this machine's data,
-    program or files are not the study's.
+    `model` is the user's own network that may be imported here. `index` sets this worker's sampler apart from the
+    others'. With `patience`, so many seconds are waited for the study to be there, and for a run to hold it while
+    nothing is queued; None waits for ever. Raises StoppedError once `asked_to_stop` says why, the training at hand
+    saved and given back; StudyMismatchError where this machine's data, program or files are not the study's.
     """
     store = _find(storage_url, name, patience, asked_to_stop)
     config = store.config
@@ -57,6 +60,8 @@ def work(
         config = config.model_copy(update={"data_dir": here})
     _require_same_program(store)
     _require_same_files(store)
+    allow(model)
+    _require_same_network(store)
     torch.set_flush_denormal(True)  # tiny activations late in training would slow a CPU down
     keep_freed_memory()
     if threads is not None:
@@ -146,6 +151,14 @@ def _require_same_files(store: StudyStore) -> None:
         )
 
 
+def _require_same_network(store: StudyStore) -> None:
+    stored, here = store.attributes["identity"]["model"], identified(store.config.model)
+    if stored != here:
+        raise StudyMismatchError(
+            f"study {store.name!r} is on network {stored}, but here it is {here}: bring the same file"
+        )
+
+
 def _require_same_data(store: StudyStore, data: Dataset) -> None:
     stored = store.attributes["identity"]["dataset"]
     if f"({data.fingerprint})" not in stored:
@@ -202,6 +215,7 @@ def main(arguments: list[str]) -> int:
                 device=device,
                 index=int(index),
                 threads=int(threads) or None,
+                model=os.environ.get(MODEL_VARIABLE),
                 asked_to_stop=_with_parent(int(parent), stop),
             )
         except CamriTuneError as error:

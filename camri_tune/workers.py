@@ -12,10 +12,11 @@ from typing import Protocol, Self
 import torch
 
 from camri_tune import prefork
-from camri_tune.config import StudyConfig
+from camri_tune.config import Model, StudyConfig
 from camri_tune.database import STORAGE_VARIABLE
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.heartbeat import worker_id
+from camri_tune.own_networks import MODEL_VARIABLE
 from camri_tune.storage import StudyStore
 from camri_tune.training import cpu_count, pick_device
 
@@ -131,14 +132,21 @@ class LocalProcess:
             self._process.wait()
 
 
-def local_launch(*, name: str, storage_url: str, devices: Sequence[str], log_folder: Path) -> Launch:
-    """Start workers as processes on this machine, on these devices. Those on a CPU share its cores."""
+def local_launch(
+    *, name: str, storage_url: str, devices: Sequence[str], log_folder: Path, model: Model | None = None
+) -> Launch:
+    """Start workers as processes on this machine, on these devices. Those on a CPU share its cores.
+
+    `model` is the user's own network that they may import.
+    """
     log_folder.mkdir(parents=True, exist_ok=True)
     on_cpu = sum(device == "cpu" for device in devices)
     threads = max(1, cpu_count() // on_cpu) if on_cpu else None
 
     def launch(place: int) -> Worker:
         environment = {**os.environ, STORAGE_VARIABLE: storage_url}
+        if model is not None:
+            environment[MODEL_VARIABLE] = model
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         log = log_folder / f"worker-{place}.log"

@@ -25,7 +25,10 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("dataset", 3, "string"),
     ("important", 1.5, "tuple"),
     ("loss", "foo", "'camri'"),
-    *(("model", value, "'compact'") for value in ("foo", "resnet18", "timm:", "timm:a/b", "timm:hf-hub:a", "keras:a")),
+    *(
+        ("model", value, "'compact'")
+        for value in ("foo", "resnet18", "timm:", "timm:a/b", "timm:hf-hub:a", "keras:a b")
+    ),
     ("model", "torchvision:../x", "torchvision:NAME"),
     ("trials", 0, "greater than or equal to 1"),
     ("trials", 50_001, "less than or equal to 50000"),

@@ -35,7 +35,7 @@ FLOORS = [
     {"counts", "duplicates"},
     {"constraints"},
     {"augmentation", "backbones", "grouping", "images", "losses", "splits", "records", "differences"},
-    {"evidence", "chart_style", "prefork"},
+    {"evidence", "chart_style", "prefork", "own_networks"},
     {
         "metrics",
         "calibration",

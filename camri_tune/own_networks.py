@@ -1,0 +1,79 @@
+"""Networks of the user's own, called `package.module:factory`.
+
+To import a module executes it. That is only done to what somebody has named to this very process: with `--model`, or in
+Python. A name in a study file, a storage or an exported model, which may come from anybody, opens nothing.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from camri_tune.config import Model, is_own_model, printable, require_model_name
+from camri_tune.errors import InputError
+from camri_tune.files import sha256
+
+MODEL_VARIABLE = "CAMRI_TUNE_MODEL"  # by which a run tells its workers which one it was given
+_allowed: set[Model] = set()
+
+
+def allow(name: Model | None, *, folder: str | None = None) -> None:
+    """Let this process import the user's own network `name`; names of other networks and None need no leave.
+
+    Its module is also looked for in `folder`, by default the current one. Raises InputError for what is no name.
+    """
+    if name is None:
+        return
+    try:
+        require_model_name(name)
+    except ValueError as error:
+        raise InputError(f"--model is {printable(repr(name))}, but {error}") from None
+    if is_own_model(name):
+        _allowed.add(name)
+        if (place := folder or os.getcwd()) not in sys.path:
+            sys.path.append(place)  # last, so that nothing there stands in for what is installed
+
+
+def allowed(name: Model) -> Model | None:
+    """The name itself where it is one that this process may import, for processes that it starts."""
+    return name if name in _allowed else None
+
+
+def factory_of(name: Model) -> Callable[[], Any]:
+    """Import the user's own network `name`. Raises InputError where nobody allowed that, or where it is not there."""
+    if name not in _allowed:
+        raise InputError(
+            f"network {name!r} is code, which is not executed because a file or a storage names it: give --model "
+            f"{name} if you trust it"
+        )
+    place, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:  # whatever a module of somebody's may raise
+        raise InputError(
+            f"network {name!r}: module {place!r} cannot be imported ({reason_of(error)}); start where it lies, or "
+            f"install it"
+        ) from None
+    factory: Any = getattr(module, attribute, None)
+    if not callable(factory):
+        raise InputError(
+            f"network {name!r}: module {place!r} has no function {attribute!r}, which is called without arguments and "
+            f"returns a module; name one that it has"
+        )
+    return factory  # type: ignore[no-any-return]
+
+
+def identified(name: Model) -> str:
+    """A network's name, for one of the user's own with the SHA-256 of its module's file: another is another network."""
+    if not is_own_model(name):
+        return name
+    factory_of(name)
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return f"{name} ({sha256(Path(file))})" if file and os.path.isfile(file) else name
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong in code of somebody's, in a line."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 160)
