@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from camri_tune.config import Model, is_own_model, package_of
@@ -147,7 +148,7 @@ def _design(name: Model) -> _Design:
 def _of_the_users(name: Model) -> _Design:
     factory = factory_of(name)
 
-    def build(_side: int) -> nn.Module:
+    def build(side: int) -> nn.Module:
         try:
             made = factory()
         except Exception as error:  # whatever it may be
@@ -156,6 +157,9 @@ def _of_the_users(name: Model) -> _Design:
             raise InputError(
                 f"network {name!r} is {type(made).__name__}, but its function should return a torch.nn.Module"
             )
+        if side and any(map(is_lazy, (*made.parameters(), *made.buffers()))):  # their sizes come from their input
+            made.eval()(torch.zeros(2, 3, side, side))
+            made.train()
         return made
 
     with torch.random.fork_rng(devices=[]):

@@ -123,6 +123,14 @@ def test_a_network_may_bring_weights_of_its_own(write: Write) -> None:
     assert (dict(network.named_parameters())["network.0.weight"] == 2).all()
 
 
+def test_layers_may_take_their_size_from_their_input(write: Write) -> None:
+    name = write("\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(32), nn.LazyBatchNorm1d())\n")
+    allow(name)
+    network = build_backbone(name, channels=3, image_size=16)
+    assert dict(network.named_parameters())["network.1.weight"].shape == (32, 768)
+    assert network.training
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -166,8 +166,13 @@ def _assert_all_trained_once(url: str, interrupted: int | None = None) -> None:
 
 
 def test_a_run_is_carried_out_by_the_processes_of_the_cluster(nodes: Nodes, tmp_path: Path) -> None:
-    place = ["--launcher", "ray", "--ray-address", nodes.address, "--workers", "auto"]
-    done = camri_tune("run", "--out", tmp_path, "--name", "r", *SMALL, *place, "--json")
+    """With a network of the user's own, which lies in the run's folder, not in theirs."""
+    (tmp_path / "raynet.py").write_text(
+        "from torch import nn\n\n"
+        "def small():\n    return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 32))\n"
+    )
+    place = ["--launcher", "ray", "--ray-address", nodes.address, "--workers", "auto", "--model", "raynet:small"]
+    done = camri_tune("run", "--out", tmp_path, "--name", "r", *SMALL, *place, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "r" / "result.json").read_text())
     assert "2 worker(s) on Ray's cluster (cpu)" in done.stderr
