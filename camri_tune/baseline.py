@@ -31,7 +31,7 @@ def best_learning_rate(tried: Sequence[TrialRecord], default: float) -> float | 
         return None
     rate = "learning_rate"
     nearest = max(complete, key=lambda r: (r.accuracy or 0.0, -abs(math.log(r.params[rate] / default))))
-    return nearest.params[rate]
+    return float(nearest.params[rate])
 
 
 def resolve_important(tokens: Sequence[str], classes: Sequence[str], baseline: Baseline) -> tuple[int, ...]:

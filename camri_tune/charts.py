@@ -321,7 +321,7 @@ def _recall_of(overview: Overview) -> str:
     return "lowest recall of the important classes" if several else "recall of the important class"
 
 
-def _parameter(name: str, trial: TrialRecord) -> float:
+def _parameter(name: str, trial: TrialRecord) -> Any:
     return trial.params[name]
 
 

@@ -8,12 +8,12 @@ import stat
 import tomllib
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from camri_tune.errors import InputError
-from camri_tune.ranges import Bounds, Searchable, read_searchable, text_of
+from camri_tune.ranges import Bounds, Searchable, read_searchable, read_words, text_of
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
@@ -63,6 +63,11 @@ SEARCHABLE = {
     "augmentation": Bounds(0.0, 3.0),
     "label_smoothing": Bounds(0.0, 0.9),
 }
+WORDS: dict[str, tuple[str, ...]] = {
+    "optimizer": get_args(Optimizer),
+    "schedule": get_args(Schedule),
+    "precision": get_args(Precision),
+}
 
 # What may differ when a study is resumed: where and how fast it runs, not what its trials mean.
 EXECUTION_FIELDS = frozenset(
@@ -88,9 +93,10 @@ class StudyConfig(BaseModel):
     of the steps, `augmentation` a factor of the data set's changes (or `none`, `default`, `strong`).
 
     The numbers in `SEARCHABLE` are fixed by one number, and searched by a `SearchRange` or several numbers to choose
-    from; without either, `learning_rate` is searched about the baseline's, and `scale` and `margin` over their usual
-    range. What is fixed of the recipe is the baseline's as well. Where it is searched, the baseline has the network's
-    own value: it is not tuned beyond its learning rate, which is tuned unless it is fixed.
+    from, and `WORDS` likewise by one or several; without either, `learning_rate` is searched about the baseline's, and
+    `scale` and `margin` over their usual range. What is fixed of the recipe is the baseline's as well. Where it is
+    searched, the baseline has the network's own value: it is not tuned beyond its learning rate, which is tuned unless
+    it is fixed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,13 +112,13 @@ class StudyConfig(BaseModel):
     scale: Searchable | None = None
     margin: Searchable | None = None
     backbone_lr: Searchable = 1.0
-    optimizer: Optimizer | None = None
+    optimizer: Optimizer | tuple[Optimizer, ...] | None = None
     weight_decay: Searchable | None = None
-    schedule: Schedule | None = None
+    schedule: Schedule | tuple[Schedule, ...] | None = None
     warmup: Searchable | None = None
     batch_size: Searchable | None = None
     augmentation: Searchable | None = None
-    precision: Precision = "auto"
+    precision: Precision | tuple[Precision, ...] = "auto"
     label_smoothing: Searchable = 0.0
     trials: int = Field(20, ge=1, le=MOST_TRIALS)
     epochs: int | None = Field(None, ge=1, le=100_000)
@@ -159,6 +165,12 @@ class StudyConfig(BaseModel):
         if info.field_name == "augmentation" and isinstance(value, str):
             value = STRENGTHS.get(value, value)
         return None if value is None else read_searchable(value, SEARCHABLE[info.field_name])
+
+    @field_validator(*WORDS, mode="before")
+    @classmethod
+    def _word_or_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "a validator of fields"
+        return None if value is None else read_words(value, WORDS[info.field_name])
 
     @field_validator("floor", mode="before")
     @classmethod
@@ -335,7 +347,7 @@ class StudyConfig(BaseModel):
             if key == "floor":
                 words += [word for floor in value for word in (option, floor)]
                 continue
-            if key in SEARCHABLE:
+            if key in SEARCHABLE or key in WORDS:
                 value = text_of(value)
             words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]
         return shlex.join(words)

@@ -221,7 +221,7 @@ class Judge:
         shares = {c: None if tracks is None else tracks.of_exported(c).hidden for c in (None, *important)}
         return Best(
             trial=trial,
-            params={k: float(v) for k, v in new.chosen.params.items()},
+            params={k: v if isinstance(v, str) else float(v) for k, v in new.chosen.params.items()},
             side=Side(measured_on_validation(new.records, important), self.measured(new)),
             exported_seed=new.chosen.seed or 0,
             exported_accuracy=Share.of(chosen, groups, shares[None]),

@@ -1,6 +1,7 @@
-"""Numbers that a study fixes or searches: one, a range of them, or a few to choose from."""
+"""What a study fixes or searches: a number, a range of numbers, or a few numbers or words to choose from."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,7 @@ class SearchRange(BaseModel):
 
 
 Searchable = SearchRange | tuple[float, ...] | float
+Choice = Searchable | str | tuple[str, ...]
 
 
 class Bounds(NamedTuple):
@@ -54,18 +56,30 @@ def read_searchable(value: Any, bounds: Bounds) -> Searchable:
     return found
 
 
-def text_of(value: Searchable) -> str:
+def read_words(value: Any, known: Sequence[str]) -> str | tuple[str, ...]:
+    """One of the words `known`, or several to choose from: a list, or as text `adamw,sgd`. ValueError with the rule."""
+    words = value.split(",") if isinstance(value, str) and "," in value else value
+    found = list(words) if isinstance(words, list | tuple) else [words]
+    if not found or len(set(map(str, found))) < len(found) or not all(word in known for word in found):
+        raise ValueError(f"must be one of {', '.join(known)}, or a list of several of them")
+    return tuple(found) if isinstance(words, list | tuple) else str(words)
+
+
+def text_of(value: Choice) -> str:
     """As it can be given on a command line."""
     if isinstance(value, SearchRange):
         return f"{_number_text(value.low)}..{_number_text(value.high)}{' log' if value.log else ''}"
     return ",".join(map(_number_text, value)) if isinstance(value, tuple) else _number_text(value)
 
 
-def nearest(value: float, allowed: Searchable) -> float:
-    """What of `allowed` is nearest to a number."""
+def nearest(value: float, allowed: Choice) -> float:
+    """What of `allowed`, which are numbers, is nearest to one."""
+    assert not isinstance(allowed, str), "a word"
     if isinstance(allowed, SearchRange):
         return min(max(value, allowed.low), allowed.high)
-    return min(allowed, key=lambda choice: abs(choice - value)) if isinstance(allowed, tuple) else allowed
+    if not isinstance(allowed, tuple):
+        return allowed
+    return min((choice for choice in allowed if not isinstance(choice, str)), key=lambda choice: abs(choice - value))
 
 
 def is_searched(value: object) -> bool:
@@ -94,5 +108,5 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _number_text(value: float) -> str:
-    return repr(value).removesuffix(".0")
+def _number_text(value: float | str) -> str:
+    return value if isinstance(value, str) else repr(value).removesuffix(".0")

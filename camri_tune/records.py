@@ -38,7 +38,7 @@ class TrialRecord:
 
     number: int
     state: TrialState
-    params: dict[str, float]
+    params: dict[str, Any]  # numbers, and words of the recipe
     seed: int | None = None
     accuracy: float | None = None
     recall_per_class: tuple[float, ...] = ()
@@ -202,9 +202,14 @@ def named(c: int, classes: Sequence[str] | Mapping[int, str]) -> str:
     return str(c) if classes[c] == str(c) else f"{c} ({classes[c]})"
 
 
-def parameters(params: Mapping[str, float]) -> str:
+def parameters(params: Mapping[str, Any]) -> str:
     """A trial's parameters in a line."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in sorted(params.items()))
+    return ", ".join(f"{name} {value_text(value)}" for name, value in sorted(params.items()))
+
+
+def value_text(value: float | str, digits: int = 3) -> str:
+    """Of a parameter: a number in so many digits, or a word."""
+    return value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
 def biases_of(params: Mapping[str, float]) -> dict[int, float]:

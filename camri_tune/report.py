@@ -18,7 +18,7 @@ from camri_tune.evidence import Evidence
 from camri_tune.files import write_text
 from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
-from camri_tune.records import Figure, biases_of, named, without_nan
+from camri_tune.records import Figure, biases_of, named, value_text, without_nan
 from camri_tune.result import Result
 from camri_tune.search import parameter_importance
 from camri_tune.storage import StudyStore
@@ -78,7 +78,7 @@ def model_card(result: Result, bundle: BundleConfig, facts: Facts) -> str:
     over_seeds = ", ".join(
         f"recall of {named(c, classes)} on test {_gain(found)} points" for c, found in best.recall_over_seeds.items()
     )
-    params = ", ".join(f"{name} = {value:.4g}" for name, value in sorted(best.params.items()))
+    params = ", ".join(f"{name} = {value_text(value, 4)}" for name, value in sorted(best.params.items()))
     claims = "\n".join(f"- {escaped(line)}" for line in [*provenance(result), *few_test_images(best, result.classes)])
     stays = f"within {result.tolerance:g} points of" if result.tolerance else "at"
     of_fold = " of the first fold (the other folds' are about as many)" if result.folds > 1 else ""

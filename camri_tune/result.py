@@ -36,7 +36,7 @@ class Best:
     """
 
     trial: int
-    params: dict[str, float]
+    params: dict[str, Any]
     side: Side
     exported_seed: int
     exported_accuracy: Share
@@ -81,7 +81,7 @@ class Finalist:
     """
 
     trial: int
-    params: dict[str, float]
+    params: dict[str, Any]
     validation: Measured | None
     recall_bound: float | None
     kept_accuracy: bool

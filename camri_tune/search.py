@@ -20,7 +20,7 @@ from camri_tune.constraints import RecallConstraint
 from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError
 from camri_tune.losses import adacos_scale
-from camri_tune.ranges import Searchable, SearchRange, is_searched, nearest
+from camri_tune.ranges import Choice, Searchable, SearchRange, is_searched, nearest
 from camri_tune.records import STOPPED, biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec
@@ -142,17 +142,18 @@ def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
     return head_spec(plan.config.loss, params, plan.important), params["learning_rate"]
 
 
-def suggest_params(
-    trial: Trial, config: StudyConfig, important: Sequence[int], baseline_rate: float
-) -> dict[str, float]:
+def suggest_params(trial: Trial, config: StudyConfig, important: Sequence[int], baseline_rate: float) -> dict[str, Any]:
     """A value for every parameter of `search_space`."""
     space = search_space(config, important, baseline_rate)
     return {name: _suggested(trial, name, allowed) for name, allowed in space.items()}
 
 
-def _suggested(trial: Trial, name: str, allowed: Searchable) -> float:
+def _suggested(trial: Trial, name: str, allowed: Choice) -> float | str:
+    if isinstance(allowed, str):
+        return allowed
     if isinstance(allowed, tuple):
-        return float(trial.suggest_categorical(name, allowed))
+        chosen = trial.suggest_categorical(name, allowed)
+        return chosen if isinstance(chosen, str) else float(chosen)
     if not isinstance(allowed, SearchRange):
         return trial.suggest_float(name, allowed, allowed)
     if name in SEARCHABLE and SEARCHABLE[name].whole:
@@ -160,12 +161,12 @@ def _suggested(trial: Trial, name: str, allowed: Searchable) -> float:
     return trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)
 
 
-def search_space(config: StudyConfig, important: Sequence[int], base: float) -> dict[str, Searchable]:
+def search_space(config: StudyConfig, important: Sequence[int], base: float) -> dict[str, Choice]:
     """Every parameter of a trial with what it may be. `base` is the baseline's learning rate.
 
     Of the recipe only what is searched is a parameter: the rest is the same in all trials, and in the baseline.
     """
-    space: dict[str, Searchable] = {"learning_rate": SearchRange(low=base / 4, high=base * 4, log=True)}
+    space: dict[str, Choice] = {"learning_rate": SearchRange(low=base / 4, high=base * 4, log=True)}
     if config.learning_rate is not None:
         space["learning_rate"] = config.learning_rate
     for name, kind in parameter_names(config.loss, important).items():
@@ -175,7 +176,7 @@ def search_space(config: StudyConfig, important: Sequence[int], base: float) -> 
     return space | {name: value for name in RECIPE_FIELDS if is_searched(value := getattr(config, name))}
 
 
-def recipe_choices(config: StudyConfig, params: Mapping[str, float]) -> dict[str, Any]:
+def recipe_choices(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """What a study says of a trial's recipe, by the recipe's fields; None where it says nothing.
 
     What is searched is among the trial's parameters, but not among those of the baseline, which has the network's own.

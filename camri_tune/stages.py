@@ -64,7 +64,8 @@ class Stages:
         First its learning rate is tuned, unless the study fixes it, then it is trained on R fresh seeds, which take the
         folds in turn, and on folds that are left. Raises CamriTuneError where it fails.
         """
-        default, tuning = default_learning_rate(self.config.model, self.config.optimizer), self.config.tuning_seed
+        optimizer, tuning = self.config.optimizer, self.config.tuning_seed
+        default = default_learning_rate(self.config.model, optimizer if isinstance(optimizer, str) else None)
         found = {(r.seed, r.fold): r for r in self.records("baseline")}
         tried = [r for r in self.records("baseline") if r.seed == tuning]
         fixed = self.config.fixed_learning_rate

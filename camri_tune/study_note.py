@@ -8,6 +8,7 @@ from datetime import datetime
 from camri_tune.charts import recall_accuracy, search_history
 from camri_tune.overview import Overview
 from camri_tune.progress import STAGE_TITLES, done, duration, total
+from camri_tune.records import value_text
 from camri_tune.storage import StudyStore
 
 PUBLISHED = "camri_tune:published"  # what the note and figures in the storage were made of
@@ -106,7 +107,7 @@ def _best(overview: Overview) -> str:
     best = overview.best
     if best is None:
         return f"None has met {'every constraint' if overview.constraints else 'the floor'} yet."
-    params = ", ".join(f"`{name}` {value:.4g}" for name, value in sorted(best.params.items()))
+    params = ", ".join(f"`{name}` {value_text(value, 4)}" for name, value in sorted(best.params.items()))
     return (
         f"Trial **{best.number}**: recall {best.recall or 0.0:.2%}, accuracy {best.accuracy or 0.0:.2%}, {params}. "
         "It is a candidate on validation, not a result: the best of many trials is partly lucky, and finalists are "

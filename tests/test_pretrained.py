@@ -333,6 +333,8 @@ backbone_lr = 0.5
 learning_rate = 0.005
 margin = 0.2
 batch_size = [32, 64]
+optimizer = ["adamw", "sgd"]
+schedule = ["cosine", "linear"]
 weight_decay = {{low = 1e-3, high = 1e-1, log = true}}
 label_smoothing = 0.05
 important = "3"
@@ -351,9 +353,13 @@ name = "mine"
     assert done.returncode == 0, done.stderr
     result = result_of(done)
     params = result["best"]["params"]
-    assert set(params) == {"learning_rate", "scale", "margin", "batch_size", "weight_decay"}
+    numbers, words = {"learning_rate", "scale", "margin", "batch_size", "weight_decay"}, {"optimizer", "schedule"}
+    assert set(params) == numbers | words
     assert (params["learning_rate"], params["margin"]) == (0.005, 0.2)
     assert params["batch_size"] in (32, 64)
+    assert (params["optimizer"] in ("adamw", "sgd"), params["schedule"] in ("cosine", "linear")) == (True, True)
+    for shown in (done.stderr, (tmp_path / "mine" / "best" / "README.md").read_text()):
+        assert f"schedule {params['schedule']}" in shown.replace("schedule = ", "schedule ")
     assert "learning rate 0.005" in done.stderr, "the baseline's as well, and not tuned"
     assert f"Starts from {weights}" in done.stderr
     assert any("smoothed by 0.05, the baseline's as well" in notice for notice in result["notices"])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, StudyConfig, read_study_file
+from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, WORDS, StudyConfig, read_study_file
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError
-from camri_tune.ranges import Bounds, Searchable, SearchRange, nearest, read_searchable, text_of
+from camri_tune.ranges import Bounds, Searchable, SearchRange, nearest, read_searchable, read_words, text_of
 from camri_tune.search import (
     Plan,
     first_points,
@@ -226,14 +226,33 @@ def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str,
         require_searchable(config)
 
 
-def test_every_number_can_be_searched_by_the_sampler_of_a_study(digits: Dataset) -> None:
+@given(st.lists(st.sampled_from(WORDS["optimizer"]), min_size=1, unique=True))
+def test_words_that_are_written_are_those_that_are_read(words: list[str]) -> None:
+    known = WORDS["optimizer"]
+    value = tuple(words) if len(words) > 1 else words[0]
+    assert read_words(text_of(value), known) == value
+    assert read_words(words, known) == tuple(words)
+    config = StudyConfig.build({"optimizer": words})
+    assert StudyConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("key", WORDS)
+@pytest.mark.parametrize("value", ["", "foo", "adamw,foo", [], ["foo"], 3, True, {"low": 1}, ["adamw", 3], "auto,auto"])
+def test_what_is_no_word_gets_one_line(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"^--{key} is .* should be one of {', '.join(WORDS[key])}, or a list of"):
+        StudyConfig.build({key: value})
+
+
+def test_every_number_and_word_can_be_searched_by_the_sampler_of_a_study(digits: Dataset) -> None:
     values: dict[str, object] = {name: f"{max(b.low, 0.01):g}..{b.high:g}" for name, b in SEARCHABLE.items()}
-    config = StudyConfig.build({**values, "batch_size": "16..64 log", "warmup": [0.1, 0.2, 0.4]})
+    words = {name: ",".join(known) for name, known in WORDS.items()}
+    config = StudyConfig.build({**values, **words, "batch_size": "16..64 log", "warmup": [0.1, 0.2, 0.4]})
     study = optuna.create_study(sampler=make_sampler(config, seed=0), direction="maximize")
     for number in range(9):  # the last three by a Gaussian process
         trial = study.ask()
         suggest(trial, "search", _plan(config, digits))
-        assert set(trial.params) == set(SEARCHABLE) <= {*RECIPE_FIELDS, "learning_rate", "scale", "margin"}
+        assert set(trial.params) == {*SEARCHABLE, *WORDS} <= {*RECIPE_FIELDS, "learning_rate", "scale", "margin"}
+        assert all(recipe_choices(config, trial.params)[name] in known for name, known in WORDS.items())
         assert recipe_choices(config, trial.params)["batch_size"] in range(16, 65)
         assert trial.params["warmup"] in (0.1, 0.2, 0.4)
         trial.set_constraint("accuracy", 0.1 - number / 40)
