@@ -172,6 +172,22 @@ def nothing_to_gain(recalls: Sequence[float], important: Sequence[int], classes:
     )
 
 
+def no_better_than_guessing(accuracy: float, counts: Sequence[int], classes: Sequence[str]) -> str | None:
+    """A plain warning where the baseline is about as good as always naming the largest class; None elsewhere.
+
+    `counts` (C,) are the validation images of each class, and `accuracy` the baseline's share of them: their sampling
+    error is allowed for.
+    """
+    n, largest = sum(counts), max(range(len(counts)), key=lambda c: counts[c])
+    if binomial_interval(accuracy * n, n).low > counts[largest] / n:
+        return None
+    return (
+        f"The baseline is right on {accuracy:.3f} of validation, no better than always naming class "
+        f"{named(largest, classes)} ({counts[largest] / n:.3f}): the floor of accuracy then asks for nothing. Train "
+        f"longer (--epochs), with another --learning-rate or --model, or look at the labels."
+    )
+
+
 def few_test_images(best: Best, classes: Sequence[str]) -> list[str]:
     """A plain warning for each important class with too few test images to show a high recall."""
     lines = []

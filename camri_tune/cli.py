@@ -42,6 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+RESUMING = {"run", "compare", "worker"}  # commands that go on where they were interrupted
+
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output; nothing else there.")]
 DataDirOption = Annotated[
     Path | None,
@@ -592,9 +594,11 @@ def main() -> NoReturn:
         sys.exit(1)
     except OSError as error:  # a disk that is full, a folder that has gone: all that was finished is stored
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}: mend that and give the same command again, which resumes", 1)
+        resumes = ", which resumes" if RESUMING.intersection(sys.argv[1:2]) else ""
+        _fail(f"{error.strerror or error}{where}: mend that and give the same command again{resumes}", 1)
     if code == INTERRUPTED_EXIT_CODE:  # Typer, too, turns an interrupt into this code
-        _fail("interrupted; the same command resumes", INTERRUPTED_EXIT_CODE)
+        resumes = "; the same command resumes" if RESUMING.intersection(sys.argv[1:2]) else ""
+        _fail(f"interrupted{resumes}", INTERRUPTED_EXIT_CODE)
     sys.exit(code if isinstance(code, int) else 0)
 
 

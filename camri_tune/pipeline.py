@@ -15,7 +15,14 @@ from torch.utils.data import Dataset
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import EMBEDDINGS, IMAGES, BundleConfig, write_bundle
-from camri_tune.claims import few_test_images, nothing_to_gain, provenance, sentence_of, smoothed_labels
+from camri_tune.claims import (
+    few_test_images,
+    no_better_than_guessing,
+    nothing_to_gain,
+    provenance,
+    sentence_of,
+    smoothed_labels,
+)
 from camri_tune.config import Loss, StudyConfig, floor_of
 from camri_tune.console import Console
 from camri_tune.constraint_claims import doubtful_constraints
@@ -168,6 +175,9 @@ def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]
     notice = nothing_to_gain(recall, stages.important, classes)
     notices = [] if notice is None else [notice]
     validation = stages.data.validation_of(stages.folds)
+    counts = torch.bincount(validation.labels, minlength=len(classes)).tolist()
+    if (text := no_better_than_guessing(baseline.accuracy, counts, classes)) is not None:
+        notices.append(text)
     units = [len(torch.unique(validation.groups[validation.labels == c])) for c in range(len(classes))]
     notices += doubtful_constraints(stages.constraints, recall, units, classes)
     for line in notices:

@@ -25,12 +25,11 @@ from camri_tune.config import printable, shown
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.folders import image_files
 from camri_tune.images import read_image
-from camri_tune.records import named
+from camri_tune.records import MOST_OF_A_CELL, csv_cell, named
 from camri_tune.training import cpu_count
 
 Format = Literal["table", "csv", "json"]
 BATCH = 64
-MOST_OF_A_PATH = 4_096  # characters
 
 
 class Prediction(NamedTuple):
@@ -181,7 +180,7 @@ def _table(predictions: Predictions, rows: Iterator[Prediction]) -> Iterator[str
         cells = [f"{named(row.class_index, classes):{width}}", f"{row.numbers[row.class_index]:{len(number)}.4f}"]
         cells += [f"{row.numbers[c]:{len(head)}.4f}" for c, head in zip(config.important, heads, strict=True)]
         cells.append(f"{'yes' if row.class_index in config.important else 'no':9}")
-        yield "  ".join([*cells, printable(row.path, MOST_OF_A_PATH)])
+        yield "  ".join([*cells, printable(row.path, MOST_OF_A_CELL)])
 
 
 def _csv(predictions: Predictions, rows: Iterator[Prediction]) -> Iterator[str]:
@@ -192,18 +191,12 @@ def _csv(predictions: Predictions, rows: Iterator[Prediction]) -> Iterator[str]:
     yield _csv_line(["path", "class", "class_name", number, *names, "is_important"])
     for row in rows:
         cells: list[object] = [
-            _cell(row.path, f"{os.curdir}{os.sep}"),
+            csv_cell(row.path, f"{os.curdir}{os.sep}"),
             row.class_index,
-            _cell(classes[row.class_index], "'"),
+            csv_cell(classes[row.class_index]),
         ]
         numbers = [float(row.numbers[c]) for c in (row.class_index, *config.important)]
         yield _csv_line([*cells, *(f"{p:.6g}" for p in numbers), int(row.class_index in config.important)])
-
-
-def _cell(text: str, guard: str) -> str:
-    """Text as a cell may hold it: with `guard` before it where a spreadsheet would take it for a formula."""
-    text = printable(text, MOST_OF_A_PATH)
-    return f"{guard}{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _csv_line(cells: Sequence[object]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from camri_tune.config import printable
 from camri_tune.stats import Interval, seed_interval
 
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
@@ -14,6 +15,7 @@ ACCURACY_CURVE, RECALL_CURVE = "accuracy_curve", "recall_curve"
 # Of a trial that was stopped early: the epoch. For Optuna it is complete, since its Gaussian process learns from no
 # other, and would go on proposing what was stopped.
 STOPPED = "stopped_after_epoch"
+MOST_OF_A_CELL = 4_096  # characters
 BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 
 
@@ -234,3 +236,9 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def csv_cell(text: str, guard: str = "'") -> str:
+    """Text as a cell may hold it: with `guard` before it where a spreadsheet would take it for a formula."""
+    text = printable(text, MOST_OF_A_CELL)
+    return f"{guard}{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -18,7 +18,7 @@ from camri_tune.evidence import Evidence
 from camri_tune.files import write_text
 from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
-from camri_tune.records import Figure, biases_of, named, value_text, without_nan
+from camri_tune.records import Figure, biases_of, csv_cell, named, value_text, without_nan
 from camri_tune.result import Result
 from camri_tune.search import parameter_importance
 from camri_tune.storage import StudyStore
@@ -91,8 +91,8 @@ def model_card(result: Result, bundle: BundleConfig, facts: Facts) -> str:
     versions = "; ".join(f"{name} {escaped(version)}" for name, version in result.versions.items())
     return f"""# {escaped(result.study)}
 
-Classifier of {len(classes)} classes ({escaped(result.dataset)}), trained so that class {names} is
-missed less often, while accuracy stays {stays} the cross-entropy baseline's. Written by camri-tune {result.versions["camri-tune"]}.
+Classifier of {len(classes)} classes ({escaped(result.dataset)}), chosen so that class {names} be
+missed less often while accuracy stays {stays} the cross-entropy baseline's; what came of that, the next line says. Written by camri-tune {result.versions["camri-tune"]}.
 
 **{escaped(result.sentence)}**
 
@@ -260,7 +260,10 @@ def write_comparison(table: Table) -> None:
 
 
 def comparison_csv(table: Table) -> str:
-    """One row for each data set, class and method; shares as they are, empty where nothing kept accuracy."""
+    """One row for each data set, class and method; shares as they are, empty where nothing kept accuracy.
+
+    A name that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ["recall", "recall_sd", "accuracy", "accuracy_sd", "recall_gain", "recall_gain_low", "recall_gain_high"]
@@ -270,7 +273,8 @@ def comparison_csv(table: Table) -> str:
     for column in table.columns():
         cells = table.column(*column)
         for cell in cells:
-            row: list[object] = [cell.dataset, cell.token, cell.important, cell.class_name, cell.method]
+            named_by = csv_cell(cell.dataset), csv_cell(cell.token), cell.important, csv_cell(cell.class_name)
+            row: list[object] = [*named_by, cell.method]
             for outcome in (cell.trained, cell.matched):
                 row += [""] * len(names) if outcome is None else _csv_values(outcome)
             writer.writerow([*row, *(cell.paper or ("", "")), int(cell is best_of(cells))])

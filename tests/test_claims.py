@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from camri_tune.bundle import BundleConfig, ModelSpec
 from camri_tune.calibration import Calibration
-from camri_tune.claims import few_test_images, images_needed, nothing_to_gain, provenance, sentence_of
+from camri_tune.claims import (
+    few_test_images,
+    images_needed,
+    no_better_than_guessing,
+    nothing_to_gain,
+    provenance,
+    sentence_of,
+)
 from camri_tune.config import is_printable, printable
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.records import Measured
@@ -626,3 +633,13 @@ def test_escaped_text_renders_as_itself(text: str) -> None:
     assert is_printable(marked)
     assert re.sub(r"\\([\\`*_\[\]<>|~&#$])", r"\1", marked) == printable(text)
     assert not re.search(r"[`*_\[\]<>|~&#$]", re.sub(r"\\.", "", marked))
+
+
+@pytest.mark.parametrize(("accuracy", "told"), [(0.30, True), (0.44, True), (0.46, False), (0.05, True), (1.0, False)])
+def test_a_baseline_that_has_learned_nothing_is_told(accuracy: float, told: bool) -> None:
+    """With 400 images, 40 % of them of one class, 46 % is shown to be more and 44 % is not."""
+    text = no_better_than_guessing(accuracy, [120, 160, 120], ("a", "b", "c"))
+    assert (text is not None) == told
+    if text is not None:
+        assert f"right on {accuracy:.3f} of validation, no better than always naming class 1 (b) (0.400)" in text
+        assert "--epochs" in text

@@ -11,6 +11,7 @@ import pytest
 import typer.core
 import typer.main
 
+import camri_tune as package
 from camri_tune.cli import app
 from tests.command import camri_tune
 
@@ -86,3 +87,19 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_can_be_found_from_the_readme() -> None:
     text = (REPOSITORY / "README.md").read_text()
     assert all(f"docs/{page.name}" in text for page in (REPOSITORY / "docs").glob("*.md"))
+
+
+def test_the_reference_is_built_from_docstrings(tmp_path: Path) -> None:
+    """By the command that the page names: every public name has an entry that says something."""
+    text = (REPOSITORY / "docs" / "python.md").read_text()
+    (modules,) = re.findall(r"^pdoc (.+)$", text, flags=re.MULTILINE)
+    built = [sys.executable, "-m", "pdoc", *modules.split(), "-o", tmp_path]
+    done = subprocess.run(built, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warn" not in done.stderr, done.stderr
+    pages = {module: (tmp_path / f"{module.replace('.', '/')}.html").read_text() for module in modules.split()}
+    for name in package.__all__:
+        (page,) = [page for page in pages.values() if f'<section id="{name}">' in page]
+        entry = page.partition(f'<section id="{name}">')[2].partition("<section")[0]
+        said = " ".join(re.sub(r"<[^>]*>", " ", entry.partition('class="docstring"')[2]).split())
+        assert len(said) > 50, name

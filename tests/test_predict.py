@@ -24,6 +24,7 @@ from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.folders import image_files
 from camri_tune.images import read_image
 from camri_tune.predict import BATCH, Predictions, lines_of
+from camri_tune.records import csv_cell
 from tests.command import assert_one_line_error, camri_tune
 from tests.exported import CLASSES, make_bundle
 
@@ -246,7 +247,7 @@ def test_file_names_of_any_bytes_act_on_nothing(
 @settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_a_cell_of_any_text_is_one_cell_and_no_formula(first: str, second: str) -> None:
-    cells = [predict._cell(text, "'") for text in (first, second)]
+    cells = [csv_cell(text) for text in (first, second)]
     (row,) = csv.reader([predict._csv_line(cells)])
     assert row == cells
     assert all(is_printable(cell) and not cell.startswith(("=", "+", "-", "@")) for cell in row)

@@ -122,6 +122,12 @@ def test_the_csv_has_every_cell_with_its_figures() -> None:
     assert [row["best"] for row in rows] == ["0"] * 4 + ["1"] + ["0"] * 10
 
 
+def test_names_in_the_csv_are_no_formulas() -> None:
+    cells = _column("@x", "3", "=1+1", [("ce", _outcome((0.5,), (0.9,)), None)])
+    (row,) = csv.DictReader(io.StringIO(comparison_csv(Table(tuple(cells), "ours", {}, Path())), newline=""))
+    assert (row["dataset"], row["class_name"]) == ("'@x", "'=1+1")
+
+
 def test_the_csv_of_one_seed_leaves_spread_and_interval_empty() -> None:
     cells = _column("digits", "3", "3", [("ce", _outcome((0.5,), (0.9,)), None)])
     (row,) = csv.DictReader(io.StringIO(comparison_csv(Table(tuple(cells), "ours", {}, Path())), newline=""))
