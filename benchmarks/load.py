@@ -348,7 +348,7 @@ def training_seconds(config: StudyConfig, repeats: int = 15) -> float:
     def once() -> None:
         recipe = recipe_of(
             config.model,
-            epochs=config.epochs or 1,
+            epochs=config.epochs_of(1),
             learning_rate=4e-3,
             augmentation=data.augmentation,
             images=len(data.train),

@@ -107,6 +107,7 @@ RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
     ),
     "scale": (str, "Scale of a cosine loss (default: searched from 4 to 64)."),
     "margin": (str, "Margin in radians (default: searched from 0 to 0.6)."),
+    "epochs": (str, "Epochs of a training (default: the data set's own)."),
     "optimizer": (str, "adamw, adam, or sgd with Nesterov's momentum."),
     "weight_decay": (str, "Weight decay, of weights alone: not of norms and biases."),
     "schedule": (str, "What the learning rate does after its warmup: linear, cosine (both to zero), or constant."),
@@ -172,7 +173,6 @@ def run(
     loss: Annotated[str | None, typer.Option(help="camri, l2, arcface, cosface-i, wce, crwwce or ce.")] = None,
     model: ModelOption = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     floor: Annotated[
@@ -245,7 +245,6 @@ def compare(
     ] = "ours",
     model: ModelOption = None,
     trials: Annotated[int | None, typer.Option(help="Trainings of the search, for each method and class.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs per training (default: the data set's own).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds for the baseline and for each finalist.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Points of accuracy that may be given up.")] = None,
     finalists: FinalistsOption = None,

@@ -30,6 +30,7 @@ from camri_tune.images import Images
 from camri_tune.own_networks import allow
 from camri_tune.posthoc import biased, tune_bias
 from camri_tune.pretrained import starting_weights
+from camri_tune.ranges import text_of
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
@@ -193,7 +194,7 @@ def _facts(head: Stages, baseline: Baseline, test: Images) -> dict[str, object]:
         "test": len(test),
         "limit": config.limit,
         "per_group": config.per_group,
-        "epochs": config.epochs or data.epochs,
+        "epochs": text_of(config.epochs) if config.epochs is not None else data.epochs,
         "fingerprint": data.fingerprint,
         "hidden_group_size": data.hidden_group_size,
         "learning_rate": baseline.learning_rate,

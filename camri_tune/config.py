@@ -6,14 +6,16 @@ import re
 import shlex
 import stat
 import tomllib
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from camri_tune.errors import InputError
-from camri_tune.ranges import Bounds, Searchable, read_searchable, read_words, text_of
+from camri_tune.ranges import Bounds, Searchable, SearchRange, is_searched, read_searchable, read_words, text_of
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
@@ -60,6 +62,7 @@ SEARCHABLE = {
     "weight_decay": Bounds(0.0, 10.0),
     "warmup": Bounds(0.0, 0.9),
     "batch_size": Bounds(2, 65_536, whole=True),
+    "epochs": Bounds(1, 100_000, whole=True),
     "augmentation": Bounds(0.0, 3.0),
     "label_smoothing": Bounds(0.0, 0.9),
 }
@@ -121,7 +124,7 @@ class StudyConfig(BaseModel):
     precision: Precision | tuple[Precision, ...] = "auto"
     label_smoothing: Searchable = 0.0
     trials: int = Field(20, ge=1, le=MOST_TRIALS)
-    epochs: int | None = Field(None, ge=1, le=100_000)
+    epochs: int | Searchable | None = None
     seeds: int = Field(3, ge=1, le=MOST_SEEDS)
     tolerance: float = Field(0.0, ge=0.0, le=100.0)
     floor: tuple[str, ...] = ()
@@ -164,7 +167,8 @@ class StudyConfig(BaseModel):
         assert info.field_name is not None, "a validator of fields"
         if info.field_name == "augmentation" and isinstance(value, str):
             value = STRENGTHS.get(value, value)
-        return None if value is None else read_searchable(value, SEARCHABLE[info.field_name])
+        found = None if value is None else read_searchable(value, SEARCHABLE[info.field_name])
+        return int(found) if info.field_name == "epochs" and isinstance(found, float) else found
 
     @field_validator(*WORDS, mode="before")
     @classmethod
@@ -182,7 +186,6 @@ class StudyConfig(BaseModel):
 
     @field_validator(
         "trials",
-        "epochs",
         "seeds",
         "finalists",
         "image_size",
@@ -311,6 +314,17 @@ class StudyConfig(BaseModel):
     def most_finalists(self) -> int:
         """How many of the best trials are retrained: few of few, because each costs as much as `seeds` trials."""
         return self.finalists or min(MOST_FINALISTS, max(1, self.trials // 4))
+
+    def epochs_of(self, usual: int, params: Mapping[str, Any] = MappingProxyType({})) -> int:
+        """The epochs of a training with these parameters, without any of the baseline's; `usual` is the data set's."""
+        fixed = None if is_searched(self.epochs) else self.epochs
+        return int(params.get("epochs", fixed or usual))
+
+    def most_epochs(self, usual: int) -> int:
+        """The epochs of the longest training of the study."""
+        if isinstance(self.epochs, SearchRange):
+            return max(usual, int(self.epochs.high))
+        return int(max(usual, *self.epochs)) if isinstance(self.epochs, tuple) else self.epochs_of(usual)
 
     @classmethod
     def build(cls, values: dict[str, Any], source: str = "command line") -> Self:

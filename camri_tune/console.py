@@ -129,9 +129,8 @@ def _view(stage: str, records: Mapping[str, Sequence[TrialRecord]], schedule: Sc
         Text(f"{STAGE_TITLES[stage]}: {ended} of {count} · {time_to_go}", style="bold"),
         _bar(done(everything, stage, schedule), count),
     ]
-    epochs = schedule.epochs * schedule.trainings_of(stage)
     lines += [
-        Text(f"  {label} #{r.number}  epoch {r.epoch}/{epochs}  {parameters(r.params)}")
+        Text(f"  {label} #{r.number}  epoch {r.epoch}/{schedule.epochs_of(r, stage)}  {parameters(r.params)}")
         for label, found in records.items()
         for r in found
         if r.state == "running"

@@ -334,7 +334,7 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         command=config.command(),
         asked=",".join(config.important),
         network=config.model,
-        epochs=config.epochs or stages.data.epochs,
+        epochs=config.epochs_of(stages.data.epochs, chosen.params),
         sha256=chosen.sha256 or "",
         date=earlier["date"] if same else today,
     )

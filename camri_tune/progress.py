@@ -33,13 +33,20 @@ class Schedule:
         """How many trainings one trial of a stage is."""
         return self.folds if stage == "search" else 1
 
+    def epochs_of(self, trial: TrialRecord, stage: str) -> int:
+        """All epochs of a trial; where they are searched, those that it has drawn."""
+        return int(trial.params.get("epochs", self.epochs)) * self.trainings_of(stage)
+
 
 def done(records: Sequence[TrialRecord], stage: str, schedule: Schedule) -> float:
     """Trials of a stage that are done, those that train counted by their epochs."""
-    epochs = schedule.epochs * schedule.trainings_of(stage)
-    return sum(
-        1.0 if r.state in ENDED else min(r.epoch / epochs, 1.0) if r.state == "running" else 0.0 for r in records
-    )
+
+    def share(r: TrialRecord) -> float:
+        if r.state in ENDED:
+            return 1.0
+        return min(r.epoch / schedule.epochs_of(r, stage), 1.0) if r.state == "running" else 0.0
+
+    return sum(map(share, records))
 
 
 def total(records: Sequence[TrialRecord], stage: str, schedule: Schedule) -> int:

@@ -42,11 +42,12 @@ def is_hopeless(curve: Curve, finished: Sequence[Curve], *, floor: float, images
     """Whether a training that has come to the end of `curve` cannot reach the floor, as far as others can tell.
 
     Both accuracies and gains are of `images` images, so that three standard errors of them are given in. Of fewer than
-    five finished trainings nothing is concluded.
+    five finished trainings, as long as this one, nothing is concluded.
     """
     if not curve:
         return False
     epoch, last = max(curve, key=int), str(epochs)
-    gains = [other[last] - other[epoch] for other in finished if epoch in other and last in other]
+    as_long = [other for other in finished if epoch in other and max(other, key=int) == last]
+    gains = [other[last] - other[epoch] for other in as_long]
     doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / images) if 0 < floor < 1 else 0.0
     return len(gains) >= MIN_FINISHED and curve[epoch] + max(gains) + doubt < floor

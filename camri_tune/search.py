@@ -70,9 +70,9 @@ class Plan:
     constraints: tuple[RecallConstraint, ...] = ()
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def epochs(self) -> int:
-        return self.config.epochs or self.data.epochs
+    def epochs_of(self, params: Mapping[str, Any]) -> int:
+        """The epochs of a training with these parameters."""
+        return self.config.epochs_of(self.data.epochs, params)
 
 
 def looks_at_class(loss: Loss) -> bool:
@@ -173,7 +173,8 @@ def search_space(config: StudyConfig, important: Sequence[int], base: float) -> 
         low, high, log, _ = SPACES[config.loss][kind]
         given: Searchable | None = getattr(config, kind, None)
         space[name] = SearchRange(low=low, high=high, log=log) if given is None else given
-    return space | {name: value for name in RECIPE_FIELDS if is_searched(value := getattr(config, name))}
+    recipe = (*RECIPE_FIELDS, "epochs")
+    return space | {name: value for name in recipe if is_searched(value := getattr(config, name))}
 
 
 def recipe_choices(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from camri_tune.interrupts import heard, raise_swallowed
 from camri_tune.overview import read_overview
 from camri_tune.own_networks import allowed
 from camri_tune.progress import Schedule
+from camri_tune.ranges import is_searched
 from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.search import first_points
@@ -249,9 +250,10 @@ class Crew:
             store.set("stage", "running")
             again = store.requeue_interrupted()
             where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device
-            epochs = config.epochs or data.epochs
+            epochs = config.most_epochs(data.epochs)
+            most = "up to " if is_searched(config.epochs) else ""
             at_hand = f"{len(places)} worker(s) on {where}" if places else "none of its own: see `camri-tune worker`"
-            console.say(f"{config.study_name}: {data}; {epochs} epochs, {at_hand}; files in {config.folder}")
+            console.say(f"{config.study_name}: {data}; {most}{epochs} epochs, {at_hand}; files in {config.folder}")
             if again:
                 console.say(f"{again} interrupted training(s) queued again")
             for notice in data.notices():

@@ -77,6 +77,7 @@ class _Run:
         self.store = store
         self.asked_to_stop = asked_to_stop
         self.heart = heart
+        self.epochs = plan.epochs_of({})
         self.folds: Sequence[int] = range(len(plan.floors)) if stage == "search" else [trial.user_attrs.get("fold", 0)]
         self.accuracies: dict[str, float] = {}
         self.recalls: dict[str, list[float]] = {}
@@ -121,12 +122,13 @@ class _Run:
         if seed is None:
             seed = plan.config.seed * SEEDS_APART + _SEED_OFFSETS[self.stage] + self.trial.number
             self.trial.set_user_attr("seed", seed)
+        self.epochs = plan.epochs_of(self.trial.params)
         self._resume()
         for fold in self.folds[len(self.confusions) :]:
             training, validation = plan.data.fold(fold)
             recipe = recipe_of(
                 plan.config.model,
-                epochs=plan.epochs,
+                epochs=self.epochs,
                 learning_rate=learning_rate,
                 augmentation=plan.data.augmentation,
                 images=len(training),
@@ -208,7 +210,7 @@ class _Run:
         if self.stage != "search" or (progress.epoch == progress.epochs and len(self.folds) == 1):
             return
         study, floor = self.trial.study, self.plan.floors[self.folds[0]]
-        pruner = AccuracyFloorPruner(floor=floor, images=int(confusion.sum()), epochs=self.plan.epochs)
+        pruner = AccuracyFloorPruner(floor=floor, images=int(confusion.sum()), epochs=self.epochs)
         if pruner.prune(study, study._storage.get_trial(self.trial._trial_id)):
             self.trial.set_user_attr(STOPPED, progress.epoch)
             self._keep_confusion(confusion)
@@ -235,7 +237,7 @@ class _Run:
         }
         with _scratch_file() as path:
             replace(state, tensors={**state.tensors, **first}).save(path, note)
-            self.store.save_resume(self.trial, path, len(self.confusions) * self.plan.epochs + state.epoch)
+            self.store.save_resume(self.trial, path, len(self.confusions) * self.epochs + state.epoch)
         self._unsaved, self._saved_at = False, time.perf_counter()
         self._save_seconds = self._saved_at - started
 
@@ -250,7 +252,7 @@ class _Run:
         self.accuracies, self.recalls, self.values = note["accuracies"], note["recalls"], note["values"]
         self.first = {k.removeprefix(_FIRST): v for k, v in state.tensors.items() if k.startswith(_FIRST)}
         self.state = state if state.epoch > 0 else None
-        epochs = len(self.confusions) * self.plan.epochs + state.epoch
+        epochs = len(self.confusions) * self.epochs + state.epoch
         self.trial.set_user_attr("resumed_at", epochs)
         self.trial.set_user_attr("epoch", epochs)
         self._publish_curves()

@@ -34,6 +34,12 @@ def test_running_trials_count_by_their_epochs() -> None:
     assert done(records, "baseline", SCHEDULE) == pytest.approx(3.4)
 
 
+def test_a_trial_counts_by_the_epochs_that_it_has_drawn() -> None:
+    short = TrialRecord(0, "running", {"epochs": 4.0}, epoch=2)
+    assert done([short], "search", SCHEDULE) == pytest.approx(0.5)
+    assert SCHEDULE.epochs_of(short, "search") == 4
+
+
 def test_a_trial_on_folds_is_so_many_trainings() -> None:
     folds = SCHEDULE.on_folds(5, more_baselines=4)
     assert folds.planned == {"baseline": 11, "search": 100, "finalists": 6}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, WORDS, StudyConfig, read_study_file
+from camri_tune.config import SEARCHABLE, WORDS, StudyConfig, read_study_file
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError
 from camri_tune.ranges import Bounds, Searchable, SearchRange, nearest, read_searchable, read_words, text_of
@@ -236,6 +236,26 @@ def test_words_that_are_written_are_those_that_are_read(words: list[str]) -> Non
     assert StudyConfig.model_validate_json(config.model_dump_json()) == config
 
 
+@pytest.mark.parametrize(
+    ("epochs", "baseline", "trial", "most"),
+    [
+        (None, 20, 20, 20),
+        (5, 5, 5, 5),
+        ("5", 5, 5, 5),
+        ([5, 30], 20, 7, 30),
+        ("2..9", 20, 7, 20),
+        ("2..50 log", 20, 7, 50),
+    ],
+)
+def test_epochs_are_the_data_sets_fixed_or_searched(epochs: object, baseline: int, trial: int, most: int) -> None:
+    config = StudyConfig.build({"epochs": epochs})
+    searched = {"epochs": 7} if trial == 7 else {}
+    found = config.epochs_of(20), config.epochs_of(20, searched), config.most_epochs(20)
+    assert found == (baseline, trial, most)
+    assert all(isinstance(number, int) for number in found)
+    assert StudyConfig.model_validate_json(config.model_dump_json()) == config
+
+
 @pytest.mark.parametrize("key", WORDS)
 @pytest.mark.parametrize("value", ["", "foo", "adamw,foo", [], ["foo"], 3, True, {"low": 1}, ["adamw", 3], "auto,auto"])
 def test_what_is_no_word_gets_one_line(key: str, value: object) -> None:
@@ -251,7 +271,7 @@ def test_every_number_and_word_can_be_searched_by_the_sampler_of_a_study(digits:
     for number in range(9):  # the last three by a Gaussian process
         trial = study.ask()
         suggest(trial, "search", _plan(config, digits))
-        assert set(trial.params) == {*SEARCHABLE, *WORDS} <= {*RECIPE_FIELDS, "learning_rate", "scale", "margin"}
+        assert set(trial.params) == {*SEARCHABLE, *WORDS}
         assert all(recipe_choices(config, trial.params)[name] in known for name, known in WORDS.items())
         assert recipe_choices(config, trial.params)["batch_size"] in range(16, 65)
         assert trial.params["warmup"] in (0.1, 0.2, 0.4)

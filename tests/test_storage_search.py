@@ -831,6 +831,24 @@ def test_where_memory_runs_out_half_the_batch_is_tried_once(
 
 
 @pytest.mark.usefixtures("no_threads_more")
+def test_epochs_that_are_searched_are_those_that_are_trained(
+    store: StudyStore, config: StudyConfig, digits: Dataset
+) -> None:
+    """The baseline, of which they are not searched, has the data set's own."""
+    plan = _plan(config.model_copy(update={"epochs": (1.0, 3.0)}), digits)
+    for epochs in (3, 1):
+        run_trial(_claimed(store, "search", {**PARAMS, "epochs": epochs}), "search", plan, store)
+    records = store.records("search")
+    assert [(r.state, r.epoch, r.params["epochs"], r.curve[-1].epoch) for r in records] == [
+        ("complete", 3, 3, 3),
+        ("complete", 1, 1, 1),
+    ]
+    assert plan.epochs_of({}) == digits.epochs
+    run_trial(_claimed(store, "finalists", {**records[1].params}, seed=1), "finalists", plan, store)
+    assert [r.epoch for r in store.records("finalists")] == [1]
+
+
+@pytest.mark.usefixtures("no_threads_more")
 def test_a_training_that_was_given_back_goes_on_to_the_very_same_model(
     store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1145,6 +1163,7 @@ def test_trainings_that_did_not_finish_teach_no_gains() -> None:
         ([whole] * 5, True),
         ([*[whole] * 4, short], False),
         ([*[whole] * 4, {"4": 0.6}], False),
+        ([*[whole] * 4, {**whole, "8": 0.9}], False),  # longer than this one
     ):
         assert is_hopeless({"2": 0.1}, finished, floor=0.9, images=10**6, epochs=4) == expected
     assert not is_hopeless({}, [whole] * 9, floor=0.9, images=10**6, epochs=4)
