@@ -58,6 +58,9 @@ SEARCHABLE = {
     "learning_rate": Bounds(1e-5, 1.0),
     "scale": Bounds(0.1, 1_000.0),
     "margin": Bounds(0.0, 1.99),
+    "weight": Bounds(0.01, 1_000.0),
+    "w_fn": Bounds(0.01, 1_000.0),
+    "w_fp": Bounds(0.0, 1_000.0),
     "backbone_lr": Bounds(1e-6, 10.0),
     "weight_decay": Bounds(0.0, 10.0),
     "warmup": Bounds(0.0, 0.9),
@@ -97,7 +100,7 @@ class StudyConfig(BaseModel):
 
     The numbers in `SEARCHABLE` are fixed by one number, and searched by a `SearchRange` or several numbers to choose
     from, and `WORDS` likewise by one or several; without either, `learning_rate` is searched about the baseline's, and
-    `scale` and `margin` over their usual range. What is fixed of the recipe is the baseline's as well. Where it is
+    a loss's own parameters over their usual range. What is fixed of the recipe is the baseline's as well. Where it is
     searched, the baseline has the network's own value: it is not tuned beyond its learning rate, which is tuned unless
     it is fixed.
     """
@@ -114,6 +117,9 @@ class StudyConfig(BaseModel):
     learning_rate: Searchable | None = None
     scale: Searchable | None = None
     margin: Searchable | None = None
+    weight: Searchable | None = None
+    w_fn: Searchable | None = None
+    w_fp: Searchable | None = None
     backbone_lr: Searchable = 1.0
     optimizer: Optimizer | tuple[Optimizer, ...] | None = None
     weight_decay: Searchable | None = None

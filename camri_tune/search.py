@@ -171,7 +171,7 @@ def search_space(config: StudyConfig, important: Sequence[int], base: float) -> 
         space["learning_rate"] = config.learning_rate
     for name, kind in parameter_names(config.loss, important).items():
         low, high, log, _ = SPACES[config.loss][kind]
-        given: Searchable | None = getattr(config, kind, None)
+        given: Searchable | None = getattr(config, kind)
         space[name] = SearchRange(low=low, high=high, log=log) if given is None else given
     recipe = (*RECIPE_FIELDS, "epochs")
     return space | {name: value for name in recipe if is_searched(value := getattr(config, name))}
@@ -203,10 +203,12 @@ def first_points(
 
 def require_searchable(config: StudyConfig) -> None:
     """Raise InputError where a study says something of a parameter that its loss does not have."""
-    for name in ("scale", "margin"):
+    for name in sorted({name for space in SPACES.values() for name in space}):
         if getattr(config, name) is not None and name not in SPACES[config.loss]:
             owners = ", ".join(loss for loss, space in SPACES.items() if name in space)
-            raise InputError(f"--{name} is no parameter of --loss {config.loss}, but of {owners}: leave it out")
+            raise InputError(
+                f"--{name.replace('_', '-')} is no parameter of --loss {config.loss}, but of {owners}: leave it out"
+            )
 
 
 def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:

@@ -215,14 +215,26 @@ def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: 
 
 
 @pytest.mark.parametrize(
-    ("loss", "key", "fits"), [("ce", "margin", False), ("l2", "margin", False), ("l2", "scale", True)]
+    ("loss", "key", "owners"),
+    [
+        ("ce", "margin", "arcface, camri, cosface-i"),
+        ("l2", "margin", "arcface, camri, cosface-i"),
+        ("l2", "scale", ""),
+        ("wce", "weight", ""),
+        ("camri", "weight", "wce"),
+        ("crwwce", "w_fn", ""),
+        ("wce", "w_fp", "crwwce"),
+    ],
 )
-def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str, fits: bool) -> None:
+def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str, owners: str) -> None:
     config = StudyConfig.build({"loss": loss, key: 1})
-    if fits:
+    if not owners:
         require_searchable(config)
+        assert search_space(config, [3], 1e-3)[key] == 1
+        assert set(search_space(config, [3, 5], 1e-3)) & {key, f"{key}_3"}
         return
-    with pytest.raises(InputError, match=rf"^--{key} is no parameter of --loss {loss}, but of arcface, camri"):
+    option = key.replace("_", "-")
+    with pytest.raises(InputError, match=rf"^--{option} is no parameter of --loss {loss}, but of {owners}: leave"):
         require_searchable(config)
 
 
@@ -271,7 +283,7 @@ def test_every_number_and_word_can_be_searched_by_the_sampler_of_a_study(digits:
     for number in range(9):  # the last three by a Gaussian process
         trial = study.ask()
         suggest(trial, "search", _plan(config, digits))
-        assert set(trial.params) == {*SEARCHABLE, *WORDS}
+        assert set(trial.params) == {*SEARCHABLE, *WORDS} - {"weight", "w_fn", "w_fp"}, "which are other losses'"
         assert all(recipe_choices(config, trial.params)[name] in known for name, known in WORDS.items())
         assert recipe_choices(config, trial.params)["batch_size"] in range(16, 65)
         assert trial.params["warmup"] in (0.1, 0.2, 0.4)
