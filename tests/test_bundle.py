@@ -326,8 +326,9 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v.pop("spec"), "spec"),
         *(
             (lambda v, name=name: v["spec"].update(model=name), "spec.model")
-            for name in ("resnet", "os:system", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "torchvision:", "timm:\n")
+            for name in ("resnet", "os/x:system", "timm:hf-hub:a/b", "timm:local-dir:/tmp", "torchvision:", "timm:\n")
         ),
+        (lambda v: v["spec"].update(model="os:system"), "network 'os:system' is code, which is not executed"),
         (lambda v: v["spec"].update(model="torchvision:list_models"), "no classifier"),
         (lambda v: v["spec"].update(model="timm:create_model"), "no classifier"),
         (lambda v: v["spec"].update(model="timm:resnet18.no_such_weights"), "timm:resnet18.no_such_weights"),
