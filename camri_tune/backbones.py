@@ -151,7 +151,7 @@ def _of_the_users(name: Model) -> _Design:
     def build(side: int) -> nn.Module:
         try:
             made = factory()
-        except Exception as error:  # whatever it may be
+        except (Exception, SystemExit) as error:  # whatever it may be
             raise InputError(f"network {name!r} cannot be made ({reason_of(error)}); mend its function") from None
         if not isinstance(made, nn.Module):
             raise InputError(
@@ -171,10 +171,11 @@ def _of_the_users(name: Model) -> _Design:
             sizes[key] = [float(value) for value in values]
         except (TypeError, ValueError):
             sizes[key] = []
-        if len(sizes[key]) != 3 or not all(map(math.isfinite, sizes[key])) or (key == "std" and min(sizes[key]) <= 0):
+        low = math.nextafter(0, 1) if key == "std" else 0
+        if len(sizes[key]) != 3 or not all(low <= value <= 1 for value in sizes[key]):
             raise InputError(
-                f"network {name!r} has a {key} that is not three numbers, of images from 0 to 1; mend it, or leave it "
-                f"out for ImageNet's"
+                f"network {name!r} has a {key} that is not three numbers from 0 to 1, as of images from 0 to 1; mend "
+                f"it, or leave it out for ImageNet's"
             )
     side = getattr(made, "image_size", None)
     if side is not None and (not isinstance(side, int) or side < SMALLEST_SIDE):

@@ -21,13 +21,13 @@ from torch import nn
 from camri_tune.arrays import MOST_NUMBERS
 from camri_tune.backbones import without_memory
 from camri_tune.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from camri_tune.config import HEAD, MOST_PATTERN, Model, is_printable, printable, require_model_name
+from camri_tune.config import HEAD, MOST_PATTERN, Model, is_own_model, is_printable, printable, require_model_name
 from camri_tune.errors import BundleError, InputError
 from camri_tune.files import sha256
 from camri_tune.folders import is_class_name
 from camri_tune.losses import CrossEntropyLoss, Head, NormFaceLoss
 from camri_tune.models import Classifier, build_body
-from camri_tune.own_networks import allow
+from camri_tune.own_networks import allow, identified
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
@@ -113,6 +113,7 @@ class BundleConfig(BaseModel):
     skip_corrupt: bool
     weights_sha256: str = ""  # filled in when the bundle is written
     input: str = IMAGES
+    network: str = ""  # of the user's own: what its code was (see own_networks.identified)
 
     @field_validator("important")
     @classmethod
@@ -268,10 +269,26 @@ def read_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"{str(metrics_path)!r} must hold an object, and an object for its 'test'; export the model again"
         )
+    _require_same_network(config, config_path)
     classifier = load_classifier(folder / WEIGHTS, config.spec)
     if sha256(folder / WEIGHTS) != config.weights_sha256:
         raise BundleError(f"{str(folder / WEIGHTS)!r} was altered after it was written; export the model again")
     return Bundle(classifier, config, metrics)
+
+
+def _require_same_network(config: BundleConfig, path: Path) -> None:
+    """Of the user's own the weights alone do not tell: an activation has none."""
+    if not is_own_model(config.spec.model):
+        return
+    try:
+        here = identified(config.spec.model)
+    except InputError as error:  # it may not be imported, or cannot be
+        raise BundleError(f"{str(path)!r}: {error}") from None
+    if config.network not in ("", here):
+        raise BundleError(
+            f"{str(path)!r}: the model is of network {printable(config.network, 300)}, but here it is {here}: bring "
+            f"the same file"
+        )
 
 
 def load(folder: str | os.PathLike[str], *, model: Model | None = None) -> nn.Module:

@@ -431,8 +431,8 @@ def read_study_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{name} cannot be read as TOML: {printable(str(error))}") from None
     if isinstance(model := values.get("model"), str) and is_own_model(model):
         raise InputError(
-            f"{name} must not hold the network {model!r}, which is code that would be executed here; give --model "
-            f"{model}"
+            f"{name} must not hold the network {model!r}, which is code that would be executed here; take that line "
+            f"out, and give --model {model}"
         )
     if "ray_address" in values:
         raise InputError(

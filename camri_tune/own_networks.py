@@ -51,7 +51,7 @@ def factory_of(name: Model) -> Callable[[], Any]:
     place, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(place)
-    except Exception as error:  # whatever a module of somebody's may raise
+    except (Exception, SystemExit) as error:  # whatever a module of somebody's may raise
         raise InputError(
             f"network {name!r}: module {place!r} cannot be imported ({reason_of(error)}); start where it lies, or "
             f"install it"
@@ -66,14 +66,18 @@ def factory_of(name: Model) -> Callable[[], Any]:
 
 
 def identified(name: Model) -> str:
-    """A network's name, for one of the user's own with the SHA-256 of its module's file: another is another network."""
+    """A network's name, for one of the user's own with the SHA-256 of its code: altered, it is another network.
+
+    That is the file of the module that is named, and of the one that the function is from; none that they import.
+    """
     if not is_own_model(name):
         return name
-    factory_of(name)
-    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return f"{name} ({sha256(Path(file))})" if file and os.path.isfile(file) else name
+    modules = dict.fromkeys([name.partition(":")[0], getattr(factory_of(name), "__module__", None)])
+    files = [getattr(sys.modules.get(module or ""), "__file__", None) for module in modules]
+    digests = ", ".join(sha256(Path(file)) for file in files if file and os.path.isfile(file))
+    return f"{name} ({digests})"
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """What went wrong in code of somebody's, in a line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()), 160)

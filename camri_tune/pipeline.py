@@ -23,7 +23,7 @@ from camri_tune.claims import (
     sentence_of,
     smoothed_labels,
 )
-from camri_tune.config import Loss, StudyConfig, floor_of
+from camri_tune.config import Loss, StudyConfig, floor_of, is_own_model
 from camri_tune.console import Console
 from camri_tune.constraint_claims import doubtful_constraints
 from camri_tune.constraints import RecallConstraint
@@ -37,7 +37,7 @@ from camri_tune.files import is_writable_folder, write_text
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
-from camri_tune.own_networks import allow
+from camri_tune.own_networks import allow, identified
 from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
@@ -316,6 +316,7 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         group_by=config.group_by,
         skip_corrupt=config.skip_corrupt,
         input=EMBEDDINGS if spec.are_embeddings else IMAGES,
+        network=identified(config.model) if is_own_model(config.model) else "",
     )
     place = stages.seeds().index(best.exported_seed)
     metrics = {

@@ -135,12 +135,17 @@ def test_layers_may_take_their_size_from_their_input(write: Write) -> None:
     ("body", "reason"),
     [
         ("\n    raise RuntimeError('no\\nweights')\n", "cannot be made .*RuntimeError: no weights"),
+        ("\n    raise SystemExit('usage')\n", "cannot be made .*SystemExit: usage"),
         ("\n    return 3\n", "is int, but its function should return a torch.nn.Module"),
         ("\n    return nn.Flatten(0)\n", r"makes \(1536,\) of 2 images, but should make an embedding \(2, D\)"),
         ("\n    return nn.Conv2d(3, 8, 3)\n", r"makes \(2, 8, 14, 14\) of 2 images"),
         ("\n    return nn.Linear(7, 3)\n", "does not take images of 16 pixels a side .*give another --image-size$"),
         ("\n    net = nn.Flatten()\n    net.std = (1, 1)\n    return net\n", "has a std that is not three numbers"),
         ("\n    net = nn.Flatten()\n    net.std = (1, 0, 1)\n    return net\n", "has a std that is not three numbers"),
+        (
+            "\n    net = nn.Flatten()\n    net.mean = (124, 116, 104)\n    return net\n",
+            "has a mean that is not three numbers from 0",
+        ),
         ("\n    net = nn.Flatten()\n    net.mean = 'abc'\n    return net\n", "has a mean that is not three numbers"),
         ("\n    net = nn.Flatten()\n    net.image_size = 'x'\n    return net\n", "has an image_size that is not"),
     ],
@@ -153,11 +158,23 @@ def test_what_is_no_network_gets_one_line(body: str, reason: str, write: Write) 
     assert "\n" not in str(raised.value)
 
 
+def test_the_file_that_the_function_is_from_counts(write: Write, tmp_path: Path) -> None:
+    """As where a package's face hands it on."""
+    inner = write()
+    face = write(before_it=f"from {inner.partition(':')[0]} import small as other").replace("small", "other")
+    allow(face)
+    before = identified(face)
+    path = tmp_path / f"{inner.partition(':')[0]}.py"
+    path.write_text(path.read_text().replace("ReLU", "Tanh"))
+    assert identified(face) != before
+
+
 def test_what_is_not_there_gets_one_line(write: Write) -> None:
     name = write(before_it="raise ValueError('not\\nhere')")
     for wrong, reason in {
         "no_such_module:f": "cannot be imported .*No module named",
         name: "cannot be imported .*ValueError: not here",
+        write(before_it="raise SystemExit(7)"): "cannot be imported .*SystemExit: 7",
         write().replace("small", "large"): "has no function 'large'",
         write().replace("small", "OTHER"): "has no function 'OTHER'",
     }.items():
@@ -238,6 +255,7 @@ def test_from_a_function_to_an_exported_model(write: Write, tmp_path: Path) -> N
     path = tmp_path / f"{name.partition(':')[0]}.py"
     path.write_text(path.read_text().replace("16", "24"))
     assert_one_line_error(command(*options), "was started with model = ", name)
+    assert_one_line_error(command("evaluate", best, "--model", name), "the model is of network", "bring the same file")
     sys.modules.pop(name.partition(":")[0])
     assert identified(name).startswith(f"{name} (")
     with pytest.raises(StudyMismatchError, match=r"is on network .* bring the same file"):
