@@ -30,7 +30,7 @@ from camri_tune.images import Images
 from camri_tune.own_networks import allow
 from camri_tune.posthoc import biased, tune_bias
 from camri_tune.pretrained import starting_weights
-from camri_tune.ranges import text_of
+from camri_tune.ranges import is_searched, text_of
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
@@ -188,13 +188,14 @@ def _planned(study: Stages, baseline: Baseline, protocol: Protocol) -> dict[int,
 
 def _facts(head: Stages, baseline: Baseline, test: Images) -> dict[str, object]:
     config, data = head.config, head.data
+    epochs = config.epochs or data.epochs
     return {
         "train": len(data.train),
         "validation": len(data.validation),
         "test": len(test),
         "limit": config.limit,
         "per_group": config.per_group,
-        "epochs": text_of(config.epochs) if config.epochs is not None else data.epochs,
+        "epochs": text_of(epochs) if is_searched(epochs) else epochs,
         "fingerprint": data.fingerprint,
         "hidden_group_size": data.hidden_group_size,
         "learning_rate": baseline.learning_rate,
