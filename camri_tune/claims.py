@@ -173,7 +173,7 @@ def nothing_to_gain(recalls: Sequence[float], important: Sequence[int], classes:
 
 
 def no_better_than_guessing(accuracy: float, counts: Sequence[int], classes: Sequence[str]) -> str | None:
-    """A plain warning where the baseline is about as good as always naming the largest class; None elsewhere.
+    """A plain warning where the baseline is not shown to beat always naming the largest class; None where it is.
 
     `counts` (C,) are the validation images of each class, and `accuracy` the baseline's share of them: their sampling
     error is allowed for.
@@ -182,8 +182,8 @@ def no_better_than_guessing(accuracy: float, counts: Sequence[int], classes: Seq
     if binomial_interval(accuracy * n, n).low > counts[largest] / n:
         return None
     return (
-        f"The baseline is right on {accuracy:.3f} of validation, no better than always naming class "
-        f"{named(largest, classes)} ({counts[largest] / n:.3f}): the floor of accuracy then asks for nothing. Train "
+        f"The baseline is right on {accuracy:.3f} of validation, not clearly better than always naming class "
+        f"{named(largest, classes)} ({counts[largest] / n:.3f}): the floor of accuracy then asks for little. Train "
         f"longer (--epochs), with another --learning-rate or --model, or look at the labels."
     )
 

@@ -118,7 +118,7 @@ def _one_dataset(
     with Crew.at_work(head, planned, device, console) as crew:
         baseline = crew.carry_out("baseline", head.plan_baseline, {"": head})
         columns = {token: resolve_important([token], data.classes, baseline)[0] for token in tokens}
-        notices = _notices(head, list(columns.values()), console)
+        notices = _notices(head, baseline, list(columns.values()), console)
         head.adopt(baseline, tuple(dict.fromkeys(columns.values())))
         studies: dict[tuple[int, Loss], Stages] = {}
         shown: dict[str, Stages] = {}
@@ -169,12 +169,12 @@ def _one_dataset(
     return cells, {**_facts(head, baseline, bench.judge.test), "notices": notices}
 
 
-def _notices(head: Stages, important: Sequence[int], console: Console) -> list[str]:
-    """Say which classes have so few validation images that a study of its own would rank their trials on folds."""
+def _notices(head: Stages, baseline: Baseline, important: Sequence[int], console: Console) -> list[str]:
+    """Say what makes the table say less than it seems to: a baseline that learned nothing, classes of few images."""
     found = [head.too_few_to_rank((c,)) for c in dict.fromkeys(important)]
     notices = [f"{text}, but here every method has the same one split." for text in found if text]
-    if (text := smoothed_labels(head.config.label_smoothing)) is not None:
-        notices.append(text)
+    found = [head.learned_nothing(baseline), smoothed_labels(head.config.label_smoothing)]
+    notices += [text for text in found if text is not None]
     for notice in notices:
         console.say(notice)
     return notices

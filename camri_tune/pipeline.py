@@ -17,7 +17,6 @@ from camri_tune.baseline import START_FACTORS, check_important, resolve_importan
 from camri_tune.bundle import EMBEDDINGS, IMAGES, BundleConfig, write_bundle
 from camri_tune.claims import (
     few_test_images,
-    no_better_than_guessing,
     nothing_to_gain,
     provenance,
     sentence_of,
@@ -174,10 +173,9 @@ def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]
     )
     notice = nothing_to_gain(recall, stages.important, classes)
     notices = [] if notice is None else [notice]
-    validation = stages.data.validation_of(stages.folds)
-    counts = torch.bincount(validation.labels, minlength=len(classes)).tolist()
-    if (text := no_better_than_guessing(baseline.accuracy, counts, classes)) is not None:
+    if (text := stages.learned_nothing(baseline)) is not None:
         notices.append(text)
+    validation = stages.data.validation_of(stages.folds)
     units = [len(torch.unique(validation.groups[validation.labels == c])) for c in range(len(classes))]
     notices += doubtful_constraints(stages.constraints, recall, units, classes)
     for line in notices:

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from camri_tune.baseline import best_learning_rate, next_learning_rates, resolve_floors
+from camri_tune.claims import no_better_than_guessing
 from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
 from camri_tune.constraints import RecallConstraint, recall_constraints
@@ -209,6 +210,12 @@ class Stages:
                 count = f"{images} validation images" + (f" of {units} group(s)" if units < images else "")
                 return f"Class {named(c, self.data.classes)} has only {count}, too few to rank trials by"
         return None
+
+    def learned_nothing(self, baseline: Baseline) -> str | None:
+        """What to say of a baseline that is not shown to beat always naming the largest class; None: it does."""
+        classes, labels = self.data.classes, self.data.validation_of(self.folds).labels
+        counts = torch.bincount(labels, minlength=len(classes)).tolist()
+        return no_better_than_guessing(baseline.accuracy, counts, classes)
 
     def records(self, stage: Stage) -> list[TrialRecord]:
         """Trials of a stage, with the recall of this study's important classes and the constraints that bind them."""

@@ -192,6 +192,8 @@ def legend(table: Table) -> str:
 def read_methods(text: str) -> tuple[Method, ...]:
     """Method names from a comma-separated list, in the table's order. Cross-entropy is always among them."""
     asked = [name for part in text.split(",") if (name := part.strip())]
+    if not asked:
+        raise InputError(f"--methods is {text!r}, but must name at least 1 method of {', '.join(METHODS)}")
     known: Sequence[str] = METHODS
     for name in asked:
         if name not in known:

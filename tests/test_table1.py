@@ -333,6 +333,12 @@ def test_methods_come_in_the_tables_order_with_cross_entropy(text: str, expected
     assert read_methods(text) == expected
 
 
+@pytest.mark.parametrize("text", ["", " , "])
+def test_no_method_at_all_is_no_comparison(text: str) -> None:
+    with pytest.raises(InputError, match=f"--methods is {text!r}, but must name at least 1 method of ce, "):
+        read_methods(text)
+
+
 @pytest.mark.parametrize("name", ["nope", "CAMRI", "camri l2", "ours"])
 def test_an_unknown_method_is_named_with_those_there_are(name: str) -> None:
     with pytest.raises(InputError) as raised:
