@@ -12,9 +12,9 @@ TrialState = Literal["waiting", "running", "complete", "pruned", "failed"]
 ACCURACY = "accuracy"  # the constraint that every study has
 # A trial's curves, as Optuna stores them with it: {"epoch": accuracy} and {"epoch": recall of each class}.
 ACCURACY_CURVE, RECALL_CURVE = "accuracy_curve", "recall_curve"
-# Of a trial that was stopped early: the epoch. For Optuna it is complete, since its Gaussian process learns from no
-# other, and would go on proposing what was stopped.
-STOPPED = "stopped_after_epoch"
+# Of a trial that had no hope after its first fold. For Optuna it is complete, since its Gaussian process learns from no
+# other, and would go on proposing the like.
+STOPPED = "stopped_after_first_fold"
 MOST_OF_A_CELL = 4_096  # characters
 BIAS = "bias_"  # and the class: the parameter that calibration adds to a trained model's
 

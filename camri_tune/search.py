@@ -21,7 +21,7 @@ from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError
 from camri_tune.losses import adacos_scale
 from camri_tune.ranges import Choice, Searchable, SearchRange, is_searched, nearest
-from camri_tune.records import STOPPED, biases_of
+from camri_tune.records import biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec
 
@@ -220,11 +220,7 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
         "recall": lambda t: float(t.user_attrs["recall"]),
         "accuracy": lambda t: float(t.user_attrs["accuracy"]),
     }
-    complete = [
-        trial
-        for trial in store.optuna_study("search").get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
-        if STOPPED not in trial.user_attrs
-    ]
+    complete = store.optuna_study("search").get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
     if len(complete) > MOST_TRIALS_FOR_IMPORTANCE:
         complete = random.Random(0).sample(complete, MOST_TRIALS_FOR_IMPORTANCE)
     study = optuna.create_study(direction="maximize")

@@ -35,7 +35,7 @@ from camri_tune.losses import (
 from camri_tune.metrics import IntArray, confusion_matrix
 from camri_tune.models import Classifier, build_body, freeze, trunk
 
-EVALUATIONS = 6  # per training: enough for a learning curve and a pruner
+EVALUATIONS = 6  # per training: enough for a learning curve
 EVALUATION_BATCH = 256
 
 

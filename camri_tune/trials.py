@@ -1,6 +1,7 @@
 """One trial from its claim to its result: train, keep what an interruption would lose, score, tell."""
 
 import csv
+import math
 import tempfile
 import time
 import traceback
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
@@ -29,7 +29,6 @@ from camri_tune.errors import OutOfMemoryError, StoppedError, StorageError, Trai
 from camri_tune.files import code_version
 from camri_tune.heartbeat import Heart
 from camri_tune.metrics import IntArray, accuracy, important_recall, pack, recall_per_class
-from camri_tune.pruning import AccuracyFloorPruner
 from camri_tune.records import ACCURACY, ACCURACY_CURVE, RECALL_CURVE, STOPPED
 from camri_tune.search import Plan, recipe_choices, suggest
 from camri_tune.storage import Stage, StudyStore
@@ -39,6 +38,7 @@ from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, rec
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 # States are saved no more often than every so many seconds, and than costs a fiftieth of the training.
 SAVE_SECONDS, SAVE_SHARE = 2.0, 0.02
+DOUBT = 3.0  # standard errors of the difference of two accuracies
 _FIRST = "first."  # in a saved state: the weights of the first fold's model, the one that is kept
 
 
@@ -95,9 +95,8 @@ class _Run:
         ended = OptunaState.COMPLETE
         try:
             trial.set_user_attr("device", str(self.plan.device))
-            value = self._set_scores(self._train(), self.folds)
-        except optuna.TrialPruned:
-            value = self.values[str(trial.user_attrs[STOPPED])]
+            confusion = self._train()
+            value = self._set_scores(confusion, self.folds[: len(self.confusions)])
         except StoppedError as stopped:
             self._give_back(stopped.reason)
             raise
@@ -115,7 +114,10 @@ class _Run:
         self.store.drop_resume(trial)
 
     def _train(self) -> IntArray:
-        """Train a model on each of the folds, keep the first, and pool what they say of their validation parts."""
+        """Train a model on each of the folds, keep the first, and pool what they say of their validation parts.
+
+        Where the first already shows that there is no hope, the others are spared, and no model is kept.
+        """
         plan = self.plan
         head, learning_rate = suggest(self.trial, self.stage, plan)
         seed = self.trial.user_attrs.get("seed")
@@ -125,6 +127,9 @@ class _Run:
         self.epochs = plan.epochs_of(self.trial.params)
         self._resume()
         for fold in self.folds[len(self.confusions) :]:
+            if len(self.confusions) == 1 and self._misses_by_far(self.folds[0]):
+                self.trial.set_user_attr(STOPPED, True)
+                break
             training, validation = plan.data.fold(fold)
             recipe = recipe_of(
                 plan.config.model,
@@ -159,7 +164,8 @@ class _Run:
                 self.first = {
                     name: tensor.cpu().contiguous() for name, tensor in trained.classifier.state_dict().items()
                 }
-        self._keep_checkpoint()
+        else:
+            self._keep_checkpoint()
         pooled: IntArray = np.sum(self.confusions, axis=0)
         self._keep_confusion(pooled)
         return pooled
@@ -207,15 +213,16 @@ class _Run:
         self.values[epoch] = _value(confusion, self.plan)
         self._publish_curves()
         self.trial.report(self.values[epoch], progress.epoch)
-        if self.stage != "search" or (progress.epoch == progress.epochs and len(self.folds) == 1):
-            return
-        study, floor = self.trial.study, self.plan.floors[self.folds[0]]
-        pruner = AccuracyFloorPruner(floor=floor, images=int(confusion.sum()), epochs=self.epochs)
-        if pruner.prune(study, study._storage.get_trial(self.trial._trial_id)):
-            self.trial.set_user_attr(STOPPED, progress.epoch)
-            self._keep_confusion(confusion)
-            self._set_scores(confusion, self.folds[:1])
-            raise optuna.TrialPruned
+
+    def _misses_by_far(self, fold: int) -> bool:
+        """Whether the first fold's model is further below its floor than its validation images leave in doubt.
+
+        Never for its recall, as Optuna's pruners would: they compare values, whether feasible or not. And never in the
+        middle of a training: that saved little and misled the search (see docs/measured.md).
+        """
+        confusion, floor = self.confusions[0], self.plan.floors[fold]
+        doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / confusion.sum()) if 0 < floor < 1 else 0.0
+        return accuracy(confusion) + doubt < floor
 
     def _publish_curves(self) -> None:
         self.trial.set_user_attr(ACCURACY_CURVE, self.accuracies)

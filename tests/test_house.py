@@ -21,7 +21,7 @@ FLOORS = [
     {"objective"},
     {"search", "selection", "claims", "table1"},
     {"constraint_claims"},
-    {"storage", "pruning", "baseline"},
+    {"storage", "baseline"},
     {"answers"},
     {"bundle", "plane"},
     {"training", "pretrained"},
@@ -81,7 +81,7 @@ def test_imports_only_point_down() -> None:
 
 def test_few_rooms_know_optuna() -> None:
     knowing = {path.stem for path in PACKAGE.glob("*.py") if "import optuna" in path.read_text()}
-    assert knowing <= {"search", "trials", "pruning", "storage", "database", "dashboard", "objective"}
+    assert knowing <= {"search", "trials", "storage", "database", "dashboard", "objective"}
 
 
 def test_the_readme_has_the_command_that_ci_runs() -> None:

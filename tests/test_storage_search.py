@@ -1,4 +1,4 @@
-"""Studies in a database, queues that hand each trial to one worker, trials that end as they should, and pruning."""
+"""Studies in a database, queues that hand each trial to one worker, trials that end as they should, also on folds."""
 
 import errno
 import math
@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.trial import FrozenTrial, Trial, create_trial
+from optuna.trial import Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune import trials
@@ -36,7 +36,6 @@ from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
 from camri_tune.metrics import confusion_matrix
 from camri_tune.models import Classifier, build_body
-from camri_tune.pruning import AccuracyFloorPruner, is_hopeless
 from camri_tune.records import ACCURACY_CURVE, TrialRecord
 from camri_tune.search import (
     SPACES,
@@ -1132,138 +1131,76 @@ def test_what_chooses_a_setting_is_not_what_judges_it() -> None:
         assert {value // 100_000 for value in replicates | search | {config.tuning_seed}} == {seed}
 
 
-# --- pruning ----------------------------------------------------------------------------------------------------------
-
-
-def _hopeless(accuracy: float, *gains: float, floor: float = 0.9, images: int = 10**9) -> bool:
-    """Of a training halfway, where others that finished gained so much from there on."""
-    finished = [{"2": 0.5, "4": 0.5 + gain} for gain in gains]
-    return is_hopeless({"1": 0.0, "2": accuracy}, finished, floor=floor, images=images, epochs=4)
-
-
-def test_a_training_that_no_gain_seen_brings_to_the_floor_is_hopeless() -> None:
-    gains = [0.1, 0.3, 0.1, 0.2, -0.1]
-    assert _hopeless(0.59, *gains)
-    assert not _hopeless(0.61, *gains), "the largest gain would do"
-    assert not _hopeless(0.59, *gains[:4]), "too few to learn from"
-    assert not _hopeless(0.59, *gains, 0.4)
-
-
-def test_accuracies_and_gains_are_trusted_as_far_as_their_images_go() -> None:
-    gains = [0.1] * 5
-    # 3 sqrt(2 * 0.9 * 0.1 / n) is 0.0402 with 1,000 images, 0.1273 with 100.
-    assert _hopeless(0.759, *gains, images=1_000)
-    assert not _hopeless(0.761, *gains, images=1_000)
-    assert not _hopeless(0.759, *gains, images=100)
-
-
-def test_trainings_that_did_not_finish_teach_no_gains() -> None:
-    whole, short = {"2": 0.5, "4": 0.6}, {"2": 0.5}
-    for finished, expected in (
-        ([whole] * 5, True),
-        ([*[whole] * 4, short], False),
-        ([*[whole] * 4, {"4": 0.6}], False),
-        ([*[whole] * 4, {**whole, "8": 0.9}], False),  # longer than this one
-    ):
-        assert is_hopeless({"2": 0.1}, finished, floor=0.9, images=10**6, epochs=4) == expected
-    assert not is_hopeless({}, [whole] * 9, floor=0.9, images=10**6, epochs=4)
-
-
-@given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
-    st.floats(-0.1, 1.1),
-    st.integers(1, 10_000),
-    st.data(),
-)
-def test_a_training_like_one_that_reached_the_floor_is_never_hopeless(
-    ends: list[tuple[float, float]], floor: float, images: int, data: st.DataObject
-) -> None:
-    finished = [{"1": half, "2": end} for half, end in ends]
-    half, end = data.draw(st.sampled_from(ends))
-    better = data.draw(st.floats(half, 1))
-    if end >= floor + 1e-9:
-        assert not is_hopeless({"1": better}, finished, floor=floor, images=images, epochs=2)
-
-
-def _finished(curve: Mapping[str, float], constraint: float | None) -> FrozenTrial:
-    system = {} if constraint is None else {"constraints:accuracy": constraint}
-    return create_trial(value=1.0, user_attrs={ACCURACY_CURVE: dict(curve)}, system_attrs=system)
-
-
-@pytest.mark.parametrize(("accuracy", "others", "expected"), [(0.5, 5, True), (0.5, 4, False), (0.85, 5, False)])
-def test_the_pruner_reads_the_curves_that_are_stored(accuracy: float, others: int, expected: bool) -> None:
-    study = optuna.create_study(direction="maximize")
-    for place in range(others):
-        study.add_trial(_finished({"5": 0.8, "10": 0.9}, 0.1 if place else None))  # whether feasible or not
-    study.add_trial(create_trial(state=OptunaState.FAIL, user_attrs={ACCURACY_CURVE: {"5": 0.0, "10": 1.0}}))
-    running = create_trial(state=OptunaState.RUNNING, user_attrs={ACCURACY_CURVE: {"2": 0.1, "5": accuracy}})
-    assert AccuracyFloorPruner(floor=0.9, images=10_000, epochs=10).prune(study, running) == expected
-
-
-def test_a_trial_that_was_not_evaluated_yet_is_not_stopped() -> None:
-    study = optuna.create_study(direction="maximize")
-    for _ in range(5):
-        study.add_trial(_finished({"1": 0.9}, -0.1))
-    pruner = AccuracyFloorPruner(floor=0.99, images=10_000, epochs=1)
-    assert not pruner.prune(study, create_trial(state=OptunaState.RUNNING))
+# --- folds ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_threads_more")
-@pytest.mark.parametrize("rivals", [4, 5])
-def test_a_stopped_trial_carries_its_constraint(
-    rivals: int, config: StudyConfig, digits: Dataset, create: Create
+@pytest.mark.parametrize("floor", [0.99, 0.05])
+def test_a_trial_that_misses_the_floor_by_far_on_its_first_fold_is_spared_the_others(
+    floor: float, config: StudyConfig, digits: Dataset, create: Create
 ) -> None:
-    """Five trials that gained nothing after the first epoch: the sixth is stopped there; after four it goes on."""
-    config = config.model_copy(update={"epochs": 4})
     store = create(config, digits)
-    curve = {str(epoch): 1.0 for epoch in range(1, 5)}
-    for _ in range(rivals):
-        store.optuna_study("search").add_trial(_finished(curve, -0.1))
     trial = _claimed(store, "search", {**PARAMS, "learning_rate": 1e-3})
-    run_trial(trial, "search", _plan(config, digits, floors=(0.99,)), store)
+    run_trial(trial, "search", _plan(config, digits, floors=(floor, 0.5)), store)
     record = store.records("search")[-1]
-    assert record.accuracy is not None
-    assert record.accuracy < 0.99
-    assert record.constraint == 0.99 - record.accuracy
-    assert not record.feasible
-    assert record.seconds is not None
-    trial_as_stored = store.optuna_study("search").get_trials()[-1]
-    assert trial_as_stored.state == OptunaState.COMPLETE, "else the sampler would not learn from it"
-    assert trial_as_stored.value == record.recall
-    if rivals < 5:
-        assert (record.state, record.epoch) == ("complete", 4)
-    else:
-        assert (record.state, record.epoch) == ("pruned", 1)
-        assert record.checkpoint is None
-
-
-@pytest.mark.usefixtures("no_threads_more")
-@pytest.mark.parametrize(("rivals", "folds"), [(5, 2), (4, 2), (5, 1)])
-def test_a_trial_on_folds_is_stopped_at_the_end_of_the_first_at_the_latest(
-    rivals: int, folds: int, config: StudyConfig, digits: Dataset, create: Create
-) -> None:
-    """After its last epoch a trial on one fold has nothing left to save, one on several has the other folds."""
-    store = create(config, digits)
-    for _ in range(rivals):
-        store.optuna_study("search").add_trial(_finished({"1": 1.0}, -0.1))
-    trial = _claimed(store, "search", {**PARAMS, "learning_rate": 1e-3})
-    floors = (0.99, 0.5)[:folds]
-    run_trial(trial, "search", _plan(config, digits, floors=floors), store)
-    record = store.records("search")[-1]
-    confusion = np.array(store.optuna_study("search").get_trials()[-1].user_attrs["confusion"])
-    assert record.accuracy is not None
+    as_stored = store.optuna_study("search").get_trials()[-1]
+    confusion = np.array(as_stored.user_attrs["confusion"])
     assert record.accuracy == np.trace(confusion) / confusion.sum()
-    if rivals == 5 and folds == 2:
+    assert as_stored.state == OptunaState.COMPLETE, "else the sampler would not learn from it"
+    assert as_stored.value == record.recall
+    assert record.seconds is not None
+    assert record.accuracy is not None
+    if floor == 0.99:
         assert (record.state, record.epoch, record.checkpoint) == ("pruned", 1, None)
         assert confusion.sum() == len(digits.validation)
         assert record.constraint == 0.99 - record.accuracy, "the floor of the fold that it was trained on"
         assert record.constraint > 0
         assert not record.feasible
-        assert record.seconds is not None
     else:
-        assert (record.state, record.epoch) == ("complete", folds)
-        assert record.constraint == pytest.approx(sum(floors) / folds - record.accuracy, abs=1e-12)
-        assert confusion.sum() == sum(len(digits.fold(fold)[1]) for fold in range(folds))
+        assert (record.state, record.epoch) == ("complete", 2)
+        assert record.checkpoint is not None
+        assert confusion.sum() == sum(len(digits.fold(fold)[1]) for fold in range(2))
+        assert record.constraint == pytest.approx(pooled_floor((floor, 0.5), digits, [0, 1]) - record.accuracy)
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_miss_that_the_images_of_a_fold_leave_in_doubt_stops_nothing(
+    config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    store = create(config, digits)
+
+    def tried(floor: float) -> TrialRecord:
+        run_trial(
+            _claimed(store, "search", PARAMS, seed=1), "search", _plan(config, digits, floors=(floor, 0.0)), store
+        )
+        return store.records("search")[-1]
+
+    first = tried(1.0)  # which no doubt is about
+    assert first.state == "pruned"
+    assert first.accuracy is not None
+    doubt = 3 * math.sqrt(2 * first.accuracy * (1 - first.accuracy) / len(digits.validation))
+    assert tried(first.accuracy + 0.5 * doubt).state == "complete"
+    assert tried(min(first.accuracy + 2 * doubt, 1.0)).state == "pruned"
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_hard_fold_after_the_first_stops_no_trial(config: StudyConfig, digits: Dataset, create: Create) -> None:
+    store = create(config, digits)
+    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits, floors=(0.05, 1.0, 1.0)), store)
+    assert _only(store, "search").state == "complete"
+
+
+@pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize("stage", ["search", "finalists"])
+def test_a_trial_on_one_fold_is_never_stopped(
+    stage: Stage, config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    store = create(config, digits)
+    trial = _claimed(store, stage, {**PARAMS, "learning_rate": 1e-3}, seed=1)
+    run_trial(trial, stage, _plan(config, digits, floors=(0.99,) if stage == "search" else (0.99, 0.99)), store)
+    record = store.records(stage)[-1]
+    assert (record.state, record.feasible) == ("complete", False)
+    assert record.checkpoint is not None
 
 
 def test_the_floors_of_folds_weigh_as_much_as_their_images() -> None:
@@ -1272,33 +1209,3 @@ def test_the_floors_of_folds_weigh_as_much_as_their_images() -> None:
     data = cast(Dataset, SimpleNamespace(fold=folds.__getitem__))
     for asked, floor in (([0, 1], 0.6), ([0], 0.9), ([1], 0.5)):
         assert pooled_floor((0.9, 0.5), data, asked) == pytest.approx(floor)
-
-
-@pytest.mark.usefixtures("no_threads_more")
-def test_later_folds_are_not_compared_with_first_ones(
-    config: StudyConfig, digits: Dataset, create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A trial that came through its first fold is trained on all of them: a hard fold must not stop it."""
-    store = create(config, digits)
-    asked: list[dict[str, float]] = []
-
-    def prune(_: AccuracyFloorPruner, __: optuna.Study, trial: FrozenTrial) -> bool:
-        asked.append(trial.user_attrs[ACCURACY_CURVE])
-        return len(asked) > 1
-
-    monkeypatch.setattr(AccuracyFloorPruner, "prune", prune)
-    run_trial(_claimed(store, "search", PARAMS), "search", _plan(config, digits, floors=(0.05,) * 3), store)
-    assert _only(store, "search").state == "complete"
-    assert [list(curve) for curve in asked] == [["1"]]
-
-
-@pytest.mark.usefixtures("no_threads_more")
-def test_finalists_are_never_stopped(config: StudyConfig, digits: Dataset, create: Create) -> None:
-    config = config.model_copy(update={"epochs": 2})
-    store = create(config, digits)
-    for stage in ("search", "finalists"):
-        for _ in range(5):
-            store.optuna_study(stage).add_trial(_finished({"1": 1.0, "2": 1.0}, -0.1))
-    trial = _claimed(store, "finalists", {**PARAMS, "learning_rate": 1e-3}, seed=1)
-    run_trial(trial, "finalists", _plan(config, digits, floors=(0.99,)), store)
-    assert store.records("finalists")[-1].state == "complete"
