@@ -41,7 +41,7 @@ from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Verdict
-from camri_tune.search import model_spec, require_searchable
+from camri_tune.search import model_spec, require_searchable, worth_widening
 from camri_tune.selection import (
     certify,
     mean_shortfall,
@@ -227,6 +227,7 @@ def _judge(
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
+        notices += worth_widening(config, stages.important, baseline.learning_rate, best.params)
         best = replace(best, calibration=judge.calibration(entrants[best.trial].chosen, config.loss))
     finals = _finalists(retrained, order, found, stages)
     result = _result(stages, baseline, judge, old, verdict, best, finals, reads, notices)

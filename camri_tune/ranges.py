@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 MOST_CHOICES = 32
+NEAR = 0.01  # of a range: no further from its end than this is at its end
 
 
 class SearchRange(BaseModel):
@@ -80,6 +81,32 @@ def nearest(value: float, allowed: Choice) -> float:
     if not isinstance(allowed, tuple):
         return allowed
     return min((choice for choice in allowed if not isinstance(choice, str)), key=lambda choice: abs(choice - value))
+
+
+def range_beyond(value: float, searched: SearchRange, bounds: Bounds) -> SearchRange | None:
+    """Where to look next if `value` is at an end of what was searched: as wide again, with that end in the middle.
+
+    None where it is at neither, or nothing lies beyond.
+    """
+    scale, back = (math.log, math.exp) if searched.log else (float, float)
+    low, high, at = scale(searched.low), scale(searched.high), scale(nearest(value, searched))
+    width = high - low
+    if high - at <= NEAR * width:
+        end, middle = searched.high, high
+    elif at - low <= NEAR * width:
+        end, middle = searched.low, low
+    else:
+        return None
+    ends = [back(middle - width / 2), back(middle + width / 2)]
+    if bounds.whole:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    elif searched.log:
+        ends = [float(f"{value:.3g}") for value in ends]
+    else:
+        ends = [round(value, 2 - math.floor(math.log10(width))) for value in ends]
+    first, last = (min(max(float(value), bounds.low), bounds.high) for value in ends)
+    sound = first < end < last and (first > 0 or not searched.log)
+    return SearchRange(low=first, high=last, log=searched.log) if sound else None
 
 
 def is_searched(value: object) -> bool:

@@ -20,7 +20,7 @@ from camri_tune.constraints import RecallConstraint
 from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError
 from camri_tune.losses import adacos_scale
-from camri_tune.ranges import Choice, Searchable, SearchRange, is_searched, nearest
+from camri_tune.ranges import Choice, Searchable, SearchRange, is_searched, nearest, range_beyond, text_of
 from camri_tune.records import biases_of
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec
@@ -199,6 +199,23 @@ def first_points(
         for point in starting_points(config.loss, important, num_classes, base)
     ]
     return [point for place, point in enumerate(points) if point not in points[:place]]
+
+
+def worth_widening(config: StudyConfig, important: Sequence[int], base: float, params: Mapping[str, Any]) -> list[str]:
+    """A plain notice of each parameter that came out at an end of the range that was searched."""
+    kinds = parameter_names(config.loss, important)
+    lines = []
+    for name, searched in search_space(config, important, base).items():
+        if not isinstance(searched, SearchRange) or name not in params:
+            continue
+        kind = kinds.get(name, name)
+        if (beyond := range_beyond(params[name], searched, SEARCHABLE[kind])) is not None:
+            lines.append(
+                f"The best {name}, {params[name]:.3g}, lies at the end of what was searched, {text_of(searched)}: "
+                f"better may lie beyond. Another study (--name) with --{kind.replace('_', '-')} '{text_of(beyond)}' "
+                f"looks there."
+            )
+    return lines
 
 
 def require_searchable(config: StudyConfig) -> None:

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import cast
 
 import optuna
 import pytest
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from camri_tune.config import SEARCHABLE, WORDS, StudyConfig, read_study_file
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError
-from camri_tune.ranges import Bounds, Searchable, SearchRange, nearest, read_searchable, read_words, text_of
+from camri_tune.ranges import (
+    Bounds,
+    Searchable,
+    SearchRange,
+    nearest,
+    range_beyond,
+    read_searchable,
+    read_words,
+    text_of,
+)
 from camri_tune.search import (
     Plan,
     first_points,
@@ -105,6 +115,41 @@ def test_the_nearest_is_allowed_and_none_is_nearer(value: float, allowed: Search
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
         assert found in choices
         assert abs(found - value) == min(abs(choice - value) for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("value", "searched", "bounds", "expected"),
+    [
+        (0.6, "0..0.6", Bounds(0, 1.99), "0.3..0.9"),
+        (0.595, "0..0.6", Bounds(0, 1.99), "0.3..0.9"),
+        (0.59, "0..0.6", Bounds(0, 1.99), None),
+        (0.0, "0..0.6", Bounds(0, 1.99), None),  # nothing is below
+        (0.1, "0.1..0.3", Bounds(0, 1.99), "0..0.2"),
+        (1.99, "1..1.99", Bounds(0, 1.99), None),
+        (1.9, "1..1.9", Bounds(0, 1.99), "1.45..1.99"),
+        (64.0, "4..64 log", Bounds(0.1, 1_000), "16..256 log"),
+        (4.0, "4..64 log", Bounds(0.1, 1_000), "1..16 log"),
+        (32.0, "4..64 log", Bounds(0.1, 1_000), None),
+        (9.0, "6..9", Bounds(1, 100, whole=True), "7..11"),
+        (1e-3, "1e-3..1.0000001e-3 log", Bounds(0, 1), None),  # too narrow to say where
+    ],
+)
+def test_where_to_look_next(value: float, searched: str, bounds: Bounds, expected: str | None) -> None:
+    found = range_beyond(value, cast(SearchRange, read_searchable(searched, bounds)), bounds)
+    assert (None if found is None else text_of(found)) == expected
+
+
+@given(SPANS, st.floats(0, 1), st.booleans())
+def test_what_lies_beyond_may_be_searched_and_has_the_end_inside(
+    searched: SearchRange, place: float, high: bool
+) -> None:
+    end = searched.high if high else searched.low
+    for value in (end, searched.low + place * (searched.high - searched.low)):
+        found = range_beyond(value, searched, BOUNDS)
+        if found is not None:
+            assert read_searchable(text_of(found), BOUNDS) == found
+            assert found.low < searched.low < found.high or found.low < searched.high < found.high
+            assert value != end or found.low < end < found.high
 
 
 # --- in a study -------------------------------------------------------------------------------------------------------
