@@ -33,6 +33,7 @@ from camri_tune.search import (
     search_space,
     starting_points,
     suggest,
+    worth_widening,
 )
 
 BOUNDS = Bounds(0.0, 100.0)
@@ -257,6 +258,25 @@ def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: 
     trial = again.ask()
     suggest(trial, "search", _plan(config, digits))
     assert trial.params == study.trials[0].params
+
+
+def test_a_notice_names_what_came_out_at_an_end_and_the_option_that_looks_beyond(config: StudyConfig) -> None:
+    params = {
+        "learning_rate": 1e-2,
+        "scale": 64.0,
+        "margin_3": 0.25,  # fixed
+        "margin_5": 0.25,
+        "batch_size": 64,  # chosen from a list
+        "weight_decay": 0.05,
+    }
+    assert worth_widening(config, (3, 5), 4e-3, params) == [
+        "The best learning_rate, 0.01, lies at the end of what was searched, 0.0001..0.01 log: better may lie beyond. "
+        "Another study (--name) with --learning-rate '0.001..0.1 log' looks there.",
+        "The best scale, 64, lies at the end of what was searched, 4..64 log: better may lie beyond. "
+        "Another study (--name) with --scale '16..256 log' looks there.",
+    ]
+    several = worth_widening(StudyConfig(), (3, 5), 4e-3, {"learning_rate": 4e-3, "margin_3": 0.0, "margin_5": 0.6})
+    assert [("best margin_5" in line, "--margin '0.3..0.9'" in line) for line in several] == [(True, True)]
 
 
 @pytest.mark.parametrize(
