@@ -322,7 +322,7 @@ def rows() -> list[dict[str, Any]]:
 def record(kind: str, seeds: int) -> None:
     """Run the studies that are missing, seed after seed."""
     known = {(row["kind"], row["table"], row["contender"], row["seed"]) for row in rows()}
-    # Public tables know no points and have no curves.
+    # Public tables know no points, and have no logits to bias.
     names = [name for name, c in CONTENDERS.items() if kind == "own" or not (c.knows or c.at_floor)]
     jobs = [(kind, table, name, seed) for seed in range(seeds) for table in tables_of(kind) for name in names]
     missing = [job for job in jobs if job not in known]

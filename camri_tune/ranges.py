@@ -97,14 +97,15 @@ def range_beyond(value: float, searched: SearchRange, bounds: Bounds) -> SearchR
         end, middle = searched.low, low
     else:
         return None
-    ends = [back(middle - width / 2), back(middle + width / 2)]
+    first, last = back(middle - width / 2), back(middle + width / 2)
     if bounds.whole:
-        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        first, last = math.floor(first), math.ceil(last)
     elif searched.log:
-        ends = [float(f"{value:.3g}") for value in ends]
+        first, last = float(f"{first:.3g}"), float(f"{last:.3g}")
     else:
-        ends = [round(value, 2 - math.floor(math.log10(width))) for value in ends]
-    first, last = (min(max(float(value), bounds.low), bounds.high) for value in ends)
+        digits = 2 - math.floor(math.log10(width))
+        first, last = round(first, digits), round(last, digits)
+    first, last = max(first, bounds.low), min(last, bounds.high)
     sound = first < end < last and (first > 0 or not searched.log)
     return SearchRange(low=first, high=last, log=searched.log) if sound else None
 

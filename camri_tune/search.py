@@ -206,7 +206,7 @@ def worth_widening(config: StudyConfig, important: Sequence[int], base: float, p
     kinds = parameter_names(config.loss, important)
     lines = []
     for name, searched in search_space(config, important, base).items():
-        if not isinstance(searched, SearchRange) or name not in params:
+        if not isinstance(searched, SearchRange):
             continue
         kind = kinds.get(name, name)
         if (beyond := range_beyond(params[name], searched, SEARCHABLE[kind])) is not None:

@@ -127,7 +127,7 @@ class _Run:
         self.epochs = plan.epochs_of(self.trial.params)
         self._resume()
         for fold in self.folds[len(self.confusions) :]:
-            if len(self.confusions) == 1 and self._misses_by_far(self.folds[0]):
+            if len(self.confusions) == 1 and self._misses_by_far():
                 self.trial.set_user_attr(STOPPED, True)
                 break
             training, validation = plan.data.fold(fold)
@@ -164,7 +164,7 @@ class _Run:
                 self.first = {
                     name: tensor.cpu().contiguous() for name, tensor in trained.classifier.state_dict().items()
                 }
-        else:
+        if len(self.confusions) == len(self.folds):
             self._keep_checkpoint()
         pooled: IntArray = np.sum(self.confusions, axis=0)
         self._keep_confusion(pooled)
@@ -214,13 +214,13 @@ class _Run:
         self._publish_curves()
         self.trial.report(self.values[epoch], progress.epoch)
 
-    def _misses_by_far(self, fold: int) -> bool:
+    def _misses_by_far(self) -> bool:
         """Whether the first fold's model is further below its floor than its validation images leave in doubt.
 
         Never for its recall, as Optuna's pruners would: they compare values, whether feasible or not. And never in the
         middle of a training: that saved little and misled the search (see docs/measured.md).
         """
-        confusion, floor = self.confusions[0], self.plan.floors[fold]
+        confusion, floor = self.confusions[0], self.plan.floors[self.folds[0]]
         doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / confusion.sum()) if 0 < floor < 1 else 0.0
         return accuracy(confusion) + doubt < floor
 

@@ -415,9 +415,8 @@ def test_a_pruned_trial_has_its_confusion_too(empty_store: StudyStore, digits: D
     trial = _run(empty_store, "search", digits, floors=(0.999, 0.999))
     assert STOPPED in trial.user_attrs
     assert [a.filename for a in get_all_artifact_meta(trial, storage=empty_store.storage)] == ["confusion.csv"]
-    assert [[int(count) for count in row[1:]] for row in _table(empty_store, trial)[1:]] == trial.user_attrs[
-        "confusion"
-    ]
+    counts = [[int(count) for count in row[1:]] for row in _table(empty_store, trial)[1:]]
+    assert counts == trial.user_attrs["confusion"]
 
 
 # --- note and figures -------------------------------------------------------------------------------------------------

@@ -275,7 +275,8 @@ def test_a_notice_names_what_came_out_at_an_end_and_the_option_that_looks_beyond
         "The best scale, 64, lies at the end of what was searched, 4..64 log: better may lie beyond. "
         "Another study (--name) with --scale '16..256 log' looks there.",
     ]
-    several = worth_widening(StudyConfig(), (3, 5), 4e-3, {"learning_rate": 4e-3, "margin_3": 0.0, "margin_5": 0.6})
+    params = {"learning_rate": 4e-3, "scale": 16.0, "margin_3": 0.0, "margin_5": 0.6}
+    several = worth_widening(StudyConfig(), (3, 5), 4e-3, params)
     assert [("best margin_5" in line, "--margin '0.3..0.9'" in line) for line in several] == [(True, True)]
 
 
