@@ -28,17 +28,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.trial import FrozenTrial
 
 from benchmarks.training import as_a_worker, machine_of, open_data
 from camri_tune.database import open_storage
 from camri_tune.records import ACCURACY_CURVE
-from camri_tune.storage import StudyStore
+from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import HeadSpec, cpu_count, recipe_of, train
 from tests.command import COMMAND
 
@@ -80,6 +82,45 @@ def seconds_of_a_training(workers: int) -> float:
     return float(statistics.median(seconds for seconds in found if seconds is not None))
 
 
+def trials_of(runs: Path, name: str) -> list[FrozenTrial]:
+    """All trials of a study, of its baseline and finalists too."""
+    storage = open_storage(f"sqlite:///{runs}/{name}/study.db")
+    store = StudyStore.existing(storage, name)
+    stages: tuple[Stage, ...] = ("baseline", "search", "finalists")
+    trials = [trial for stage in stages for trial in store.optuna_study(stage).trials]
+    storage.close()
+    return trials
+
+
+def breakdown(
+    trials: Sequence[FrozenTrial], started: float, wall: float, workers: int, seconds_of_an_epoch: float
+) -> dict[str, Any]:
+    """What became of the workers' time in a study that took `wall` seconds from the Unix time `started`."""
+    spans = [
+        (t.datetime_start.timestamp(), t.datetime_complete.timestamp())
+        for t in trials
+        if t.datetime_start is not None and t.datetime_complete is not None
+    ]
+    first, last = min(start for start, _ in spans), max(end for _, end in spans)
+    in_trials = sum(end - start for start, end in spans)
+    training = seconds_of_an_epoch * sum(max(map(int, t.user_attrs[ACCURACY_CURVE])) for t in trials)
+    seconds = {
+        "training": training,
+        "in trials": in_trials - training,
+        "waiting": workers * (last - first) - in_trials,
+        "before": workers * (first - started),
+        "after": workers * (started + wall - last),
+    }
+    return {
+        "workers": workers,
+        "trials": len(trials),
+        "seconds": round(wall, 1),
+        "seconds to the first trial": round(first - started, 2),
+        "seconds of an epoch by itself": round(seconds_of_an_epoch, 3),
+        "shares": {name: round(value / (workers * wall), 4) for name, value in seconds.items()},
+    }
+
+
 def measure() -> None:
     options = ["--per-group", SUBSET["per_group"], "--epochs", EPOCHS, "--trials", TRIALS, "--tolerance", 2]
     open_data("gtsrb", **SUBSET)  # a warm cache
@@ -91,38 +132,13 @@ def measure() -> None:
         wall = time.perf_counter() - before
         if done.returncode not in (0, 3):
             raise SystemExit(f"the study ended with exit code {done.returncode}")
-        storage = open_storage(f"sqlite:///{folder}/overhead/study.db")
-        store = StudyStore.existing(storage, "overhead")
-        stages: Any = ("baseline", "search", "finalists")
-        trials = [trial for stage in stages for trial in store.optuna_study(stage).trials]
-        storage.close()
+        trials = trials_of(Path(folder), "overhead")
     workers = cpu_count()
     alone = seconds_of_a_training(workers)
-    spans = [
-        (t.datetime_start.timestamp(), t.datetime_complete.timestamp())
-        for t in trials
-        if t.datetime_start is not None and t.datetime_complete is not None
-    ]
-    epochs = sum(max(map(int, t.user_attrs[ACCURACY_CURVE])) for t in trials)
-    first, last = min(start for start, _ in spans), max(end for _, end in spans)
-    in_trials = sum(end - start for start, end in spans)
-    training = epochs / EPOCHS * alone
-    seconds = {
-        "training": training,
-        "in trials": in_trials - training,
-        "waiting": workers * (last - first) - in_trials,
-        "before": workers * (first - started),
-        "after": workers * (started + wall - last),
-    }
     figures = {
         "command": " ".join(["camri-tune", *map(str, words)]),
         "machine": machine_of(torch.device("cpu")),
-        "workers": workers,
-        "trials": len(trials),
-        "seconds": round(wall, 1),
-        "seconds to the first trial": round(first - started, 2),
-        "seconds of a training by itself": round(alone, 2),
-        "shares": {name: round(value / (workers * wall), 4) for name, value in seconds.items()},
+        **breakdown(trials, started, wall, workers, alone / EPOCHS),
     }
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     print(FIGURES.read_text())

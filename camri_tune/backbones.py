@@ -35,6 +35,8 @@ class Backbone(nn.Module):
     Grey images stand in each of the network's three channels. Mean and deviation are kept with the weights.
     """
 
+    repeats_itself = False  # nobody knows of every network
+
     mean: Tensor
     deviation: Tensor
 

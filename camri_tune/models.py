@@ -63,6 +63,7 @@ class CompactCNN(nn.Module):
     """
 
     embedding_size = 128
+    repeats_itself = True  # the same work in each training step, nothing read back to the host (see recording.py)
 
     def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
@@ -103,6 +104,7 @@ class PaperCNN(nn.Module):
     """
 
     embedding_size = 512
+    repeats_itself = True
 
     def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
@@ -133,6 +135,8 @@ class Standardised(nn.Module):
 
     A learning rate, a scale and a margin then mean the same whatever network the embeddings are of.
     """
+
+    repeats_itself = False  # the host computes what a batch weighs among the statistics
 
     def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()

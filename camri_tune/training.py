@@ -1,13 +1,15 @@
 """Train one model with one seed: images stay on the device, augmentation is batched tensor code.
 
 Speed comes from three things that only work together: no data loader, channels_last, and bfloat16 where the hardware
-has it. Head, margin and softmax stay in float32 (see losses.py), and so does the final evaluation, which counts.
+has it; on a GPU, from a fourth, that a step is one piece of work (see recording.py). Head, margin and softmax stay in
+float32 (see losses.py), and so does the final evaluation, which counts.
 """
 
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,6 +36,7 @@ from camri_tune.losses import (
 )
 from camri_tune.metrics import IntArray, confusion_matrix
 from camri_tune.models import Classifier, build_body, freeze, trunk
+from camri_tune.recording import Recorded
 
 EVALUATIONS = 6  # per training: enough for a learning curve
 EVALUATION_BATCH = 256
@@ -154,6 +157,19 @@ class Trained:
     seconds: float
 
 
+@contextmanager
+def _exact() -> Iterator[None]:
+    """The same result each time, in float32 where that is said: by default a GPU's convolutions give neither."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.allow_tf32 = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.allow_tf32 = before
+
+
+@_exact()
 def train(
     model: Model,
     head: HeadSpec,
@@ -183,7 +199,7 @@ def train(
         classifier, frozen = _initial(model, head, images, num_classes, recipe, start or {})
         classifier.to(device)
         optimizer = _optimizer(classifier, recipe, device)
-        held = images.on(device) if fits(images, device) else images
+        held, judged = (part.on(device) if fits(part, device) else part for part in (images, validation))
         batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
         factor = _schedule(steps * recipe.epochs, recipe)
@@ -195,6 +211,9 @@ def train(
         if resume is not None:
             resume.restore(classifier, optimizer, rng, device)
 
+        total = torch.zeros((), device=device)  # of the losses of an epoch
+        do_step = _step(classifier, optimizer, recipe, batch_size, total, device)
+
         for epoch in range(1 if resume is None else resume.epoch + 1, recipe.epochs + 1):
             _set_training(classifier, frozen)
             order = torch.randperm(len(images), generator=rng)[: steps * batch_size].view(steps, batch_size)
@@ -202,25 +221,16 @@ def train(
             drawn = (
                 draw(steps * batch_size, images.channels, recipe.augmentation, rng).to(device).view(*order.shape, -1)
             )
-            total = torch.zeros((), device=device)
-            for step, (places, numbers) in enumerate(
+            total.zero_()
+            for done, (places, numbers) in enumerate(
                 zip(order.to(held.store.device), drawn, strict=True), (epoch - 1) * steps
             ):
                 if on_step is not None:
                     on_step()
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * factor(step) * group["factor"]
+                    _set_rate(group, recipe.learning_rate * factor(done) * group["factor"])
                 pixels, labels = (tensor.to(device) for tensor in held.batch(places))
-                batch = augment(pixels, recipe.augmentation, numbers)
-                optimizer.zero_grad(set_to_none=True)
-                parts = zip(batch.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
-                for some, their_labels in parts:
-                    with _fast_precision(device, recipe.precision):
-                        embeddings = classifier.embed(some)
-                    loss = classifier.head(embeddings, their_labels) * (len(some) / batch_size)
-                    loss.backward()
-                    total += loss.detach()
-                optimizer.step()
+                do_step(pixels, labels, numbers)
             mean_loss = float(total) / steps
             if not math.isfinite(mean_loss):
                 raise TrainingDivergedError(
@@ -229,7 +239,7 @@ def train(
                 )
             confusion = None
             if epoch == recipe.epochs:
-                logits = predict_logits(classifier, validation, device, batch=evaluation_batch)
+                logits = predict_logits(classifier, judged, device, batch=evaluation_batch)
                 if not torch.isfinite(logits).all():  # the last step alone can ruin the weights
                     raise TrainingDivergedError(
                         f"the trained model's logits are not finite with {head}, learning rate "
@@ -239,7 +249,7 @@ def train(
             elif epoch % evaluate_every == 0:
                 with _fast_precision(device, recipe.precision):
                     confusion = evaluate(
-                        classifier, validation, num_classes=num_classes, device=device, batch=evaluation_batch
+                        classifier, judged, num_classes=num_classes, device=device, batch=evaluation_batch
                     )
             if on_epoch is not None:
                 state = TrainingState.of(epoch, classifier, optimizer, rng, device)
@@ -248,6 +258,31 @@ def train(
     return Trained(
         classifier, confusion, (logits.argmax(dim=1) == validation.labels).numpy(), time.perf_counter() - started
     )
+
+
+def _step(
+    classifier: Classifier,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    batch_size: int,
+    total: Tensor,
+    device: torch.device,
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """What each step does with pixels, labels and random numbers; it adds the loss to `total` ()."""
+
+    def step(pixels: Tensor, labels: Tensor, numbers: Tensor) -> None:
+        batch = augment(pixels, recipe.augmentation, numbers)
+        optimizer.zero_grad(set_to_none=True)
+        parts = zip(batch.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
+        for some, their_labels in parts:
+            with _fast_precision(device, recipe.precision):
+                embeddings = classifier.embed(some)
+            loss = classifier.head(embeddings, their_labels) * (len(some) / batch_size)
+            loss.backward()
+            total.add_(loss.detach())
+        optimizer.step()
+
+    return Recorded(step, device) if device.type == "cuda" and classifier.body.repeats_itself else step
 
 
 def _initial(
@@ -303,9 +338,10 @@ def evaluate(
 ) -> IntArray:
     """Confusion matrix (C, C) of `classifier` on `images`, so many at a time."""
     predictions = predict_logits(classifier, images, device, batch=batch).argmax(dim=1)
-    return confusion_matrix(images.labels.numpy(), predictions.numpy(), num_classes)
+    return confusion_matrix(images.labels.cpu().numpy(), predictions.numpy(), num_classes)
 
 
+@_exact()
 @torch.no_grad()
 def predict_logits(
     classifier: Classifier, images: Images | Tensor, device: torch.device, *, batch: int = EVALUATION_BATCH
@@ -320,8 +356,10 @@ def predict(classifier: Classifier, images: Images, device: torch.device) -> Ite
     """Embeddings (B, D) and logits (B, C) on the CPU, batch after batch, from one pass."""
     classifier.eval()
     for some in images.split(EVALUATION_BATCH):
-        embeddings = classifier.embed(some.to(device))
-        yield embeddings.float().cpu(), classifier.logits(embeddings).float().cpu()
+        with _exact():
+            embeddings = classifier.embed(some.to(device))
+            logits = classifier.logits(embeddings)
+        yield embeddings.float().cpu(), logits.float().cpu()
 
 
 def fits(images: Images, device: torch.device) -> bool:
@@ -368,6 +406,7 @@ def _fast_precision(device: torch.device, precision: Precision) -> torch.autocas
 
 
 def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    on_gpu = device.type == "cuda"
     # Norms and biases are not decayed: shrinking them only fights the normalisation.
     parts: list[tuple[nn.Module, float]] = [(classifier, 1.0)]
     if recipe.backbone_lr != 1.0:
@@ -376,12 +415,21 @@ def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> 
     for part, factor in parts:
         trained = [p for p in part.parameters() if p.requires_grad]
         weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        groups.append({"params": weights, "weight_decay": recipe.weight_decay, "factor": factor})
-        groups.append({"params": others, "weight_decay": 0.0, "factor": factor})
+        for parameters, decay in ((weights, recipe.weight_decay), (others, 0.0)):
+            # On a GPU the rate lies in its memory, where a recorded step reads it.
+            rate = torch.tensor(recipe.learning_rate, device=device) if on_gpu else recipe.learning_rate
+            groups.append({"params": parameters, "weight_decay": decay, "factor": factor, "lr": rate})
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    return kind(groups, betas=recipe.betas, fused=True, capturable=on_gpu)
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _schedule(total: int, recipe: Recipe) -> Callable[[int], float]:

@@ -34,7 +34,7 @@ FLOORS = [
     {"result"},
     {"counts", "duplicates"},
     {"constraints"},
-    {"augmentation", "backbones", "grouping", "images", "losses", "splits", "records", "differences"},
+    {"augmentation", "backbones", "grouping", "images", "losses", "splits", "records", "differences", "recording"},
     {"evidence", "chart_style", "prefork", "own_networks"},
     {
         "metrics",

@@ -1,0 +1,135 @@
+"""On a GPU: a recorded step is the step, the same seed gives the same weights, and float32 is the CPU's."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from camri_tune import training
+from camri_tune.augmentation import Augmentation
+from camri_tune.checkpoint import TrainingState
+from camri_tune.config import Loss, Optimizer, StudyConfig
+from camri_tune.database import open_storage
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.models import CompactCNN, PaperCNN
+from camri_tune.storage import StudyStore
+from camri_tune.training import HeadSpec, Progress, Recipe, Trained, is_out_of_memory, predict_logits, train
+from tests.command import camri_tune
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, and these say what one computes")
+
+STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6, mirror=True)
+CPU = torch.device("cpu")
+EPOCHS, BATCH, STEPS = 3, 64, 12
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig())
+
+
+def _train(data: Dataset, loss: Loss = "camri", *, model: str = "compact", **options: Any) -> Trained:
+    recipe = options.pop("recipe", Recipe(EPOCHS, 4e-3, STRONG, batch_size=BATCH))
+    return train(
+        model,
+        HeadSpec(loss, 16.0, {3: 0.3}, {3: 2.0}, {3: 0.5}),
+        data.train[np.arange(BATCH * STEPS)],
+        data.validation,
+        num_classes=10,
+        recipe=recipe,
+        seed=options.pop("seed", 0),
+        device=options.pop("device", torch.device("cuda")),
+        **options,
+    )
+
+
+def _apart(one: Trained, other: Trained) -> float:
+    theirs = other.classifier.state_dict()
+    pairs = [(tensor.double(), theirs[name].double()) for name, tensor in one.classifier.state_dict().items()]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def _unrecorded(patch: pytest.MonkeyPatch) -> None:
+    for network in (CompactCNN, PaperCNN):
+        patch.setattr(network, "repeats_itself", False)
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_a_recorded_step_is_the_step(digits: Dataset, loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = _train(digits, loss)
+    _unrecorded(monkeypatch)
+    assert _apart(recorded, _train(digits, loss)) == 0.0
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_whatever_the_optimizer(
+    digits: Dataset, optimizer: Optimizer, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"optimizer": optimizer, "accumulation": accumulation, "backbone_lr": 0.5, "schedule": "cosine"}
+    recipe = Recipe(EPOCHS, 4e-3, STRONG, batch_size=BATCH, **options)  # type: ignore[arg-type]
+    recorded = _train(digits, recipe=recipe)
+    _unrecorded(monkeypatch)
+    assert _apart(recorded, _train(digits, recipe=recipe)) == 0.0
+
+
+@pytest.mark.parametrize("model", ["compact", "paper-cnn"])
+def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(digits: Dataset, model: str) -> None:
+    states: list[TrainingState] = []
+
+    def keep(progress: Progress) -> None:
+        states.append(progress.state)
+
+    first = _train(digits, model=model, on_epoch=keep)
+    assert _apart(first, _train(digits, model=model)) == 0.0
+    assert _apart(first, _train(digits, model=model, resume=states[0])) == 0.0
+    assert _apart(first, _train(digits, model=model, seed=1)) > 0.0
+
+
+def test_each_step_draws_new_random_numbers(digits: Dataset) -> None:
+    """What is dropped out is recorded as an operation, not as an outcome."""
+    states: list[TrainingState] = []
+    _train(digits, on_epoch=lambda progress: states.append(progress.state))
+    assert len({state.tensors["rng.cuda"].numpy().tobytes() for state in states}) == EPOCHS
+
+
+def test_images_that_do_not_fit_come_batch_by_batch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = _train(digits)
+    monkeypatch.setattr(training, "fits", lambda images, device: False)
+    assert _apart(held, _train(digits)) == 0.0
+
+
+@pytest.mark.parametrize("model", ["compact", "paper-cnn"])
+def test_a_model_answers_as_it_does_on_a_cpu(digits: Dataset, model: str) -> None:
+    classifier = _train(digits, model=model).classifier
+    there = predict_logits(classifier, digits.validation, torch.device("cuda"))
+    here = predict_logits(classifier.to(CPU), digits.validation, CPU)
+    assert float((there - here).norm() / here.norm()) < 1e-5, "a TF32 convolution is wrong by 1e-4"
+
+
+def test_accuracy_is_that_of_a_cpu(digits: Dataset) -> None:
+    recipe = Recipe(6, 4e-3, batch_size=BATCH)
+    there, here = (
+        [np.trace(_train(digits, device=device, seed=seed, recipe=recipe).confusion) for seed in range(3)]
+        for device in (torch.device("cuda"), CPU)
+    )
+    assert abs(np.mean(there) - np.mean(here)) / len(digits.validation) < 0.03
+
+
+def test_the_refusal_of_memory_is_known() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**50, device="cuda")
+    assert is_out_of_memory(refused.value)
+
+
+def test_a_run_trains_on_it(tmp_path: Path) -> None:
+    words = ["run", "--trials", "3", "--epochs", "3", "--seeds", "2", "--finalists", "1", "--out", tmp_path]
+    done = camri_tune(*words, "--name", "here")
+    assert done.returncode in (0, 3), done.stderr
+    storage = open_storage(f"sqlite:///{tmp_path}/here/study.db")
+    records = StudyStore.existing(storage, "here").records("search")
+    storage.close()
+    assert [record.state for record in records] == ["complete"] * 3
+    assert all((record.device or "").startswith("cuda") for record in records)
