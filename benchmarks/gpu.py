@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks.overhead import breakdown, trials_of
-from benchmarks.training import GPU_EPOCHS, keep, open_data, recorded_in, seconds_at_once
+from benchmarks.training import keep, open_data, recorded_in, seconds_at_once
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import open_dataset
@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "gpu.json"
 RUNS = HERE.parent / "runs" / "gpu"
 SECONDS = 600  # of a part
-PACKS = (1, 2, 4, 8)  # processes on one GPU
+PACKS = (1, 2, 4)  # processes on one GPU
 MPS = "nvidia-cuda-mps-control"
 SEEDS = 5
 
@@ -110,24 +110,24 @@ def _apart(one: Trained, other: Trained) -> float:
 def packing(device: torch.device) -> dict[str, Any]:
     """Each size in turn, all processes started together: as a GPU shares itself by default, in turns, and under MPS."""
     data = open_data("gtsrb")
-    images, epochs = data.train, GPU_EPOCHS
+    images, epochs = data.train, data.epochs
     if device.type == "cpu":  # a rehearsal
         images, epochs = images[torch.arange(2_048).numpy()], 1
     rows: dict[str, dict[str, Any]] = {}
-    for how, sharing, sizes in (("", nullcontext, PACKS), (" with MPS", _mps, PACKS[1:])):
+    for how, sharing, sizes in (("", nullcontext, PACKS), (" with MPS", _mps, (2, 4, 8))):
         if how and shutil.which(MPS) is None:
             print(f"{MPS} is not on this machine: not measured with it", file=sys.stderr)
             continue
         with sharing():
             for count in sizes if device.type == "cuda" else sizes[:2]:
                 try:
-                    seconds = seconds_at_once(count, images, data, device, epochs)
+                    seconds = seconds_at_once(count, images, data, device)
                 except Exception as error:
                     rows[f"{count}{how}"] = {"failed": str(error)[:200]}
                     break
                 rows[f"{count}{how}"] = {
-                    "images per second": round(count * epochs * len(images) / seconds),
-                    "trainings of the usual epochs an hour": round(3600 * count * epochs / (seconds * data.epochs), 1),
+                    "seconds": round(seconds, 2),
+                    "trainings of the usual epochs an hour": round(3600 * count * epochs / (seconds * data.epochs)),
                 }
                 print(f"{count} at once{how}: {rows[f'{count}{how}']}", file=sys.stderr, flush=True)
     return rows
@@ -149,9 +149,10 @@ def _mps() -> Iterator[None]:
 
 
 def _best_pack() -> int:
+    """How many workers, as a GPU shares itself by default."""
     rows = recorded_in(FIGURES).get("packing", {})
-    rates = {int(count): row.get("images per second", 0) for count, row in rows.items() if count.isdecimal()}
-    return max(rates, key=lambda count: rates[count]) if rates else 1
+    found = {int(count): row["seconds"] for count, row in rows.items() if count.isdecimal() and "seconds" in row}
+    return max(found, key=lambda count: count / found[count]) if found else 1
 
 
 def study(dataset: str, device: torch.device) -> dict[str, Any]:
@@ -160,15 +161,15 @@ def study(dataset: str, device: torch.device) -> dict[str, Any]:
     options = ["--dataset", dataset, "--important", "worst1", "--trials", "30", "--out", str(RUNS), "--json"]
     options += ["--name", dataset, "--device", str(device), "--workers-per-gpu", str(pack)]
     data = open_data(dataset)  # a warm cache
+    alone = seconds_at_once(pack, data.train, data, device)
     started = time.time()
     result = json.loads(_command("camri-tune", "run", *options))
     wall = time.time() - started
-    epoch = seconds_at_once(pack, data.train, data, device, GPU_EPOCHS) / GPU_EPOCHS
     keys = ("verdict", "sentence", "baseline", "best", "accuracy_difference")
     return {
         **{key: result[key] for key in keys},
         "command": " ".join(["camri-tune run", *options]),
-        "time": breakdown(trials_of(RUNS, dataset), started, wall, pack, epoch),
+        "time": breakdown(trials_of(RUNS, dataset), started, wall, pack, alone / data.epochs),
     }
 
 

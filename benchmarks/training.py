@@ -36,6 +36,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +72,7 @@ from camri_tune.training import (
 FIGURES = Path(__file__).with_suffix(".json")
 RATE = 8e-3
 WARM_IMAGES = 512
+CAMRI = HeadSpec("camri", 16.0, {14: 0.2})
 GOAL = {"gtsrb": 0.989, "cifar10": 0.94}
 GPU_EPOCHS = 8  # of all images: one would be over before it can be timed
 
@@ -265,21 +267,29 @@ def rate_of(contender: str, dataset: str, count: int, device: torch.device) -> f
         seconds, _ = train_plain(images, classes, recipe, device)
     elif device.type == "cuda":
         count = len(data.train) * GPU_EPOCHS
-        seconds = seconds_at_once(1, data.train, data, device, GPU_EPOCHS)
+        few = some(data.validation, 64)
+        train_ours(warm, few, classes, recipe, device)
+        seconds, _ = train_ours(data.train, few, classes, recipe_for(data, GPU_EPOCHS), device)
     else:
         seconds = seconds_at_once(1, images, data, device)
     return count // recipe.batch_size * recipe.batch_size / seconds
 
 
-def seconds_at_once(
-    processes: int, images: Images, data: datasets.Dataset, device: torch.device, epochs: int = 1
-) -> float:
-    """Seconds of a training in each of so many processes at once: the slowest. RuntimeError where one fails."""
-    context = multiprocessing.get_context("spawn")
+def seconds_at_once(processes: int, images: Images, data: datasets.Dataset, device: torch.device) -> float:
+    """Seconds of a training in each of so many processes at once, the slowest's. On a GPU, of a whole one.
+
+    On a CPU that is an epoch, its steps alone; on a GPU the usual epochs with start, evaluations and all, since these
+    leave it idle. Raises RuntimeError where a process fails.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.training"])  # imports once, without a word to the GPU
     barrier, results = context.Barrier(processes), context.Queue()
     threads = max(1, cpu_count() // processes)
-    recipe, few = recipe_for(data, epochs), some(data.validation, 64)
-    arguments = (images, few, len(data.classes), recipe, str(device), threads, barrier, results)
+    environment = {name: os.environ.get(name) for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
+    whole = device.type == "cuda"
+    validation = data.validation if whole else some(data.validation, 64)
+    recipe = recipe_for(data, data.epochs if whole else 1)
+    arguments = (images, validation, len(data.classes), recipe, str(device), threads, environment, barrier, results)
     running = [context.Process(target=_ours, args=arguments) for _ in range(processes)]
     for process in running:
         process.start()
@@ -302,15 +312,23 @@ def _ours(
     validation: Images,
     classes: int,
     recipe: Recipe,
-    device: str,
+    name: str,
     threads: int,
+    environment: dict[str, str | None],
     barrier: Barrier,
     results: "multiprocessing.Queue[float]",
 ) -> None:
+    os.environ.update({key: value for key, value in environment.items() if value is not None})
     as_a_worker(threads)
-    train_ours(some(images, WARM_IMAGES), validation, classes, recipe, torch.device(device))
+    device = torch.device(name)
+    train_ours(some(images, WARM_IMAGES), validation, classes, replace(recipe, epochs=1), device)
     barrier.wait()
-    seconds, _ = train_ours(images, validation, classes, recipe, torch.device(device))
+    if device.type == "cuda":
+        start = time.perf_counter()
+        train("compact", CAMRI, images, validation, num_classes=classes, recipe=recipe, seed=0, device=device)
+        seconds = time.perf_counter() - start
+    else:
+        seconds, _ = train_ours(images, validation, classes, recipe, device)
     barrier.wait()  # none has the machine to itself at the end
     results.put(seconds)
 
@@ -333,14 +351,21 @@ def contenders(device: torch.device) -> list[str]:
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Every contender once a round, in turn, so that what else the machine does falls on all."""
+    """Every contender once a round, in turn, so that what else the machine does falls on all.
+
+    On a CPU each time in a process of its own, with as many threads as it would have. On a GPU all in this one.
+    """
     device = pick_device(options.device)
+    warnings.filterwarnings("ignore")
     names = contenders(device)
     rates: dict[str, list[float]] = {name: [] for name in names}
     open_data(options.dataset)  # decoded before anything is timed
     for _ in range(options.repeats):
         for name in names:
-            rates[name].append(_measured(name, options))
+            if device.type == "cuda":
+                rates[name].append(rate_of(name, options.dataset, options.images, device))
+            else:
+                rates[name].append(_measured(name, options))
             print(f"{name}: {rates[name][-1]:,.0f} images/s", file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     base = medians["plain loop"]

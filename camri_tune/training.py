@@ -40,6 +40,7 @@ from camri_tune.recording import Recorded
 
 EVALUATIONS = 6  # per training: enough for a learning curve
 EVALUATION_BATCH = 256
+VALUES_AT_ONCE = 3 * 2**20  # that a GPU evaluates where images are small: to launch a kernel takes the host its time
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def train(
         factor = _schedule(steps * recipe.epochs, recipe)
         # Where validation is large beside training, fewer: they would cost more than they tell.
         affordable = 1 + recipe.epochs * len(images) // (3 * len(validation))
-        evaluation_batch = EVALUATION_BATCH // recipe.accumulation
+        evaluation_batch = _evaluation_batch(judged, device) // recipe.accumulation
         evaluate_every = math.ceil(recipe.epochs / min(EVALUATIONS, affordable))
 
         if resume is not None:
@@ -334,7 +335,7 @@ def evaluate(
     *,
     num_classes: int,
     device: torch.device,
-    batch: int = EVALUATION_BATCH,
+    batch: int | None = None,
 ) -> IntArray:
     """Confusion matrix (C, C) of `classifier` on `images`, so many at a time."""
     predictions = predict_logits(classifier, images, device, batch=batch).argmax(dim=1)
@@ -344,22 +345,30 @@ def evaluate(
 @_exact()
 @torch.no_grad()
 def predict_logits(
-    classifier: Classifier, images: Images | Tensor, device: torch.device, *, batch: int = EVALUATION_BATCH
+    classifier: Classifier, images: Images | Tensor, device: torch.device, *, batch: int | None = None
 ) -> Tensor:
     """Logits (N, C) on the CPU of images, or of uint8 pixels (N, C, S, S), so many at a time."""
     classifier.eval()
-    return torch.cat([classifier(some.to(device)).float().cpu() for some in images.split(batch)])
+    pieces = images.split(batch or _evaluation_batch(images, device))
+    return torch.cat([classifier(some.to(device)).float().cpu() for some in pieces])
 
 
 @torch.no_grad()
 def predict(classifier: Classifier, images: Images, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Embeddings (B, D) and logits (B, C) on the CPU, batch after batch, from one pass."""
     classifier.eval()
-    for some in images.split(EVALUATION_BATCH):
+    for some in images.split(_evaluation_batch(images, device)):
         with _exact():
             embeddings = classifier.embed(some.to(device))
             logits = classifier.logits(embeddings)
         yield embeddings.float().cpu(), logits.float().cpu()
+
+
+def _evaluation_batch(images: Images | Tensor, device: torch.device) -> int:
+    if device.type != "cuda":
+        return EVALUATION_BATCH
+    values = math.prod((images.store if isinstance(images, Images) else images).shape[1:])
+    return max(EVALUATION_BATCH, VALUES_AT_ONCE // values)
 
 
 def fits(images: Images, device: torch.device) -> bool:

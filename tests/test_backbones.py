@@ -29,6 +29,15 @@ TORCHVISION = {
     "regnet_y_400mf": (32, 440),
     "vit_b_32": (64, 768),
     "swin_t": (40, 768),
+    "swin_v2_t": (64, 768),
+    "maxvit_t": (224, 512),
+    "densenet121": (32, 1024),
+    "efficientnet_b0": (32, 1280),
+    "efficientnet_v2_s": (32, 1280),
+    "mnasnet0_5": (32, 1280),
+    "mobilenet_v2": (32, 1280),
+    "shufflenet_v2_x0_5": (32, 1024),
+    "vgg11_bn": (32, 4096),
 }
 
 

@@ -1,5 +1,6 @@
 """On a GPU: a recorded step is the step, the same seed gives the same weights, and float32 is the CPU's."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from camri_tune.models import CompactCNN, PaperCNN
 from camri_tune.storage import StudyStore
 from camri_tune.training import HeadSpec, Progress, Recipe, Trained, is_out_of_memory, predict_logits, train
 from tests.command import camri_tune
+from tests.test_backbones import TORCHVISION
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, and these say what one computes")
 
@@ -61,6 +63,26 @@ def test_a_recorded_step_is_the_step(digits: Dataset, loss: Loss, monkeypatch: p
     recorded = _train(digits, loss)
     _unrecorded(monkeypatch)
     assert _apart(recorded, _train(digits, loss)) == 0.0
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_so_it_is_of_torchvisions_networks(digits: Dataset, name: str) -> None:
+    side, _ = TORCHVISION[name]
+    pictures = [
+        replace(part, store=torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8), labels=labels, rows=None)
+        for part, labels in ((digits.train, torch.arange(64) % 10), (digits.validation, torch.arange(64) % 10))
+    ]
+    recipe = Recipe(4, 1e-3, STRONG, batch_size=32)
+    head = HeadSpec("camri", 16.0, {3: 0.3})
+    options: Any = {"num_classes": 10, "recipe": recipe, "seed": 0, "device": torch.device("cuda")}
+    recorded = train(f"torchvision:{name}", head, *pictures, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Recorded", lambda step, device: step)
+        eager, again = (train(f"torchvision:{name}", head, *pictures, **options) for _ in range(2))
+    # Where pools overlap, a GPU adds up gradients in any order: then it is not the same twice either.
+    spread = _apart(eager, again)
+    print(f"{name}: {_apart(recorded, eager):.2g} apart, where the same twice is {spread:.2g}")
+    assert _apart(recorded, eager) <= 10 * spread
 
 
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))

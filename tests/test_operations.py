@@ -5,6 +5,7 @@ optimizer. The limits have a tenth of room for another PyTorch. What goes beyond
 the limit rises.
 """
 
+import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,10 @@ from camri_tune.checkpoint import TrainingState
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.images import Images
+from camri_tune.losses import CAMRILoss
+from camri_tune.models import Classifier, build_body
 from camri_tune.training import EVALUATIONS, HeadSpec, Progress, Recipe, train
+from tests.test_backbones import TORCHVISION
 
 # Every kind of change to images.
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6, mirror=True)
@@ -139,6 +143,26 @@ def test_a_step_copies_no_more_than_it_has_to(camri: _Counter) -> None:
     assert sorted(widened) == sorted([*weights, embeddings])
     rest = [copy for copy in copies if copy[1:] not in ((float32, bfloat16), (bfloat16, float32)) and copy[0] > 1_000]
     assert sorted(rest) == sorted([(images, torch.uint8, float32), *[(features, bfloat16, bfloat16)] * 2])
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_networks_of_torchvision_do_the_same_in_each_step(name: str) -> None:
+    """What a GPU records of one step is then what the others do, unless something goes to the host or comes from it."""
+    side, _ = TORCHVISION[name]
+    states: list[object] = []
+    body = build_body(f"torchvision:{name}", channels=3, image_size=side)
+    classifier = Classifier(body, CAMRILoss(5, body.embedding_size, {1: 0.2})).train()
+    images, labels = torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    with _Counter() as counter:
+        for _ in range(3):
+            counter.begin()
+            classifier.head(classifier.embed(images), labels).backward()
+            classifier.zero_grad(set_to_none=True)
+            states.append((random.getstate(), str(np.random.get_state())))
+    first, second, third = counter.steps
+    assert first == second == third
+    assert body.repeats_itself == (not {*first} & _HOST)
+    assert states[0] == states[1] == states[2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, and it counts what goes to and from one")
