@@ -167,7 +167,7 @@ def study(dataset: str, device: torch.device) -> dict[str, Any]:
     wall = time.time() - started
     keys = ("verdict", "sentence", "baseline", "best", "accuracy_difference")
     return {
-        **{key: result[key] for key in keys},
+        **{key: result.get(key) for key in keys},
         "command": " ".join(["camri-tune run", *options]),
         "time": breakdown(trials_of(RUNS, dataset), started, wall, pack, alone / data.epochs),
     }
