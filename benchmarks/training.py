@@ -4,7 +4,7 @@ Claim (GTSRB, n = 5 rounds of 4,096 images, 2 cores of a Xeon with AMX, torch 2.
 as in a study, train 4,524 images a second, 5.1 times the plain loop's 894; one process of two threads 3,921, 4.4 times;
 Lightning 920. The goal of 6 times is not met. At the same epochs (5, on 5,230 images) and initial weights ours has
 validation accuracy 0.891, the plain loop 0.865: +2.6 points [+1.6, +3.6], 95 % over n = 6 paired seeds, for which the
-changes to images, alike but not equal, may be the reason. All of a GPU: not measured.
+changes to images, alike but not equal, may be the reason. On a GPU: see gpu.py.
 `python benchmarks/training.py speed [--dataset gtsrb|cifar10]` times the contenders in turn, a process each, several
 rounds; `accuracy` trains ours and the plain loop from the same initial weights for as many epochs over several seeds;
 `goals` times trainings whose test accuracy should be 94 % on CIFAR-10 and 98.9 % on GTSRB, `peer` those of `airbench`
@@ -275,11 +275,13 @@ def rate_of(contender: str, dataset: str, count: int, device: torch.device) -> f
     return count // recipe.batch_size * recipe.batch_size / seconds
 
 
-def seconds_at_once(processes: int, images: Images, data: datasets.Dataset, device: torch.device) -> float:
+def seconds_at_once(
+    processes: int, images: Images, data: datasets.Dataset, device: torch.device, most: float = math.inf
+) -> float:
     """Seconds of a training in each of so many processes at once, the slowest's. On a GPU, of a whole one.
 
     On a CPU that is an epoch, its steps alone; on a GPU the usual epochs with start, evaluations and all, since these
-    leave it idle. Raises RuntimeError where a process fails.
+    leave it idle. Raises RuntimeError where a process fails, or all of it takes more than `most` seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.training"])  # imports once, without a word to the GPU
@@ -294,14 +296,17 @@ def seconds_at_once(processes: int, images: Images, data: datasets.Dataset, devi
     for process in running:
         process.start()
     found: list[float] = []
+    started = time.perf_counter()
     while len(found) < processes:
         try:
             found.append(results.get(timeout=1))
         except queue.Empty:
-            if any(process.exitcode for process in running):
+            failed = any(process.exitcode for process in running)
+            if failed or time.perf_counter() - started > most:
                 for process in running:
                     process.kill()
-                raise RuntimeError(f"one of {processes} processes failed") from None
+                why = "one failed" if failed else f"not done after {most:.0f} s"
+                raise RuntimeError(f"{processes} processes: {why}") from None
     for process in running:
         process.join()
     return max(found)

@@ -83,7 +83,10 @@ ImageSizeOption = Annotated[
 WorkersOption = Annotated[
     str | None, typer.Option(help="Worker processes, or auto; 0 leaves the work to `camri-tune worker`.")
 ]
-WorkersPerGpuOption = Annotated[int | None, typer.Option(help="Workers that share a GPU (default: 1).")]
+WorkersPerGpuOption = Annotated[
+    str | None,
+    typer.Option(help="Workers that share a GPU, or auto: 2 where a small network leaves it waiting, else 1."),
+]
 LauncherOption = Annotated[
     str | None, typer.Option(help="local: workers are processes here. ray: Ray places them on its cluster.")
 ]

@@ -146,7 +146,7 @@ class StudyConfig(BaseModel):
     skip_corrupt: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int | Literal["auto"] = "auto"
-    workers_per_gpu: int = Field(1, ge=1, le=64)
+    workers_per_gpu: int | Literal["auto"] = "auto"
     device: str = "auto"
     launcher: Launcher = "local"
     ray_address: str | None = None
@@ -198,7 +198,6 @@ class StudyConfig(BaseModel):
         "limit",
         "per_group",
         "seed",
-        "workers_per_gpu",
         mode="before",
     )
     @classmethod
@@ -211,6 +210,11 @@ class StudyConfig(BaseModel):
     @classmethod
     def _workers_is_a_count(cls, value: Any) -> Any:
         return _count_or_auto(value, 0, MOST_WORKERS)
+
+    @field_validator("workers_per_gpu", mode="before")
+    @classmethod
+    def _workers_per_gpu_is_a_count(cls, value: Any) -> Any:
+        return _count_or_auto(value, 1, 64)
 
     @field_validator("folds", mode="before")
     @classmethod

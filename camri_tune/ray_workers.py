@@ -110,7 +110,7 @@ def _require_sense(config: StudyConfig) -> None:
         raise InputError(f"--device {config.device} is a GPU of one machine, and Ray chooses: give --device cuda")
     if config.workers == 0:
         raise InputError("--workers 0 starts none, here or elsewhere: leave --launcher ray out, or say how many")
-    if config.workers_per_gpu > 1:
+    if config.workers_per_gpu not in ("auto", 1):
         raise InputError("--workers-per-gpu is for --launcher local: with ray, give --gpus-per-trial, 0.5 for two")
 
 

@@ -77,7 +77,7 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("seed", 2**31, "less than"),
     *(("workers", value, "whole number from 0 to 1,024, or 'auto'") for value in (-1, "many", "-1", 1.5, True, "²")),
     *(("workers", value, "whole number from 0 to 1,024, or 'auto'") for value in (1_025, "1025", "9" * 100)),
-    ("workers_per_gpu", 65, "less than or equal to 64"),
+    *(("workers_per_gpu", value, "whole number from 1 to 64, or 'auto'") for value in (65, 0, "0", True, 1.5, "many")),
     ("storage", "", "at least 1 character"),
     ("device", "tpu", "cuda"),
     ("device", "cuda:x", "cuda:N"),

@@ -25,7 +25,7 @@ from camri_tune.search import Plan, looks_at_class, starting_points, suggest
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import Stage, StudyStore, storage_url
 from camri_tune.training import default_learning_rate
-from camri_tune.workers import Workers
+from camri_tune.workers import Workers, places_for
 
 CPU = torch.device("cpu")
 RATE = default_learning_rate("compact")
@@ -747,3 +747,24 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with only_run(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "cores", "places"),
+    [
+        ({}, 16, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
+        ({}, 3, ["cuda:0", "cuda:1"]),
+        ({"model": "torchvision:resnet18"}, 16, ["cuda:0", "cuda:1"]),
+        ({"model": "torchvision:resnet18", "workers_per_gpu": 2}, 1, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
+        ({"workers_per_gpu": "1"}, 16, ["cuda:0", "cuda:1"]),
+        ({"workers": 3}, 16, ["cuda:0", "cuda:1", "cuda:0"]),
+        ({"device": "cuda:1"}, 2, ["cuda:1", "cuda:1"]),
+        ({"device": "cpu"}, 3, ["cpu"] * 3),
+    ],
+)
+def test_small_networks_share_a_gpu_by_twos_where_there_are_cores(
+    changes: dict[str, Any], cores: int, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("camri_tune.workers.cpu_count", lambda: cores)
+    config = StudyConfig.build({"device": "cuda", **changes})
+    assert places_for(config, torch.device(config.device), 2) == places
