@@ -106,7 +106,7 @@ def train_ours(
 
     def step() -> None:
         if device.type == "cuda" and len(marks) in (0, last):
-            torch.cuda.synchronize()  # all steps before this one are done, not only on their way
+            torch.cuda.synchronize(device)  # all steps before this one are done, not only on their way
         marks.append(time.perf_counter())
 
     trained = train(
@@ -209,7 +209,7 @@ def train_plain(
             optimizer.step()
             schedule.step()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start, classifier
 
 
@@ -364,7 +364,7 @@ def speed(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     names = contenders(device)
     rates: dict[str, list[float]] = {name: [] for name in names}
-    open_data(options.dataset)  # decoded before anything is timed
+    data = open_data(options.dataset)  # decoded before anything is timed
     for _ in range(options.repeats):
         for name in names:
             if device.type == "cuda":
@@ -378,6 +378,7 @@ def speed(options: argparse.Namespace) -> None:
         f"speed, {options.dataset}, {device.type}",
         {
             "images": options.images,
+            "images of ours": len(data.train) * GPU_EPOCHS if device.type == "cuda" else options.images,
             "rounds": options.repeats,
             "images per second": {
                 name: {
@@ -529,6 +530,8 @@ def _airbench(training: Images, test: Images, seeds: int) -> Iterator[tuple[floa
 def _summary(rows: list[tuple[float, float]]) -> dict[str, float]:
     return {
         "test accuracy": round(statistics.mean(right for right, _ in rows), 4),
+        "least": round(min(right for right, _ in rows), 4),
+        "most": round(max(right for right, _ in rows), 4),
         "seconds, median": round(statistics.median(seconds for _, seconds in rows), 2),
     }
 

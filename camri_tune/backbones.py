@@ -25,6 +25,8 @@ from camri_tune.own_networks import factory_of, reason_of
 SMALLEST_SIDE, LARGEST_SIDE = 8, 512  # that a study takes; a few networks would like more
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSES = 1_000  # of a network that torchvision builds: its last layer is told by them
+# Kinds of torchvision's networks that were seen to repeat themselves on a GPU (tests/test_cuda.py).
+_REPEATING = ("alexnet", "convnext", "googlenet", "inception", "mobilenet_v3", "regnet", "resnet", "squeezenet", "vit")
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
 _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
@@ -99,9 +101,7 @@ def build_backbone(name: Model, *, channels: int, image_size: int) -> Backbone:
     """
     size = embedding_size(name, channels, image_size)
     design = _design(name)
-    # Torchvision's do, as tests see, but Swin, whose masks are filled with the host's numbers; of timm's thousand
-    # networks and the user's own nobody knows.
-    repeats = name.startswith("torchvision:") and not name.startswith("torchvision:swin")
+    repeats = name.startswith(tuple(f"torchvision:{kind}" for kind in _REPEATING))
     return Backbone(design.build(image_size), size, design.mean, design.deviation, repeats)
 
 

@@ -85,7 +85,7 @@ WorkersOption = Annotated[
 ]
 WorkersPerGpuOption = Annotated[
     str | None,
-    typer.Option(help="Workers that share a GPU, or auto: 2 where a small network leaves it waiting, else 1."),
+    typer.Option(help="Workers that share a GPU, or auto: 2 of the network compact, 1 of others."),
 ]
 LauncherOption = Annotated[
     str | None, typer.Option(help="local: workers are processes here. ray: Ray places them on its cluster.")

@@ -189,8 +189,9 @@ def train(
     """Train `model` with `head` on `images`; score `validation`.
 
     The same seed on the same device with the same number of threads gives the same weights, also where the training
-    goes on from the state that an interrupted one left (`resume`). The network begins with the weights in `start`, by
-    name, as far as they go, and else at random. `on_epoch`, and `on_step` before each step, may
+    goes on from the state that an interrupted one left (`resume`); on a GPU only if no pools of the network overlap,
+    whose gradients it adds up in any order, as those of `compact` do at a side of 28. The network begins with the
+    weights in `start`, by name, as far as they go, and else at random. `on_epoch`, and `on_step` before each step, may
     raise to stop early. Raises TrainingDivergedError when the loss is no longer finite.
     """
     started = time.perf_counter()
@@ -256,6 +257,7 @@ def train(
                 state = TrainingState.of(epoch, classifier, optimizer, rng, device)
                 on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
     assert confusion is not None  # the last epoch always evaluates
+    optimizer.zero_grad(set_to_none=True)  # the gradients' memory is not the trained model's to keep
     return Trained(
         classifier, confusion, (logits.argmax(dim=1) == validation.labels).numpy(), time.perf_counter() - started
     )
@@ -372,8 +374,8 @@ def _evaluation_batch(images: Images | Tensor, device: torch.device) -> int:
 
 
 def fits(images: Images, device: torch.device) -> bool:
-    """Whether a device has room for images beside the training: a GPU for half of what is free, which workers share."""
-    return device.type != "cuda" or images.bytes < torch.cuda.mem_get_info(device)[0] / 2
+    """Whether a device has room for images beside the training: a quarter of what a GPU has free, for workers share."""
+    return device.type != "cuda" or images.bytes < torch.cuda.mem_get_info(device)[0] / 4
 
 
 def pick_device(name: str) -> torch.device:
@@ -406,7 +408,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or a CPU: nothing need be wrong with the settings then."""
     texts = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+    if known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts)):
+        return True
+    # Where memory runs out while a step is recorded, the recording's end fails, too, and is what is heard of.
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def _fast_precision(device: torch.device, precision: Precision) -> torch.autocast:

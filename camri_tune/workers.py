@@ -12,7 +12,7 @@ from typing import Protocol, Self
 import torch
 
 from camri_tune import prefork
-from camri_tune.config import BUILT_IN_MODELS, Model, StudyConfig
+from camri_tune.config import Model, StudyConfig
 from camri_tune.database import STORAGE_VARIABLE
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.heartbeat import worker_id
@@ -172,14 +172,14 @@ def places_for(config: StudyConfig, device: torch.device, gpus: int) -> list[str
     """The device of each worker of a run on a machine with so many GPUs.
 
     `auto`: on a CPU one single-threaded worker per core, which beats threads; `workers_per_gpu` on each GPU, on all of
-    them unless `device` names one. That is two where the network is our own: a GPU waits for the host before and after
-    each of its short trainings (1.2 times as many an hour, benchmarks/gpu.json), if there are cores enough.
+    them unless `device` names one. That is two of the network `compact`, if there are cores enough: a GPU waits for the
+    host before and after each of its short trainings (1.2 times as many an hour, benchmarks/gpu.json).
     """
     if device.type == "cpu":
         return ["cpu"] * (cpu_count() if config.workers == "auto" else config.workers)
     own = [str(device)] if device.index is not None else [f"cuda:{index}" for index in range(gpus)]
     packed = config.workers_per_gpu
     if packed == "auto":
-        packed = 2 if config.model in BUILT_IN_MODELS and cpu_count() >= 2 * len(own) else 1
+        packed = 2 if config.model == "compact" and cpu_count() >= 2 * len(own) else 1
     count = len(own) * packed if config.workers == "auto" else config.workers
     return [own[place % len(own)] for place in range(count)]

@@ -65,8 +65,10 @@ def test_a_recorded_step_is_the_step(digits: Dataset, loss: Loss, monkeypatch: p
     assert _apart(recorded, _train(digits, loss)) == 0.0
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_so_it_is_of_torchvisions_networks(digits: Dataset, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in TORCHVISION if not name.startswith("swin")])
+def test_so_it_is_of_torchvisions_networks(digits: Dataset, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those that are not recorded yet, for nobody saw them here; Swin's fill masks with the host's numbers."""
+    monkeypatch.setattr("camri_tune.backbones._REPEATING", ("",))
     side, _ = TORCHVISION[name]
     pictures = [
         replace(part, store=torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8), labels=labels, rows=None)

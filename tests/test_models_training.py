@@ -40,6 +40,7 @@ from camri_tune.training import (
     _schedule,
     default_learning_rate,
     evaluate,
+    is_out_of_memory,
     pick_device,
     predict_logits,
     recipe_of,
@@ -1055,6 +1056,20 @@ def test_the_papers_network_is_its_seeds_alone(digits: Dataset) -> None:
     )
     assert _equal_states(first, again)
     assert not _equal_states(first, other)
+
+
+def test_a_lack_of_memory_is_known_behind_what_it_led_to() -> None:
+    def fail(first: Exception) -> RuntimeError:
+        try:
+            try:
+                raise first
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        except RuntimeError as error:
+            return error
+
+    assert is_out_of_memory(fail(torch.OutOfMemoryError("CUDA out of memory")))
+    assert not is_out_of_memory(fail(ValueError("something else")))
 
 
 def test_the_device_is_chosen_or_named_as_missing() -> None:

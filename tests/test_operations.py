@@ -161,7 +161,7 @@ def test_networks_of_torchvision_do_the_same_in_each_step(name: str) -> None:
             states.append((random.getstate(), str(np.random.get_state())))
     first, second, third = counter.steps
     assert first == second == third
-    assert body.repeats_itself == (not {*first} & _HOST)
+    assert not body.repeats_itself or not {*first} & _HOST
     assert states[0] == states[1] == states[2]
 
 

@@ -755,6 +755,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
         ({}, 16, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
         ({}, 3, ["cuda:0", "cuda:1"]),
         ({"model": "torchvision:resnet18"}, 16, ["cuda:0", "cuda:1"]),
+        ({"model": "paper-cnn"}, 16, ["cuda:0", "cuda:1"]),
         ({"model": "torchvision:resnet18", "workers_per_gpu": 2}, 1, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
         ({"workers_per_gpu": "1"}, 16, ["cuda:0", "cuda:1"]),
         ({"workers": 3}, 16, ["cuda:0", "cuda:1", "cuda:0"]),
@@ -762,7 +763,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
         ({"device": "cpu"}, 3, ["cpu"] * 3),
     ],
 )
-def test_small_networks_share_a_gpu_by_twos_where_there_are_cores(
+def test_trainings_of_the_small_network_share_a_gpu_by_twos_where_there_are_cores(
     changes: dict[str, Any], cores: int, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("camri_tune.workers.cpu_count", lambda: cores)
