@@ -95,7 +95,7 @@ def correct(device: torch.device) -> dict[str, Any]:
         torch.empty(2**50, device=device)
     except Exception as error:
         refused = is_out_of_memory(error)
-    repeated, interrupted = _apart(first, again), _apart(first, resumed)
+    repeated, interrupted = apart(first, again), apart(first, resumed)
     figures = {
         "same seed, largest difference of weights": repeated,
         "interrupted, largest difference of weights": interrupted,
@@ -107,7 +107,8 @@ def correct(device: torch.device) -> dict[str, Any]:
     return figures
 
 
-def _apart(one: Trained, other: Trained) -> float:
+def apart(one: Trained, other: Trained) -> float:
+    """The largest difference of two models' weights."""
     theirs = other.classifier.state_dict()
     pairs = [(a.float(), theirs[name].float()) for name, a in one.classifier.state_dict().items()]
     return max(float((a - b).abs().max()) for a, b in pairs)
@@ -129,28 +130,21 @@ def recording(device: torch.device) -> dict[str, Any]:
     return {"milliseconds of a step of 256 images": found}
 
 
-def packing(device: torch.device, name: str = "packing") -> dict[str, Any]:
-    """Each size in turn, all processes started together; recorded as it comes."""
+def packing(device: torch.device) -> dict[str, Any]:
+    """Whole trainings in so many processes at once, each number in turn."""
     data = open_data("gtsrb")
-    images, epochs = data.train, data.epochs
+    images = data.train
     if device.type == "cpu":  # a rehearsal
-        images, epochs = images[torch.arange(2_048).numpy()], 1
+        images = images[torch.arange(2_048).numpy()]
     rows: dict[str, dict[str, Any]] = {}
-    if device.type == "cuda":
-        rows = {size: row for size, row in recorded_in(FIGURES).get(name, {}).items() if size.isdecimal()}
-    for count in PACKS:
-        if str(count) in rows:
-            continue
+    for count in PACKS if device.type == "cuda" else PACKS[:2]:
         try:
-            seconds = seconds_at_once(count, images, data, device, most=90)
+            seconds = seconds_at_once(count, images, data, device, whole=True, most=90)
         except Exception as error:
             rows[str(count)] = {"failed": str(error)[:200]}
             break
-        an_hour = round(3600 * count * epochs / (seconds * data.epochs))
-        rows[str(count)] = {"seconds": round(seconds, 2), "trainings of the usual epochs an hour": an_hour}
+        rows[str(count)] = {"seconds": round(seconds, 2), "trainings an hour": round(3600 * count / seconds)}
         print(f"{count} at once: {rows[str(count)]}", file=sys.stderr, flush=True)
-        if device.type == "cuda":
-            keep(name, rows, device, FIGURES)
     return rows
 
 
@@ -159,12 +153,12 @@ def packing_with_mps(device: torch.device) -> dict[str, Any]:
     if shutil.which(MPS) is None:
         sys.exit(f"{MPS} is not on this machine")
     with _mps():
-        return packing(device, "packing-mps")
+        return packing(device)
 
 
 @contextmanager
 def _mps() -> Iterator[None]:
-    """A server of this user's own while it lasts."""
+    """A server of this user's own while it lasts, for the processes that are started meanwhile."""
     with tempfile.TemporaryDirectory(prefix="camri-mps-") as folder:
         named = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         os.environ.update(named)
@@ -190,14 +184,14 @@ def study(dataset: str, device: torch.device) -> dict[str, Any]:
     options = ["--dataset", dataset, "--important", "worst1", "--trials", "30", "--out", str(RUNS), "--json"]
     options += ["--name", dataset, "--device", str(device), "--workers-per-gpu", str(pack)]
     data = open_data(dataset)  # a warm cache
-    alone = seconds_at_once(pack, data.train, data, device)
+    alone = seconds_at_once(pack, data.train, data, device, whole=True)
     started = time.time()
     result = json.loads(_command("camri-tune", "run", *options))
     wall = time.time() - started
     keys = ("verdict", "sentence", "baseline", "best", "accuracy_difference")
     trials = trials_of(RUNS, dataset)
     starts = [trial.datetime_start for trial in trials if trial.datetime_start is not None]
-    found = {key: result.get(key) for key in keys} | {"command": " ".join(["camri-tune run", *options])}
+    found = {key: result[key] for key in keys} | {"command": " ".join(["camri-tune run", *options])}
     if min(starts).timestamp() >= started:  # not what an earlier call began
         workers = pack * (torch.cuda.device_count() if device.index is None else 1)
         found["time"] = breakdown(trials, started, wall, workers, alone / data.epochs)
@@ -249,13 +243,6 @@ PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
 }
 
 
-def _is_done(part: str) -> bool:
-    recorded = recorded_in(FIGURES).get(part)
-    if recorded is None or not part.startswith("packing"):
-        return recorded is not None
-    return any("failed" in row for row in recorded.values()) or all(str(count) in recorded for count in PACKS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; all that are left")
@@ -273,7 +260,7 @@ def main() -> None:
         else:
             print(json.dumps(figures, indent=2))
         return
-    for part in options.parts or [part for part in PARTS if not _is_done(part)]:
+    for part in options.parts or [part for part in PARTS if part not in recorded_in(FIGURES)]:
         print(f"--- {part}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu", part, "--here", "--device", options.device]
         code = subprocess.run(command, cwd=HERE.parent, check=False).returncode  # memory of a GPU is freed with it

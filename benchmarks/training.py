@@ -276,22 +276,25 @@ def rate_of(contender: str, dataset: str, count: int, device: torch.device) -> f
 
 
 def seconds_at_once(
-    processes: int, images: Images, data: datasets.Dataset, device: torch.device, most: float = math.inf
+    processes: int,
+    images: Images,
+    data: datasets.Dataset,
+    device: torch.device,
+    *,
+    whole: bool = False,
+    most: float = math.inf,
 ) -> float:
-    """Seconds of a training in each of so many processes at once, the slowest's. On a GPU, of a whole one.
+    """Seconds of a training in each of so many processes at once, the slowest's.
 
-    On a CPU that is an epoch, its steps alone; on a GPU the usual epochs with start, evaluations and all, since these
-    leave it idle. Raises RuntimeError where a process fails, or all of it takes more than `most` seconds.
+    An epoch's steps alone, or a `whole` one: the usual epochs with start, evaluations and all, which leave a GPU idle.
+    Raises RuntimeError where a process fails, or all of it takes more than `most` seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.training"])  # imports once, without a word to the GPU
+    context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     threads = max(1, cpu_count() // processes)
-    environment = {name: os.environ.get(name) for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
-    whole = device.type == "cuda"
     validation = data.validation if whole else some(data.validation, 64)
     recipe = recipe_for(data, data.epochs if whole else 1)
-    arguments = (images, validation, len(data.classes), recipe, str(device), threads, environment, barrier, results)
+    arguments = (images, validation, len(data.classes), recipe, device, threads, whole, barrier, results)
     running = [context.Process(target=_ours, args=arguments) for _ in range(processes)]
     for process in running:
         process.start()
@@ -317,21 +320,19 @@ def _ours(
     validation: Images,
     classes: int,
     recipe: Recipe,
-    name: str,
+    device: torch.device,
     threads: int,
-    environment: dict[str, str | None],
+    whole: bool,
     barrier: Barrier,
     results: "multiprocessing.Queue[float]",
 ) -> None:
-    os.environ.update({key: value for key, value in environment.items() if value is not None})
     as_a_worker(threads)
-    device = torch.device(name)
     train_ours(some(images, WARM_IMAGES), validation, classes, replace(recipe, epochs=1), device)
     barrier.wait()
-    if device.type == "cuda":
-        start = time.perf_counter()
-        train("compact", CAMRI, images, validation, num_classes=classes, recipe=recipe, seed=0, device=device)
-        seconds = time.perf_counter() - start
+    if whole:
+        seconds = train(
+            "compact", CAMRI, images, validation, num_classes=classes, recipe=recipe, seed=0, device=device
+        ).seconds
     else:
         seconds, _ = train_ours(images, validation, classes, recipe, device)
     barrier.wait()  # none has the machine to itself at the end

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import apart
 from camri_tune import training
 from camri_tune.augmentation import Augmentation
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import Loss, Optimizer, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, open_dataset
-from camri_tune.models import CompactCNN, PaperCNN
 from camri_tune.storage import StudyStore
 from camri_tune.training import HeadSpec, Progress, Recipe, Trained, is_out_of_memory, predict_logits, train
 from tests.command import camri_tune
@@ -47,22 +47,15 @@ def _train(data: Dataset, loss: Loss = "camri", *, model: str = "compact", **opt
     )
 
 
-def _apart(one: Trained, other: Trained) -> float:
-    theirs = other.classifier.state_dict()
-    pairs = [(tensor.double(), theirs[name].double()) for name, tensor in one.classifier.state_dict().items()]
-    return max(float((a - b).abs().max()) for a, b in pairs)
-
-
 def _unrecorded(patch: pytest.MonkeyPatch) -> None:
-    for network in (CompactCNN, PaperCNN):
-        patch.setattr(network, "repeats_itself", False)
+    patch.setattr(training, "Recorded", lambda step, device: step)
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
 def test_a_recorded_step_is_the_step(digits: Dataset, loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = _train(digits, loss)
     _unrecorded(monkeypatch)
-    assert _apart(recorded, _train(digits, loss)) == 0.0
+    assert apart(recorded, _train(digits, loss)) == 0.0
 
 
 @pytest.mark.parametrize("name", [name for name in TORCHVISION if not name.startswith("swin")])
@@ -78,13 +71,10 @@ def test_so_it_is_of_torchvisions_networks(digits: Dataset, name: str, monkeypat
     head = HeadSpec("camri", 16.0, {3: 0.3})
     options: Any = {"num_classes": 10, "recipe": recipe, "seed": 0, "device": torch.device("cuda")}
     recorded = train(f"torchvision:{name}", head, *pictures, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Recorded", lambda step, device: step)
-        eager, again = (train(f"torchvision:{name}", head, *pictures, **options) for _ in range(2))
+    _unrecorded(monkeypatch)
+    eager, again = (train(f"torchvision:{name}", head, *pictures, **options) for _ in range(2))
     # Where pools overlap, a GPU adds up gradients in any order: then it is not the same twice either.
-    spread = _apart(eager, again)
-    print(f"{name}: {_apart(recorded, eager):.2g} apart, where the same twice is {spread:.2g}")
-    assert _apart(recorded, eager) <= 10 * spread
+    assert apart(recorded, eager) <= 10 * apart(eager, again)
 
 
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
@@ -96,7 +86,7 @@ def test_whatever_the_optimizer(
     recipe = Recipe(EPOCHS, 4e-3, STRONG, batch_size=BATCH, **options)  # type: ignore[arg-type]
     recorded = _train(digits, recipe=recipe)
     _unrecorded(monkeypatch)
-    assert _apart(recorded, _train(digits, recipe=recipe)) == 0.0
+    assert apart(recorded, _train(digits, recipe=recipe)) == 0.0
 
 
 @pytest.mark.parametrize("model", ["compact", "paper-cnn"])
@@ -107,9 +97,9 @@ def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(digits:
         states.append(progress.state)
 
     first = _train(digits, model=model, on_epoch=keep)
-    assert _apart(first, _train(digits, model=model)) == 0.0
-    assert _apart(first, _train(digits, model=model, resume=states[0])) == 0.0
-    assert _apart(first, _train(digits, model=model, seed=1)) > 0.0
+    assert apart(first, _train(digits, model=model)) == 0.0
+    assert apart(first, _train(digits, model=model, resume=states[0])) == 0.0
+    assert apart(first, _train(digits, model=model, seed=1)) > 0.0
 
 
 def test_each_step_draws_new_random_numbers(digits: Dataset) -> None:
@@ -122,7 +112,7 @@ def test_each_step_draws_new_random_numbers(digits: Dataset) -> None:
 def test_images_that_do_not_fit_come_batch_by_batch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     held = _train(digits)
     monkeypatch.setattr(training, "fits", lambda images, device: False)
-    assert _apart(held, _train(digits)) == 0.0
+    assert apart(held, _train(digits)) == 0.0
 
 
 @pytest.mark.parametrize("model", ["compact", "paper-cnn"])
