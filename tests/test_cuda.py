@@ -58,6 +58,12 @@ def test_a_recorded_step_is_the_step(digits: Dataset, loss: Loss, monkeypatch: p
     assert apart(recorded, _train(digits, loss)) == 0.0
 
 
+def test_so_it_is_of_the_papers_network(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = _train(digits, model="paper-cnn")
+    _unrecorded(monkeypatch)
+    assert apart(recorded, _train(digits, model="paper-cnn")) == 0.0
+
+
 @pytest.mark.parametrize("name", [name for name in TORCHVISION if not name.startswith("swin")])
 def test_so_it_is_of_torchvisions_networks(digits: Dataset, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of those that are not recorded yet, for nobody saw them here; Swin's fill masks with the host's numbers."""
