@@ -10,9 +10,8 @@ instead of 12, and 3.0 times with the same 12. On a GPU: see gpu.py.
 `python benchmarks/training.py speed [--dataset gtsrb|cifar10]` times the contenders in turn, a process each, several
 rounds; `accuracy` trains ours and the plain loop from the same initial weights for as many epochs over several seeds;
 `race` times both to the accuracy that the plain loop comes to; `goals` times trainings whose test accuracy should be
-94 % on CIFAR-10 and 98.9 % on GTSRB, `peer` those of `airbench` 0.1.8 (`train94`) on CIFAR-10,
-which wants a CUDA device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can
-run one by one.
+94 % on CIFAR-10 and 98.9 % on GTSRB, `peer` those of `airbench` 0.1.8 (`train94`) on CIFAR-10, which wants a CUDA
+device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can run one by one.
 
 All train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same optimizer, schedule,
 batch size and changes to images. The plain loop is that of PyTorch's own examples: a data set of PIL images in memory
@@ -49,7 +48,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,6 +58,7 @@ from camri_tune.images import Images
 from camri_tune.memory import keep_freed_memory
 from camri_tune.metrics import accuracy
 from camri_tune.models import Classifier, CompactCNN
+from camri_tune.stats import mean_interval
 from camri_tune.training import (
     HeadSpec,
     Recipe,
@@ -76,7 +75,6 @@ from camri_tune.training import (
 FIGURES = Path(__file__).with_suffix(".json")
 RATE = 8e-3
 WARM_IMAGES = 512
-_start: Barrier
 CAMRI = HeadSpec("camri", 16.0, {14: 0.2})
 GOAL = {"gtsrb": 0.989, "cifar10": 0.94}
 SUBSETS = {"gtsrb": {"per_group": 5}, "cifar10": {"limit": 5_000}}  # where accuracy is compared
@@ -441,7 +439,7 @@ def accuracy_of_both(options: argparse.Namespace) -> None:
                 seconds, classifier = train_ours(data.train, some(data.validation, 64), classes, recipe, device, seed)
             else:
                 seconds, classifier = train_plain(data.train, classes, recipe, device, seed)
-            right = _right(classifier, data, device)
+            right = _right(classifier, data.validation, classes, device)
             rows.append((right, seconds))
             print(f"seed {seed}, {name}: {right:.4f} in {seconds:.1f} s", file=sys.stderr, flush=True)
     figures: dict[str, Any] = {"training images": len(data.train), "epochs": epochs, "seeds": options.seeds}
@@ -472,10 +470,10 @@ def race(options: argparse.Namespace) -> None:
     if device.type != "cuda" and options.seeds % cpu_count():
         sys.exit(f"--seeds {options.seeds} should be a multiple of {cpu_count()}: so many train at once")
     as_a_worker(cpu_count())
-    theirs = []
+    classes, theirs = len(data.classes), []
     for seed in range(options.seeds):
-        seconds, classifier = train_plain(data.train, len(data.classes), recipe_for(data, epochs), device, seed)
-        theirs.append((_right(classifier, data, device), seconds))
+        seconds, classifier = train_plain(data.train, classes, recipe_for(data, epochs), device, seed)
+        theirs.append((_right(classifier, data.validation, classes, device), seconds))
         print(f"plain loop, seed {seed}: {theirs[-1][0]:.4f} in {seconds:.1f} s", file=sys.stderr, flush=True)
     least, base = (statistics.mean(column) for column in zip(*theirs, strict=True))
     figures: dict[str, Any] = {
@@ -511,6 +509,9 @@ def _on_all_cores(
     return [(right, seconds / count) for right, seconds in rows]
 
 
+_start: Barrier  # of a pool's process
+
+
 def _beside_others(barrier: Barrier) -> None:
     global _start  # noqa: PLW0603 - a barrier reaches a pool's process when it is started, and only then
     _start = barrier
@@ -523,17 +524,17 @@ def _one_seed(data: datasets.Dataset, recipe: Recipe, device: torch.device, seed
     _start.wait()  # whoever waits takes no other seed: all processes train at once
     seconds, classifier = train_ours(data.train, few, classes, recipe, device, seed)
     _start.wait()
-    return _right(classifier, data, device), seconds
+    return _right(classifier, data.validation, classes, device), seconds
 
 
-def _interval(apart: Sequence[float]) -> list[float]:
-    """Mean of paired differences between the ends of its 95 % t interval."""
-    half = stats.t.ppf(0.975, len(apart) - 1) * statistics.stdev(apart) / math.sqrt(len(apart))
-    return [round(float(statistics.mean(apart) + sign * half), 4) for sign in (-1, 0, 1)]
+def _interval(apart: Sequence[float]) -> list[float | None]:
+    """Mean of paired differences between the ends of its 95 % t interval, which one seed does not have."""
+    low, high = mean_interval(apart) or (None, None)
+    return [None if value is None else round(value, 4) for value in (low, statistics.mean(apart), high)]
 
 
-def _right(classifier: Classifier, data: datasets.Dataset, device: torch.device) -> float:
-    return float(accuracy(evaluate(classifier, data.validation, num_classes=len(data.classes), device=device)))
+def _right(classifier: Classifier, images: Images, classes: int, device: torch.device) -> float:
+    return float(accuracy(evaluate(classifier, images, num_classes=classes, device=device)))
 
 
 # --- seconds to an accuracy, on a GPU ---------------------------------------------------------------------------------
@@ -553,7 +554,7 @@ def goals(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         _, classifier = train_ours(pool, some(test, 64), classes, recipe, device, seed)
         seconds = time.perf_counter() - start
-        right = float(accuracy(evaluate(classifier, test, num_classes=classes, device=device)))
+        right = _right(classifier, test, classes, device)
         rows.append((right, seconds))
         print(f"seed {seed}: {right:.4f} in {seconds:.2f} s", file=sys.stderr, flush=True)
     figures = {

@@ -51,17 +51,11 @@ def _unrecorded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(training, "Recorded", lambda step, device: step)
 
 
-@pytest.mark.parametrize("loss", get_args(Loss))
-def test_a_recorded_step_is_the_step(digits: Dataset, loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = _train(digits, loss)
+@pytest.mark.parametrize(("model", "loss"), [*(("compact", loss) for loss in get_args(Loss)), ("paper-cnn", "camri")])
+def test_a_recorded_step_is_the_step(digits: Dataset, model: str, loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = _train(digits, loss, model=model)
     _unrecorded(monkeypatch)
-    assert apart(recorded, _train(digits, loss)) == 0.0
-
-
-def test_so_it_is_of_the_papers_network(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = _train(digits, model="paper-cnn")
-    _unrecorded(monkeypatch)
-    assert apart(recorded, _train(digits, model="paper-cnn")) == 0.0
+    assert apart(recorded, _train(digits, loss, model=model)) == 0.0
 
 
 @pytest.mark.parametrize("name", [name for name in TORCHVISION if not name.startswith("swin")])
