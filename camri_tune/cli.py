@@ -114,7 +114,7 @@ RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
     "w_fn": (str, "Weight of what it lacks of its images in crwwce (default: searched from 1 to 32)."),
     "w_fp": (str, "Weight of what wrong classes get of its images in crwwce (default: searched from 0.03 to 8)."),
     "epochs": (str, "Epochs of a training (default: the data set's own)."),
-    "optimizer": (str, "adamw, adam, or sgd with Nesterov's momentum."),
+    "optimizer": (str, "muon (with adamw for all but matrices), adamw, adam, or sgd with Nesterov's momentum."),
     "weight_decay": (str, "Weight decay, of weights alone: not of norms and biases."),
     "schedule": (str, "What the learning rate does after its warmup: linear, cosine (both to zero), or constant."),
     "warmup": (str, "Share of the steps in which the learning rate rises."),

@@ -166,7 +166,7 @@ def _gtsrb(data_dir: Path) -> Source:
         root=base,
         classes=GTSRB_CLASSES,
         image_size=32,
-        epochs=12,
+        epochs=8,
         augmentation=Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6),
         parts={"train": items, "test": [Item(path, label, index) for index, (path, label) in enumerate(test)]},
         hidden_group_size=GTSRB_TRACK,

@@ -36,6 +36,7 @@ from camri_tune.losses import (
 )
 from camri_tune.metrics import IntArray, confusion_matrix
 from camri_tune.models import Classifier, build_body, freeze, trunk
+from camri_tune.muon import Muon
 from camri_tune.recording import Recorded
 
 EVALUATIONS = 6  # per training: enough for a learning curve
@@ -72,12 +73,13 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW, the learning rate rising linearly over a fifth of the steps, then down to zero.
+    """How a model is trained: the learning rate rises linearly over a fifth of the steps, then falls to zero.
 
-    `warmup` is the share of the steps in which it rises, whatever the `schedule` does then; SGD is with Nesterov's
-    momentum of 0.9; `precision` is the network's alone. With `accumulation` a batch is taken in so many parts whose
-    gradients are added up, which needs less memory and gives the same step but for what batch normalisation sees. Of
-    the network only what `trainable` says changes, at `backbone_lr` times the learning rate of the head.
+    `muon` moves the network's matrices and kernels, AdamW all else then; SGD is with Nesterov's momentum of 0.9.
+    `warmup` is the share of the steps in which the rate rises, whatever the `schedule` does then; `precision` is the
+    network's alone. With `accumulation` a batch is taken in so many parts whose gradients are added up, which needs
+    less memory and gives the same step but for what batch normalisation sees. Of the network only what `trainable` says
+    changes, at `backbone_lr` times the learning rate of the head.
     """
 
     epochs: int
@@ -110,7 +112,13 @@ def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: 
     if model == "paper-cnn":
         return Recipe(epochs, learning_rate, **_PAPER)
     # Few training images are few steps: smaller batches make up for it.
-    return Recipe(epochs, learning_rate, augmentation, batch_size=256 if images >= 16_384 else 128)
+    batch_size = 256 if images >= 16_384 else 128
+    return Recipe(epochs, learning_rate, augmentation, batch_size, optimizer=_usual_optimizer(model))
+
+
+def _usual_optimizer(model: Model) -> Optimizer:
+    """Muon for the network that it was measured on; for a library's networks what everybody takes."""
+    return "muon" if model == "compact" else "adamw"
 
 
 def with_choices(recipe: Recipe, choices: Mapping[str, Any], augmentation: Augmentation) -> Recipe:
@@ -126,9 +134,8 @@ def with_choices(recipe: Recipe, choices: Mapping[str, Any], augmentation: Augme
 
 def default_learning_rate(model: Model, optimizer: Optimizer | None = None) -> float:
     """Where the search for the baseline's learning rate starts."""
-    if optimizer == "sgd":
-        return 0.05
-    return 4e-3 if model == "compact" else 1e-3
+    usual = 4e-3 if model == "compact" else 1e-3
+    return {"sgd": 0.05, "muon": 4 * usual}.get(optimizer or _usual_optimizer(model), usual)
 
 
 @dataclass(frozen=True)
@@ -421,22 +428,27 @@ def _fast_precision(device: torch.device, precision: Precision) -> torch.autocas
 
 def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     on_gpu = device.type == "cuda"
-    # Norms and biases are not decayed: shrinking them only fights the normalisation.
-    parts: list[tuple[nn.Module, float]] = [(classifier, 1.0)]
-    if recipe.backbone_lr != 1.0:
-        parts = [(classifier.body, recipe.backbone_lr), (classifier.head, 1.0)]
     groups = []
-    for part, factor in parts:
+    for part, factor in ((classifier.body, recipe.backbone_lr), (classifier.head, 1.0)):
         trained = [p for p in part.parameters() if p.requires_grad]
         weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        # Norms and biases are not decayed: shrinking them only fights the normalisation.
         for parameters, decay in ((weights, recipe.weight_decay), (others, 0.0)):
             # On a GPU the rate lies in its memory, where a recorded step reads it.
             rate = torch.tensor(recipe.learning_rate, device=device) if on_gpu else recipe.learning_rate
-            groups.append({"params": parameters, "weight_decay": decay, "factor": factor, "lr": rate})
+            # A class's own weights are no hidden layer's: Muon leaves them, and all vectors, to AdamW.
+            orthogonal = part is classifier.body and parameters is weights
+            group = {"params": parameters, "weight_decay": decay, "factor": factor, "lr": rate}
+            groups.append({**group, "orthogonal": orthogonal})
+    groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, betas=recipe.betas, fused=True, capturable=on_gpu)
+    kinds: dict[Optimizer, type[torch.optim.Adam]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "muon": Muon,
+    }
+    return kinds[recipe.optimizer](groups, betas=recipe.betas, fused=True, capturable=on_gpu)
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:

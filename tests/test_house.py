@@ -44,6 +44,7 @@ FLOORS = [
         "config",
         "files",
         "checkpoint",
+        "muon",
         "database",
         "artifacts",
         "heartbeat",

@@ -976,12 +976,20 @@ def test_the_papers_recipe_is_the_authors() -> None:
 
 def test_the_compact_networks_recipe_has_the_data_sets_augmentation() -> None:
     recipe = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG, images=500)
-    assert recipe == Recipe(7, 2e-3, STRONG, batch_size=128)
+    assert recipe == Recipe(7, 2e-3, STRONG, batch_size=128, optimizer="muon")
     many = recipe_of("compact", epochs=7, learning_rate=2e-3, augmentation=STRONG, images=30_000)
-    assert many == Recipe(7, 2e-3, STRONG, batch_size=256)
-    assert (recipe.schedule, recipe.optimizer) == ("linear", "adamw")
+    assert many == Recipe(7, 2e-3, STRONG, batch_size=256, optimizer="muon")
+    assert recipe.schedule == "linear"
     assert recipe.weight_decay > 0
-    assert default_learning_rate("compact") == 4e-3
+    assert default_learning_rate("compact") == default_learning_rate("compact", "muon") == 0.016
+    assert default_learning_rate("compact", "adamw") == 4e-3
+
+
+def test_a_librarys_network_has_adamw_unless_a_study_says_otherwise() -> None:
+    recipe = recipe_of("torchvision:resnet18", epochs=7, learning_rate=1e-3, augmentation=STRONG, images=500)
+    assert recipe.optimizer == "adamw"
+    assert default_learning_rate("torchvision:resnet18") == 1e-3
+    assert default_learning_rate("torchvision:resnet18", "sgd") == 0.05
 
 
 @pytest.mark.parametrize("model", MODELS)

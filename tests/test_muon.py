@@ -1,0 +1,161 @@
+"""Muon against a plain derivation by singular values and against PyTorch's own, which takes matrices alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from camri_tune.checkpoint import TrainingState
+from camri_tune.config import StudyConfig
+from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.losses import CAMRILoss, CrossEntropyLoss
+from camri_tune.models import Classifier, CompactCNN, Standardised, build_body
+from camri_tune.muon import SIZE, Muon, orthogonal
+from camri_tune.training import HeadSpec, Recipe, Trained, _optimizer, train
+
+CPU = torch.device("cpu")
+LEAST, MOST = 0.68, 1.21  # where five rounds leave a singular value
+
+
+def _matrix(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _five_rounds(values: Tensor) -> Tensor:
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return values
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.integers(-12, 12))
+def test_a_direction_has_its_momentums_singular_vectors_and_values_of_about_one(
+    rows: int, columns: int, seed: int, size: int
+) -> None:
+    matrix = _matrix(rows, columns, seed).double() * 10.0**size
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    expected = _five_rounds(values / values.norm())
+    torch.testing.assert_close(left.T @ orthogonal(matrix) @ right.T, torch.diag(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_values_from_a_hundredth_on_come_to_about_one() -> None:
+    made = _five_rounds(torch.linspace(0.01, 1, 100_000, dtype=torch.float64))
+    assert made.min() > LEAST
+    assert made.max() < MOST
+
+
+@settings(deadline=None)
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(0, 2**31))
+def test_it_is_the_same_in_another_basis_and_at_another_size(rows: int, columns: int, seed: int) -> None:
+    matrix = _matrix(rows, columns, seed).double()
+    turn, _ = torch.linalg.qr(_matrix(rows, rows, seed + 1).double())
+    torch.testing.assert_close(orthogonal(3.7 * turn @ matrix), turn @ orthogonal(matrix))
+    torch.testing.assert_close(orthogonal(matrix.T), orthogonal(matrix).T)
+
+
+def test_nothing_has_no_direction_and_float32_is_enough() -> None:
+    assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+    flat = _matrix(64, 5, 0) @ _matrix(5, 300, 1)  # of rank 5: the rest is the rounding's
+    values = torch.linalg.svdvals(orthogonal(flat))
+    assert values[4] > LEAST
+    assert values[5] < 1e-3
+    tall = _matrix(128, 1536, 2)
+    torch.testing.assert_close(orthogonal(tall).double(), orthogonal(tall.double()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 3, 3, 3), (32, 1, 3, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_pytorchs_own(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    """On the matrix that a kernel is, wherever it lies in memory; PyTorch computes in bfloat16."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mine = start.clone(memory_format=layout if len(shape) == 4 else torch.contiguous_format).requires_grad_()
+    its = start.flatten(1).clone().requires_grad_()
+    group = {"params": [mine], "orthogonal": True, "weight_decay": 0.1}
+    ours = Muon([group], lr=0.01)
+    theirs = torch.optim.Muon(
+        [its], lr=0.01 * SIZE / 0.2, weight_decay=0.1 * 0.2 / SIZE, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+    )
+    for seed in range(4):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
+        mine.grad, its.grad = grad.clone(memory_format=torch.preserve_format), grad.flatten(1).clone()
+        ours.step()
+        theirs.step()  # type: ignore[no-untyped-call]
+        assert mine.grad is None
+    moved = (its.detach() - start.flatten(1)).norm()
+    assert (mine.detach().flatten(1) - its.detach()).norm() < 0.02 * moved
+
+
+def test_hidden_weights_are_muons_and_the_rest_adamws() -> None:
+    classifier = Classifier(CompactCNN(1, 8), CrossEntropyLoss(10, 128))
+    optimizer = _optimizer(classifier, Recipe(1, 1e-2, optimizer="muon", weight_decay=0.1), CPU)
+    assert isinstance(optimizer, Muon)
+    muons = {id(p) for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
+    assert muons == {id(p) for p in classifier.body.parameters() if p.ndim > 1}
+    others = [p for p in classifier.parameters() if id(p) not in muons]
+    before = [p.detach().clone() for p in others]
+    twins = [p.detach().clone().requires_grad_() for p in others]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in twins if (p.ndim > 1) == decayed], "weight_decay": 0.1 * decayed}
+            for decayed in (1, 0)
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.99),
+    )
+    for step in range(3):
+        rng = torch.Generator().manual_seed(step)
+        for p in classifier.parameters():
+            p.grad = torch.randn(p.shape, generator=rng)
+        for p, twin in zip(others, twins, strict=True):
+            assert p.grad is not None
+            twin.grad = p.grad.clone()
+        optimizer.step()
+        adamw.step()
+    for p, twin, old in zip(others, twins, before, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(p, old)
+
+
+def test_a_head_on_embeddings_has_no_hidden_weights() -> None:
+    classifier = Classifier(Standardised(8, 1), CAMRILoss(3, 8, {0: 0.2}))
+    optimizer = _optimizer(classifier, Recipe(1, 1e-2, optimizer="muon"), CPU)
+    assert not any(group["orthogonal"] for group in optimizer.param_groups)
+    before = classifier.head.weight.detach().clone()  # type: ignore[operator]
+    classifier.head(classifier.embed(torch.randn(4, 8)), torch.arange(4) % 3).backward()
+    optimizer.step()
+    assert not torch.equal(before, classifier.head.weight)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return open_dataset(StudyConfig())
+
+
+def test_a_training_goes_on_to_the_same_weights(digits: Dataset) -> None:
+    states: list[TrainingState] = []
+
+    def go(resume: TrainingState | None = None) -> Trained:
+        return train(
+            "compact", HeadSpec("camri", 16.0, {3: 0.3}), digits.train[np.arange(64)],
+            digits.validation[np.arange(16)], num_classes=10, recipe=Recipe(2, 1e-2, batch_size=32, optimizer="muon"),
+            seed=0, device=CPU, on_epoch=lambda p: states.append(p.state), resume=resume,
+        )  # fmt: skip
+
+    whole, again = go(), go(states[0])
+    for name, tensor in whole.classifier.state_dict().items():
+        assert torch.equal(tensor, again.classifier.state_dict()[name]), name
+
+
+def test_what_does_not_change_is_left_alone() -> None:
+    """A frozen network has no group of its own, and a weight without a gradient stays."""
+    body = build_body("compact", channels=1, image_size=8)
+    body.requires_grad_(False)
+    classifier = Classifier(body, CrossEntropyLoss(10, 128))
+    optimizer = _optimizer(classifier, Recipe(1, 1e-2, optimizer="muon"), CPU)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in classifier.head.parameters()}
+    idle = torch.ones(2, 2, requires_grad=True)
+    Muon([{"params": [idle], "orthogonal": True}], lr=0.1).step()
+    assert torch.equal(idle, torch.ones(2, 2))
