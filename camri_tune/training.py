@@ -113,12 +113,9 @@ def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: 
         return Recipe(epochs, learning_rate, **_PAPER)
     # Few training images are few steps: smaller batches make up for it.
     batch_size = 256 if images >= 16_384 else 128
-    return Recipe(epochs, learning_rate, augmentation, batch_size, optimizer=_usual_optimizer(model))
-
-
-def _usual_optimizer(model: Model) -> Optimizer:
-    """Muon for the network that it was measured on; for a library's networks what everybody takes."""
-    return "muon" if model == "compact" else "adamw"
+    # Muon for the network that it was measured on; for a library's what everybody takes.
+    optimizer: Optimizer = "muon" if model == "compact" else "adamw"
+    return Recipe(epochs, learning_rate, augmentation, batch_size, optimizer=optimizer)
 
 
 def with_choices(recipe: Recipe, choices: Mapping[str, Any], augmentation: Augmentation) -> Recipe:
@@ -134,8 +131,9 @@ def with_choices(recipe: Recipe, choices: Mapping[str, Any], augmentation: Augme
 
 def default_learning_rate(model: Model, optimizer: Optimizer | None = None) -> float:
     """Where the search for the baseline's learning rate starts."""
-    usual = 4e-3 if model == "compact" else 1e-3
-    return {"sgd": 0.05, "muon": 4 * usual}.get(optimizer or _usual_optimizer(model), usual)
+    if optimizer == "sgd":
+        return 0.05
+    return 4e-3 if model == "compact" else 1e-3
 
 
 @dataclass(frozen=True)

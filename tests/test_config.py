@@ -95,7 +95,7 @@ BROKEN_RULES: list[tuple[str, object, str]] = [
     ("learning_rate", {"low": 0.1}, "{low = …, high = …, log = true}"),
     ("scale", [8, 8], "number from 0.1 to 1000"),
     ("margin", "2", "number from 0 to 1.99"),
-    ("optimizer", "lion", "of adamw"),
+    ("optimizer", "lion", "of muon, adamw"),
     ("schedule", "step", ", cosine,"),
     ("precision", "float16", ", bfloat16,"),
     ("weight_decay", -1, "number from 0 to 10"),

@@ -33,7 +33,7 @@ def digits() -> Dataset:
 
 
 def _train(data: Dataset, loss: Loss = "camri", *, model: str = "compact", **options: Any) -> Trained:
-    recipe = options.pop("recipe", Recipe(EPOCHS, 4e-3, STRONG, batch_size=BATCH))
+    recipe = options.pop("recipe", Recipe(EPOCHS, 4e-3, STRONG, batch_size=BATCH, optimizer="muon"))
     return train(
         model,
         HeadSpec(loss, 16.0, {3: 0.3}, {3: 2.0}, {3: 0.5}),

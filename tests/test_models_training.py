@@ -981,8 +981,7 @@ def test_the_compact_networks_recipe_has_the_data_sets_augmentation() -> None:
     assert many == Recipe(7, 2e-3, STRONG, batch_size=256, optimizer="muon")
     assert recipe.schedule == "linear"
     assert recipe.weight_decay > 0
-    assert default_learning_rate("compact") == default_learning_rate("compact", "muon") == 0.016
-    assert default_learning_rate("compact", "adamw") == 4e-3
+    assert default_learning_rate("compact") == 4e-3
 
 
 def test_a_librarys_network_has_adamw_unless_a_study_says_otherwise() -> None:
