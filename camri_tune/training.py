@@ -436,9 +436,16 @@ def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> 
             rate = torch.tensor(recipe.learning_rate, device=device) if on_gpu else recipe.learning_rate
             # A class's own weights are no hidden layer's: Muon leaves them, and all vectors, to AdamW.
             orthogonal = part is classifier.body and parameters is weights
-            group = {"params": parameters, "weight_decay": decay, "factor": factor, "lr": rate}
-            groups.append({**group, "orthogonal": orthogonal})
-    groups = [group for group in groups if group["params"]]
+            if parameters:
+                groups.append(
+                    {
+                        "params": parameters,
+                        "weight_decay": decay,
+                        "factor": factor,
+                        "lr": rate,
+                        "orthogonal": orthogonal,
+                    }
+                )
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
     kinds: dict[Optimizer, type[torch.optim.Adam]] = {

@@ -884,8 +884,9 @@ def test_an_optimizer_is_the_one_that_is_named(name: Optimizer) -> None:
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
 
 
-def test_a_training_with_momentum_goes_on_to_the_same_weights(digits: Dataset) -> None:
-    recipe = Recipe(2, 1e-2, digits.augmentation, batch_size=32, optimizer="sgd", schedule="cosine")
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_training_with_momentum_goes_on_to_the_same_weights(digits: Dataset, optimizer: Optimizer) -> None:
+    recipe = Recipe(2, 1e-2, digits.augmentation, batch_size=32, optimizer=optimizer, schedule="cosine")
     states: list[TrainingState] = []
 
     def go(resume: TrainingState | None = None) -> Trained:
