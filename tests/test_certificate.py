@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,10 @@ def test_a_second_selection_on_the_same_test_set_is_said(tmp_path: Path) -> None
     assert first["test_reads"] == again["test_reads"] == 1, "the same models judged again are no second look"
     more = camri_tune(*command, "--trials", "8", "--finalists", "2")
     assert more.returncode == 2, "finalists are part of what a study is"
-    more = camri_tune(*command, "--trials", "8")
+    # Which of a few barely trained models is the best differs between machines: the one that was selected drops out.
+    with closing(sqlite3.connect(tmp_path / first["study"] / "study.db")) as database, database:
+        of_search = "study_id = (select study_id from studies where study_name = ?)"
+        database.execute(f"update trials set state = 'FAIL' where number = 0 and {of_search}", (first["study"],))
+    more = camri_tune(*command, "--trials", "2")
     assert more.returncode == 0, more.stderr
     assert "read for 2 different selections" in " ".join(more.stdout.split())
