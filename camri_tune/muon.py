@@ -5,6 +5,8 @@ Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024),
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ SIZE = 0.8
 # A quintic that in five rounds takes singular values of 0.01 to 1 to between 0.68 and 1.21 (Jordan et al.).
 _QUINTIC = 3.4445, -4.7750, 2.0315
 _ROUNDS = 5
+_LEAST = 1e-30  # of a matrix's squares in sum, whose inverse float32 still has
 
 
 class Muon(torch.optim.AdamW):
@@ -29,47 +32,63 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here has a closure
         """Change the parameters by their gradients; those of the orthogonal groups are None afterwards."""
         for group in self.param_groups:
-            for weight in group["params"] if group.get("orthogonal") else ():
-                if weight.grad is not None:
-                    self._move(weight, group["lr"], group["weight_decay"])
-                    weight.grad = None  # so that AdamW passes over it
+            weights = [w for w in group["params"] if w.grad is not None] if group.get("orthogonal") else []
+            if weights:
+                self._move(weights, group["lr"], group["weight_decay"])
+            for weight in weights:
+                weight.grad = None  # so that AdamW passes over it
         super().step()
 
-    def _move(self, weight: Tensor, rate: float | Tensor, decay: float) -> None:
-        assert weight.grad is not None
+    def _move(self, weights: list[Tensor], rate: float | Tensor, decay: float) -> None:
+        """All at once: a GPU computes each of these small steps faster than the host launches it."""
+        gradients: list[Tensor] = [w.grad for w in weights if w.grad is not None]
+        momenta = [self._momentum(w) for w in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        # Nesterov's. In channels_last, which kernels lie in, the order of columns is that of memory: nothing is copied.
+        ahead = [a.movedim(1, -1) for a in torch._foreach_lerp(gradients, momenta, MOMENTUM)]
+        flat = orthogonal([a.flatten(1) for a in ahead])
+        directions = [d.view(a.shape).movedim(-1, 1) for d, a in zip(flat, ahead, strict=True)]
+        torch._foreach_mul_(directions, [SIZE * math.sqrt(max(matrix.shape)) for matrix in flat])
+        torch._foreach_mul_(directions, rate)
+        torch._foreach_mul_(weights, 1 - rate * decay)
+        torch._foreach_sub_(weights, directions)
+
+    def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"]
-        momentum.lerp_(weight.grad, 1 - MOMENTUM)
-        ahead = weight.grad.lerp(momentum, MOMENTUM)  # Nesterov's
-        # In channels_last, which kernels lie in, the order of columns is that of memory: none of this is copied.
-        rows = ahead.movedim(1, -1)
-        direction = orthogonal(rows.flatten(1)).view(rows.shape).movedim(-1, 1)
-        size = SIZE * math.sqrt(max(len(weight), weight[0].numel()))
-        weight.mul_(1 - rate * decay).sub_(direction * (rate * size))
+        momentum: Tensor = state["momentum"]
+        return momentum
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The singular vectors of `matrix` (R, K) with singular values of about 1, whatever its own are; zero of zero.
+def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The singular vectors of each matrix (R, K) with singular values of about 1, whatever its own are; zero of zero.
 
-    What is below a thousandth or so of the largest stays smaller.
+    What is below a thousandth or so of the largest stays smaller, and so does all of a matrix of norm below 1e-15.
     """
-    is_wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix / matrix.norm().clamp(min=1e-20)
-    wide = x if is_wide else x.T
-    # x, then (a + b xx' + c (xx')^2) x and so on: all factors are polynomials of xx', which is small.
-    gram = wide @ wide.T
-    eye = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    product = factor = _factor(gram, eye)
-    for _ in range(_ROUNDS - 1):
-        gram = factor @ gram @ factor
-        factor = _factor(gram, eye)
-        product = factor @ product
-    made: Tensor = product @ wide
-    return made if is_wide else made.mT
+    wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in matrices]
+    alike: dict[int, list[int]] = defaultdict(list)
+    for place, matrix in enumerate(wide):
+        alike[len(matrix)].append(place)
+    made = list(wide)
+    for places in alike.values():
+        # x, then (a + b xx' + c (xx')^2) x and so on: all factors are polynomials of xx', which is small.
+        factors = _factors(torch.stack([wide[place] @ wide[place].mT for place in places]))
+        for place, factor in zip(places, factors, strict=True):
+            made[place] = factor @ wide[place]
+    return [m if m.shape == like.shape else m.mT for m, like in zip(made, matrices, strict=True)]
 
 
-def _factor(gram: Tensor, eye: Tensor) -> Tensor:
+def _factors(grams: Tensor) -> Tensor:
+    """What makes each x orthogonal, from the left, by its xx', (N, R, R)."""
     a, b, c = _QUINTIC
-    return torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(eye, alpha=a)
+    squares = grams.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].clamp(min=_LEAST)
+    grams = grams / squares
+    product = torch.eye(grams.shape[1], device=grams.device, dtype=grams.dtype) / squares.sqrt()
+    for last in (False,) * (_ROUNDS - 1) + (True,):
+        rest = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)  # this round's factor is a + rest
+        product = torch.baddbmm(product, rest, product, beta=a)
+        if not last:
+            grams = torch.baddbmm(grams, rest, grams, beta=a)
+            grams = torch.baddbmm(grams, grams, rest, beta=a)
+    return product

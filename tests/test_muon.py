@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from camri_tune.config import Optimizer, StudyConfig
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.config import Optimizer
+from camri_tune.datasets import Dataset
 from camri_tune.losses import CAMRILoss, CrossEntropyLoss
 from camri_tune.models import Classifier, CompactCNN, Standardised, build_body
 from camri_tune.muon import SIZE, Muon, orthogonal
@@ -22,6 +22,15 @@ LEAST, MOST = 0.68, 1.21  # where five rounds leave a singular value
 
 def _matrix(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Among others: of its own kind, of the same number of rows, and of another."""
+    rows, columns = matrix.shape
+    others = [_matrix(*shape, 7).to(matrix.dtype) for shape in ((rows, columns), (rows, 90), (50, 60))]
+    (alone,), (among, *_) = orthogonal([matrix]), orthogonal([matrix, *others])
+    torch.testing.assert_close(among, alone)
+    return among
 
 
 def _five_rounds(values: Tensor) -> Tensor:
@@ -38,7 +47,7 @@ def test_a_direction_has_its_momentums_singular_vectors_and_values_of_about_one(
     matrix = _matrix(rows, columns, seed).double() * 10.0**size
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     expected = _five_rounds(values / values.norm())
-    torch.testing.assert_close(left.T @ orthogonal(matrix) @ right.T, torch.diag(expected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(left.T @ _orthogonal(matrix) @ right.T, torch.diag(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_values_from_a_hundredth_on_come_to_about_one() -> None:
@@ -52,18 +61,18 @@ def test_values_from_a_hundredth_on_come_to_about_one() -> None:
 def test_it_is_the_same_in_another_basis_and_at_another_size(rows: int, columns: int, seed: int) -> None:
     matrix = _matrix(rows, columns, seed).double()
     turn, _ = torch.linalg.qr(_matrix(rows, rows, seed + 1).double())
-    torch.testing.assert_close(orthogonal(3.7 * turn @ matrix), turn @ orthogonal(matrix))
-    torch.testing.assert_close(orthogonal(matrix.T), orthogonal(matrix).T)
+    torch.testing.assert_close(_orthogonal(3.7 * turn @ matrix), turn @ _orthogonal(matrix))
+    torch.testing.assert_close(_orthogonal(matrix.T), _orthogonal(matrix).T)
 
 
 def test_nothing_has_no_direction_and_float32_is_enough() -> None:
-    assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(_orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
     flat = _matrix(64, 5, 0) @ _matrix(5, 300, 1)  # of rank 5: the rest is the rounding's
-    values = torch.linalg.svdvals(orthogonal(flat))
+    values = torch.linalg.svdvals(_orthogonal(flat))
     assert values[4] > LEAST
     assert values[5] < 1e-3
     tall = _matrix(128, 1536, 2)
-    torch.testing.assert_close(orthogonal(tall).double(), orthogonal(tall.double()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(_orthogonal(tall).double(), _orthogonal(tall.double()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 3, 3, 3), (32, 1, 3, 3)])
@@ -127,11 +136,6 @@ def test_a_head_on_embeddings_has_no_hidden_weights() -> None:
     classifier.head(classifier.embed(torch.randn(4, 8)), torch.arange(4) % 3).backward()
     optimizer.step()
     assert not torch.equal(before, classifier.head.weight)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
 
 
 def test_it_learns_more_than_adamw_in_few_steps(digits: Dataset) -> None:
