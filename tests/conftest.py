@@ -11,7 +11,9 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from camri_tune.config import StudyConfig
 from camri_tune.database import open_storage
+from camri_tune.datasets import Dataset, open_dataset
 from tests.database_server import DatabaseServer, database_server, find_server
 
 if TYPE_CHECKING:
@@ -29,6 +31,12 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAMRI_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """All of it, as every test has it that names no other; whoever changes images copies them first."""
+    return open_dataset(StudyConfig())
 
 
 def _real_data(name: str, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

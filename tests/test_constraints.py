@@ -41,7 +41,7 @@ from camri_tune.constraints import (
 )
 from camri_tune.dashboard import DashboardStorage
 from camri_tune.database import SqlStorage
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.datasets import Dataset
 from camri_tune.differences import PairedDifference, Share
 from camri_tune.errors import StudyMismatchError
 from camri_tune.overview import read_overview
@@ -445,11 +445,6 @@ def test_the_sampler_takes_each_constraint_for_itself_in_whatever_order_a_databa
     (values, feasible), *_ = seen
     assert values.tolist() == [[-1.0 - n, 10.0 + n, 100.0 + n] for n in range(8)]
     assert not feasible.any()
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
 
 
 def _bound(recall: float, accuracy: float, **constraints: float) -> FrozenTrial:

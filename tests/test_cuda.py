@@ -12,9 +12,9 @@ from benchmarks.gpu import apart
 from camri_tune import training
 from camri_tune.augmentation import Augmentation
 from camri_tune.checkpoint import TrainingState
-from camri_tune.config import Loss, Optimizer, StudyConfig
+from camri_tune.config import Loss, Optimizer
 from camri_tune.database import open_storage
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.datasets import Dataset
 from camri_tune.storage import StudyStore
 from camri_tune.training import HeadSpec, Progress, Recipe, Trained, is_out_of_memory, predict_logits, train
 from tests.command import camri_tune
@@ -25,11 +25,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6, mirror=True)
 CPU = torch.device("cpu")
 EPOCHS, BATCH, STEPS = 3, 64, 12
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
 
 
 def _train(data: Dataset, loss: Loss = "camri", *, model: str = "compact", **options: Any) -> Trained:

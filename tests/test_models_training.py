@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from camri_tune.augmentation import Augmentation, augment, draw
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import RECIPE_FIELDS, Loss, Model, Optimizer, Precision, StudyConfig
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError, TrainingDivergedError
 from camri_tune.losses import (
     ArcFaceLoss,
@@ -55,11 +55,6 @@ MODELS = ("compact", "paper-cnn")  # that take images
 EMBEDDING_SIZES: dict[Model, int] = {"compact": 128, "paper-cnn": 512}
 # The same changes as for traffic signs: every kind but the mirror.
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
 
 
 def _head(loss: Loss) -> HeadSpec:

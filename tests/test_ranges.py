@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from camri_tune.config import SEARCHABLE, WORDS, StudyConfig, read_study_file
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError
 from camri_tune.ranges import (
     Bounds,
@@ -162,11 +162,6 @@ batch_size = [32, 64]
 weight_decay = {low = 0.0, high = 0.1}
 label_smoothing = 0.1
 """
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from camri_tune.baseline import START_FACTORS
 from camri_tune.config import MOST_FOLDS, Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import open_storage
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError, StudyMismatchError
 from camri_tune.heartbeat import Heart, worker_id
 from camri_tune.images import Images
@@ -33,11 +33,6 @@ RATE = default_learning_rate("compact")
 # What a training comes to, from its stage, number and attributes: accuracy and recall of class 3; None is a failure.
 Scores = tuple[float, float] | None
 Outcome = Callable[[int, Mapping[str, float], Mapping[str, Any]], Scores]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
 
 
 @pytest.fixture

@@ -57,11 +57,6 @@ SECRET = "hunter2"
 DEAD = worker_id(2**30)  # no process has that id
 
 
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return open_dataset(StudyConfig())
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> StudyConfig:
     return StudyConfig.build({"name": "study", "out": tmp_path, "epochs": 1, "important": "3"})
