@@ -41,7 +41,7 @@ class Row:
     rate: float
     epochs: int = 6
     beta: float = 0.9
-    momentum: float = muon.MOMENTUM
+    momentum: float = 0.8
     scale: float = 0.0  # none: cross-entropy
     margin: float = 0.0
 

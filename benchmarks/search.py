@@ -95,7 +95,7 @@ class CamriTable:
         baseline = {key[2]: self._rows.pop(key) for key in list(self._rows) if key[0] == 0}
         rate = max(baseline, key=lambda r: _mean(baseline[r], "validation", 1))
         self.floor, self._true_floor = (
-            _mean(baseline[rate], part, 1) - grid.SETUPS[dataset].tolerance * self._header[part]["images"]
+            _mean(baseline[rate], part, 1) - self._header["tolerance"] * self._header[part]["images"]
             for part in ("validation", "truth")
         )
         self._keys = np.array(list(self._rows))

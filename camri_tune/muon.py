@@ -19,7 +19,7 @@ SIZE = 0.8
 # A quintic that in five rounds takes singular values of 0.01 to 1 to between 0.68 and 1.21 (Jordan et al.).
 _QUINTIC = 3.4445, -4.7750, 2.0315
 _ROUNDS = 5
-_LEAST = 1e-30  # of a matrix's squares in sum, whose inverse float32 still has
+_LEAST = 1e-30  # the least sum of a matrix's squares: float32 still has its inverse
 
 
 class Muon(torch.optim.AdamW):
@@ -32,16 +32,17 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here has a closure
         """Change the parameters by their gradients; those of the orthogonal groups are None afterwards."""
         for group in self.param_groups:
-            weights = [w for w in group["params"] if w.grad is not None] if group.get("orthogonal") else []
-            if weights:
-                self._move(weights, group["lr"], group["weight_decay"])
-            for weight in weights:
-                weight.grad = None  # so that AdamW passes over it
+            if group.get("orthogonal"):
+                weights = [weight for weight in group["params"] if weight.grad is not None]
+                self._move(weights, [weight.grad for weight in weights], group["lr"], group["weight_decay"])
+                for weight in weights:
+                    weight.grad = None  # so that AdamW passes over it
         super().step()
 
-    def _move(self, weights: list[Tensor], rate: float | Tensor, decay: float) -> None:
-        """All at once: a GPU computes each of these small steps faster than the host launches it."""
-        gradients: list[Tensor] = [w.grad for w in weights if w.grad is not None]
+    def _move(self, weights: list[Tensor], gradients: list[Tensor], rate: float | Tensor, decay: float) -> None:
+        """All at once: on a GPU kernels as small as these cost their launch, not their work."""
+        if not weights:
+            return
         momenta = [self._momentum(w) for w in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         # Nesterov's. In channels_last, which kernels lie in, the order of columns is that of memory: nothing is copied.
@@ -64,23 +65,24 @@ class Muon(torch.optim.AdamW):
 def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
     """The singular vectors of each matrix (R, K) with singular values of about 1, whatever its own are; zero of zero.
 
-    What is below a thousandth or so of the largest stays smaller, and so does all of a matrix of norm below 1e-15.
+    What is below a thousandth or so of the largest stays smaller, and so does all of a matrix of norm below 1e-18; the
+    squares of one of norm above 1e19 overflow in float32.
     """
-    wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in matrices]
+    grams = [m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m for m in matrices]
     alike: dict[int, list[int]] = defaultdict(list)
-    for place, matrix in enumerate(wide):
-        alike[len(matrix)].append(place)
-    made = list(wide)
+    for place, gram in enumerate(grams):
+        alike[len(gram)].append(place)
+    made = list(matrices)
     for places in alike.values():
-        # x, then (a + b xx' + c (xx')^2) x and so on: all factors are polynomials of xx', which is small.
-        factors = _factors(torch.stack([wide[place] @ wide[place].mT for place in places]))
-        for place, factor in zip(places, factors, strict=True):
-            made[place] = factor @ wide[place]
-    return [m if m.shape == like.shape else m.mT for m, like in zip(made, matrices, strict=True)]
+        # x, then (a + b xx' + c (xx')^2) x and so on: all factors are polynomials of xx' (or of x'x), which is small.
+        for place, factor in zip(places, _factors(torch.stack([grams[place] for place in places])), strict=True):
+            x = matrices[place]
+            made[place] = factor @ x if x.shape[0] <= x.shape[1] else x @ factor
+    return made
 
 
 def _factors(grams: Tensor) -> Tensor:
-    """What makes each x orthogonal, from the left, by its xx', (N, R, R)."""
+    """What makes each x orthogonal when multiplied with it, by its xx' or x'x, (N, R, R)."""
     a, b, c = _QUINTIC
     squares = grams.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].clamp(min=_LEAST)
     grams = grams / squares

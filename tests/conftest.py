@@ -35,7 +35,7 @@ def _shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
-    """All of it, as every test has it that names no other; whoever changes images copies them first."""
+    """The whole data set, to be read alone; some modules have a smaller one of this name."""
     return open_dataset(StudyConfig())
 
 

@@ -1,8 +1,8 @@
 """What a training step asks of the machine, counted: a step that does more than it needs shows without a clock.
 
-Counted on digits through PyTorch's dispatcher: the operations that reach a kernel, forward, backward and of the
-optimizer. The limits have a tenth of room for another PyTorch. What goes beyond one is a mistake, or worth it, and then
-the limit rises.
+Counted on digits through PyTorch's dispatcher: the calls that reach a kernel, forward, backward and of the optimizer,
+one for a whole list of tensors. The limits have a tenth of room for another PyTorch. What goes beyond one is a mistake,
+or worth it, and then the limit rises.
 """
 
 import random
