@@ -3,9 +3,10 @@
 `python -m benchmarks.optimizers` trains each of ROWS on a sixth of GTSRB (5 images a track, 5,230 in all, batches of
 256, 20 steps an epoch) with `compact`, one thread a process and a process a core, seed after seed. What
 benchmarks/optimizers.jsonl holds is not trained again, so that it may be stopped at any time; `report` prints the table
-alone: means over seeds of validation accuracy (7,830 images) and of the recall of class 30.
+alone: means over seeds of validation accuracy (7,830 images) and of the recall of class 30 (90 of them).
 
-What it says: see docs/measured.md, "Which optimizer".
+Claim (n = 3 seeds, 2 cores of an EPYC without AMX): after 6 epochs Muon has accuracy 0.982, AdamW 0.927, which after 12
+has 0.977; CAMRI (s = 16, m = 0.2) has 0.982 by Muon and 0.878 by AdamW.
 """
 
 import argparse
