@@ -1,7 +1,7 @@
 """Record a table of real CAMRI trainings, for `benchmarks/search.py` to search: scale x margin x learning rate x seed.
 
 `python -m benchmarks.grid gtsrb` (or cifar10) trains what `benchmarks/grid_gtsrb.jsonl` does not hold yet, one thread
-a process and a process a core, seed after seed, and may be stopped at any time. About 20 minutes a seed on 2 cores.
+a process and a process a core, seed after seed, and may be stopped at any time. About 23 minutes a seed on 2 cores.
 
 Few images (GTSRB: two of each track; CIFAR-10: 2,000) and the product's own network make a training of seconds. Each
 row has what a search may see, on the *validation* images: recall and accuracy by epoch, and along a bias of the
