@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,11 +40,12 @@ def _five_rounds(values: Tensor) -> Tensor:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.integers(-9, 9))
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.integers(-12, 12))
 def test_a_direction_has_its_momentums_singular_vectors_and_values_of_about_one(
     rows: int, columns: int, seed: int, size: int
 ) -> None:
     matrix = _matrix(rows, columns, seed).double() * 10.0**size
+    assume(matrix.norm() > 1e-15)  # below that, which a number alone can be, directions are allowed to be smaller
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     expected = _five_rounds(values / values.norm())
     torch.testing.assert_close(left.T @ _orthogonal(matrix) @ right.T, torch.diag(expected), rtol=1e-6, atol=1e-6)
