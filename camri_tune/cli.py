@@ -65,7 +65,7 @@ FinalistsOption = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help="Network: compact, paper-cnn, torchvision:NAME, timm:NAME, MODULE:FUNCTION, or head (for embeddings)."
+        help="Network: compact, wide, paper-cnn, torchvision:NAME, timm:NAME, MODULE:FUNCTION or head (for embeddings)."
     ),
 ]
 OwnModelOption = Annotated[

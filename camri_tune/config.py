@@ -20,7 +20,7 @@ from camri_tune.ranges import Bounds, Searchable, SearchRange, is_searched, read
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
 Model = str  # one of ours, or of a library's: see `require_model_name`
 HEAD = "head"  # no network: the data set has embeddings, and the head is all there is
-BUILT_IN_MODELS = ("compact", "paper-cnn", HEAD)
+BUILT_IN_MODELS = ("compact", "wide", "paper-cnn", HEAD)
 MOST_MODEL = 200  # characters of the name of a network of the user's own
 Optimizer = Literal["muon", "adamw", "adam", "sgd"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -487,7 +487,7 @@ def require_model_name(name: Model) -> Model:
     of_a_library = re.fullmatch(r"(torchvision|timm):[a-z0-9_.]{1,100}", name)
     if name not in BUILT_IN_MODELS and not of_a_library and not is_own_model(name):
         raise ValueError(
-            "must be 'compact', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18), timm:NAME, "
+            "must be 'compact', 'wide', 'paper-cnn', torchvision:NAME (such as torchvision:resnet18), timm:NAME, "
             "MODULE:FUNCTION of your own, or 'head' for embeddings"
         )
     return name

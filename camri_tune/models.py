@@ -96,6 +96,38 @@ class CompactCNN(nn.Module):
         return features
 
 
+class WideCNN(nn.Module):
+    """Seven convolutions of 3x3 to a batch-normalised embedding (N, 256); 2.0 M parameters. What a GPU has time for.
+
+    A narrow layer at full resolution, then three pairs of wider ones, each behind a halving: the shape that
+    Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), found good. Images (N, C, S, S) of any side from 8
+    pixels, each image's light and contrast evened out first.
+    """
+
+    embedding_size = 256
+    repeats_itself = True
+
+    def __init__(self, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.normalise = ContrastNormalisation()
+        self.features = nn.Sequential(
+            *_block(channels, 32),
+            *_block(32, 64, pool=nn.MaxPool2d(2)),
+            *_block(64, 64),
+            *_block(64, 256, pool=nn.MaxPool2d(2)),
+            *_block(256, 256),
+            *_block(256, 256, pool=nn.MaxPool2d(2)),
+            *_block(256, self.embedding_size),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+        )
+        self.embed = nn.BatchNorm1d(self.embedding_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.embed(self.features(_channels_last(self.normalise(images))))
+        return features
+
+
 class PaperCNN(nn.Module):
     """The CAMRI authors' network for CIFAR-10: 13 convolutions of 3x3 with ReLU to an embedding (N, 512).
 
@@ -149,9 +181,10 @@ class Standardised(nn.Module):
         return standardised
 
 
-Body = CompactCNN | PaperCNN | Standardised | Backbone
-_BODIES: dict[Model, type[CompactCNN] | type[PaperCNN] | type[Standardised]] = {
+Body = CompactCNN | WideCNN | PaperCNN | Standardised | Backbone
+_BODIES: dict[Model, type[CompactCNN] | type[WideCNN] | type[PaperCNN] | type[Standardised]] = {
     "compact": CompactCNN,
+    "wide": WideCNN,
     "paper-cnn": PaperCNN,
     HEAD: Standardised,
 }

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Short trainings forget fast: with 120 steps in all, 0.95 loses three points of GTSRB's accuracy (docs/measured.md).
@@ -20,6 +21,8 @@ SIZE = 0.8
 _QUINTIC = 3.4445, -4.7750, 2.0315
 _ROUNDS = 5
 _LEAST = 1e-30  # the least sum of a matrix's squares: float32 still has its inverse
+# On a GPU smaller Gram matrices are made as large as this: one large batch takes less time than several small ones.
+_SMALL = 128
 
 
 class Muon(torch.optim.AdamW):
@@ -47,7 +50,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         # Nesterov's. In channels_last, which kernels lie in, the order of columns is that of memory: nothing is copied.
         ahead = [a.movedim(1, -1) for a in torch._foreach_lerp(gradients, momenta, MOMENTUM)]
-        flat = orthogonal([a.flatten(1) for a in ahead])
+        flat = orthogonal([a.flatten(1) for a in ahead], least=_SMALL if weights[0].is_cuda else 0)
         directions = [d.view(a.shape).movedim(-1, 1) for d, a in zip(flat, ahead, strict=True)]
         torch._foreach_mul_(directions, [SIZE * math.sqrt(max(matrix.shape)) for matrix in flat])
         torch._foreach_mul_(directions, rate)
@@ -62,22 +65,25 @@ class Muon(torch.optim.AdamW):
         return momentum
 
 
-def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonal(matrices: Sequence[Tensor], least: int = 0) -> list[Tensor]:
     """The singular vectors of each matrix (R, K) with singular values of about 1, whatever its own are; zero of zero.
 
     What is below a thousandth or so of the largest stays smaller, and so does all of a matrix of norm below 1e-18; the
-    squares of one of norm above 1e19 overflow in float32.
+    squares of one of norm above 1e19 overflow in float32. The work is done on square matrices, those of one size
+    together: with `least` rows or more, smaller ones filled up with zeros.
     """
     grams = [m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m for m in matrices]
     alike: dict[int, list[int]] = defaultdict(list)
     for place, gram in enumerate(grams):
-        alike[len(gram)].append(place)
+        alike[max(len(gram), least)].append(place)
     made = list(matrices)
-    for places in alike.values():
+    for size, places in alike.items():
+        padded = [F.pad(grams[place], (0, size - len(grams[place])) * 2) for place in places]
         # x, then (a + b xx' + c (xx')^2) x and so on: all factors are polynomials of xx' (or of x'x), which is small.
-        for place, factor in zip(places, _factors(torch.stack([grams[place] for place in places])), strict=True):
-            x = matrices[place]
-            made[place] = factor @ x if x.shape[0] <= x.shape[1] else x @ factor
+        for place, factor in zip(places, _factors(torch.stack(padded)), strict=True):
+            x, rows = matrices[place], len(grams[place])
+            mine = factor[:rows, :rows]
+            made[place] = mine @ x if x.shape[0] <= x.shape[1] else x @ mine
     return made
 
 

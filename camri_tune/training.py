@@ -41,6 +41,7 @@ from camri_tune.recording import Recorded
 
 EVALUATIONS = 6  # per training: enough for a learning curve
 EVALUATION_BATCH = 256
+CHANGED_AT_ONCE = 2**23  # values that a GPU augments together
 VALUES_AT_ONCE = 3 * 2**20  # that a GPU evaluates where images are small: to launch a kernel takes the host its time
 
 
@@ -112,9 +113,10 @@ def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: 
     if model == "paper-cnn":
         return Recipe(epochs, learning_rate, **_PAPER)
     # Few training images are few steps: smaller batches make up for it.
-    batch_size = 256 if images >= 16_384 else 128
-    # Muon for the network that it was measured on; for a library's what everybody takes.
-    optimizer: Optimizer = "muon" if model == "compact" else "adamw"
+    large = 512 if model == "wide" else 256
+    batch_size = large if images >= 16_384 else 128
+    # Muon for the networks that it was measured on; for a library's what everybody takes.
+    optimizer: Optimizer = "muon" if model in ("compact", "wide") else "adamw"
     return Recipe(epochs, learning_rate, augmentation, batch_size, optimizer=optimizer)
 
 
@@ -133,7 +135,7 @@ def default_learning_rate(model: Model, optimizer: Optimizer | None = None) -> f
     """Where the search for the baseline's learning rate starts."""
     if optimizer == "sgd":
         return 0.05
-    return 4e-3 if model == "compact" else 1e-3
+    return 4e-3 if model in ("compact", "wide") else 1e-3
 
 
 @dataclass(frozen=True)
@@ -229,15 +231,13 @@ def train(
                 draw(steps * batch_size, images.channels, recipe.augmentation, rng).to(device).view(*order.shape, -1)
             )
             total.zero_()
-            for done, (places, numbers) in enumerate(
-                zip(order.to(held.store.device), drawn, strict=True), (epoch - 1) * steps
-            ):
+            batches = _batches(held, order, drawn, recipe.augmentation, device)
+            for done, (pixels, labels) in enumerate(batches, (epoch - 1) * steps):
                 if on_step is not None:
                     on_step()
                 for group in optimizer.param_groups:
                     _set_rate(group, recipe.learning_rate * factor(done) * group["factor"])
-                pixels, labels = (tensor.to(device) for tensor in held.batch(places))
-                do_step(pixels, labels, numbers)
+                do_step(pixels, labels)
             mean_loss = float(total) / steps
             if not math.isfinite(mean_loss):
                 raise TrainingDivergedError(
@@ -268,6 +268,22 @@ def train(
     )
 
 
+def _batches(
+    images: Images, order: Tensor, drawn: Tensor, how: Augmentation, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An epoch's changed pixels and labels, a batch at a time: `order` (S, B) says of which images, changed by `drawn`.
+
+    On a GPU several batches are changed together: small kernels cost their launch, not their work.
+    """
+    values = order.shape[1] * math.prod(images.store.shape[1:])
+    together = max(1, CHANGED_AT_ONCE // values) if device.type == "cuda" else 1
+    parts = (torch.split(tensor, together) for tensor in (order.to(images.store.device), drawn))
+    for places, numbers in zip(*parts, strict=True):
+        pixels, labels = (tensor.to(device) for tensor in images.batch(places.flatten()))
+        changed = augment(pixels, how, numbers.flatten(0, 1))
+        yield from zip(changed.chunk(len(places)), labels.chunk(len(places)), strict=True)
+
+
 def _step(
     classifier: Classifier,
     optimizer: torch.optim.Optimizer,
@@ -275,13 +291,12 @@ def _step(
     batch_size: int,
     total: Tensor,
     device: torch.device,
-) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """What each step does with pixels, labels and random numbers; it adds the loss to `total` ()."""
+) -> Callable[[Tensor, Tensor], None]:
+    """What each step does with pixels and labels; it adds the loss to `total` ()."""
 
-    def step(pixels: Tensor, labels: Tensor, numbers: Tensor) -> None:
-        batch = augment(pixels, recipe.augmentation, numbers)
+    def step(pixels: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        parts = zip(batch.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
+        parts = zip(pixels.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
         for some, their_labels in parts:
             with _fast_precision(device, recipe.precision):
                 embeddings = classifier.embed(some)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import apart
 from camri_tune import training
-from camri_tune.augmentation import Augmentation
+from camri_tune.augmentation import Augmentation, augment, draw
 from camri_tune.checkpoint import TrainingState
 from camri_tune.config import Loss, Optimizer
 from camri_tune.database import open_storage
@@ -46,7 +46,9 @@ def _unrecorded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(training, "Recorded", lambda step, device: step)
 
 
-@pytest.mark.parametrize(("model", "loss"), [*(("compact", loss) for loss in get_args(Loss)), ("paper-cnn", "camri")])
+@pytest.mark.parametrize(
+    ("model", "loss"), [*(("compact", loss) for loss in get_args(Loss)), ("wide", "camri"), ("paper-cnn", "camri")]
+)
 def test_a_recorded_step_is_the_step(digits: Dataset, model: str, loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = _train(digits, loss, model=model)
     _unrecorded(monkeypatch)
@@ -84,7 +86,7 @@ def test_whatever_the_optimizer(
     assert apart(recorded, _train(digits, recipe=recipe)) == 0.0
 
 
-@pytest.mark.parametrize("model", ["compact", "paper-cnn"])
+@pytest.mark.parametrize("model", ["compact", "wide", "paper-cnn"])
 def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(digits: Dataset, model: str) -> None:
     states: list[TrainingState] = []
 
@@ -104,13 +106,39 @@ def test_each_step_draws_new_random_numbers(digits: Dataset) -> None:
     assert len({state.tensors["rng.cuda"].numpy().tobytes() for state in states}) == EPOCHS
 
 
+def test_images_changed_together_are_those_changed_batch_by_batch(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda")
+    order = torch.randperm(BATCH * STEPS).view(STEPS, BATCH)
+    channels, side = digits.train.channels, digits.train.side
+    drawn = draw(BATCH * STEPS, channels, STRONG, torch.Generator()).to(device).view(STEPS, BATCH, -1)
+    calls: list[int] = []
+
+    def counted(images: torch.Tensor, how: Augmentation, numbers: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        return augment(images, how, numbers)
+
+    monkeypatch.setattr(training, "augment", counted)
+    values = BATCH * channels * side * side
+    found = []
+    for at_once in (1, 5 * values, STEPS * values):
+        monkeypatch.setattr(training, "CHANGED_AT_ONCE", at_once)
+        found.append([*training._batches(digits.train.on(device), order, drawn, STRONG, device)])
+    assert calls == [BATCH] * STEPS + [5 * BATCH, 5 * BATCH, 2 * BATCH] + [STEPS * BATCH]
+    for batches in found:
+        for (pixels, labels), (alone, theirs) in zip(batches, found[0], strict=True):
+            assert torch.equal(labels, theirs)
+            torch.testing.assert_close(pixels, alone)
+
+
 def test_images_that_do_not_fit_come_batch_by_batch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     held = _train(digits)
     monkeypatch.setattr(training, "fits", lambda images, device: False)
     assert apart(held, _train(digits)) == 0.0
 
 
-@pytest.mark.parametrize("model", ["compact", "paper-cnn"])
+@pytest.mark.parametrize("model", ["compact", "wide", "paper-cnn"])
 def test_a_model_answers_as_it_does_on_a_cpu(digits: Dataset, model: str) -> None:
     classifier = _train(digits, model=model).classifier
     there = predict_logits(classifier, digits.validation, torch.device("cuda"))

@@ -51,8 +51,8 @@ from camri_tune.training import (
 CPU = torch.device("cpu")
 CAMRI = HeadSpec("camri", 16.0, {3: 0.3})
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-MODELS = ("compact", "paper-cnn")  # that take images
-EMBEDDING_SIZES: dict[Model, int] = {"compact": 128, "paper-cnn": 512}
+MODELS = ("compact", "wide", "paper-cnn")  # that take images
+EMBEDDING_SIZES: dict[Model, int] = {"compact": 128, "wide": 256, "paper-cnn": 512}
 # The same changes as for traffic signs: every kind but the mirror.
 STRONG = Augmentation(rotate=16, shift=0.09, zoom=0.16, shear=0.13, light=0.55, blur=0.6)
 

@@ -30,6 +30,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     others = [_matrix(*shape, 7).to(matrix.dtype) for shape in ((rows, columns), (rows, 90), (50, 60))]
     (alone,), (among, *_) = orthogonal([matrix]), orthogonal([matrix, *others])
     torch.testing.assert_close(among, alone)
+    torch.testing.assert_close(orthogonal([matrix], least=64)[0], alone)  # filled up, or as large already
     return among
 
 

@@ -143,7 +143,12 @@ def test_a_step_copies_no_more_than_it_has_to(camri: _Counter) -> None:
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("compact", 32), ("paper-cnn", 32), *((f"torchvision:{name}", side) for name, (side, _) in TORCHVISION.items())],
+    [
+        ("compact", 32),
+        ("wide", 32),
+        ("paper-cnn", 32),
+        *((f"torchvision:{name}", side) for name, (side, _) in TORCHVISION.items()),
+    ],
 )
 def test_networks_do_the_same_in_each_step(name: str, side: int) -> None:
     """What a GPU records of one step is then what the others do, unless something goes to the host or comes from it."""

@@ -232,7 +232,7 @@ def test_the_last_parts_alone_change(digits: Dataset, start: Start) -> None:
     assert free
 
 
-@pytest.mark.parametrize("model", ["compact", "paper-cnn", MODEL, "timm:test_vit", "torchvision:resnet18"])
+@pytest.mark.parametrize("model", ["compact", "wide", "paper-cnn", MODEL, "timm:test_vit", "torchvision:resnet18"])
 def test_parts_have_at_most_half_of_the_parameters_unless_they_are_one_layer(model: str) -> None:
     network = trunk(build_body(model, channels=1, image_size=32))
     parts = parts_of(network)

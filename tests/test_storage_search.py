@@ -878,7 +878,7 @@ def test_a_training_that_was_given_back_goes_on_to_the_very_same_model(
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
-MODELS = ("compact", "paper-cnn")  # that take images
+MODELS = ("compact", "wide", "paper-cnn")  # that take images
 SCALE, MARGIN = (4.0, 64.0, True), (0.0, 0.6, False)  # lowest, highest, whether on a logarithmic scale
 WEIGHT, W_FP = (1.0, 32.0, True), (0.03, 8.0, True)
 # What is searched beside the learning rate, with one important class and with classes 3 and 8.
