@@ -11,8 +11,9 @@ not equal, may be the reason). With Muon neither was measured there. On a GPU: s
 `python benchmarks/training.py speed [--dataset gtsrb|cifar10]` times the contenders in turn, a process each, several
 rounds; `accuracy` trains ours and the plain loop from the same initial weights for as many epochs over several seeds;
 `race` times both to the accuracy that the plain loop comes to; `goals` times trainings whose test accuracy should be
-94 % on CIFAR-10 and 98.9 % on GTSRB, `peer` those of `airbench` 0.1.8 (`train94`) on CIFAR-10, which wants a CUDA
-device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can run one by one.
+94 % on CIFAR-10 and 98.9 % on GTSRB, `peer` those of `airbench` 0.1.8 (`train94`) and then ours on CIFAR-10, which
+wants a CUDA device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can run one
+by one.
 
 All train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same schedule, batch
 size and changes to images; ours with Muon at a rate of 0.016, the others with AdamW at 0.008. The plain loop is that
@@ -55,7 +56,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from camri_tune import datasets
 from camri_tune.augmentation import Augmentation
-from camri_tune.config import StudyConfig
+from camri_tune.config import Model, StudyConfig
 from camri_tune.images import Images
 from camri_tune.memory import keep_freed_memory
 from camri_tune.metrics import accuracy
@@ -95,16 +96,22 @@ def some(images: Images, count: int) -> Images:
     return images[rows]
 
 
-def recipe_for(data: datasets.Dataset, epochs: int, rate: float = RATE) -> Recipe:
+def recipe_for(data: datasets.Dataset, epochs: int, rate: float = RATE, model: Model = "compact") -> Recipe:
     """For a full-sized training set's batches, whatever part of it is timed."""
-    return recipe_of("compact", epochs=epochs, learning_rate=rate, augmentation=data.augmentation, images=20_000)
+    return recipe_of(model, epochs=epochs, learning_rate=rate, augmentation=data.augmentation, images=20_000)
 
 
 # --- the contenders ---------------------------------------------------------------------------------------------------
 
 
 def train_ours(
-    images: Images, validation: Images, classes: int, recipe: Recipe, device: torch.device, seed: int = 0
+    images: Images,
+    validation: Images,
+    classes: int,
+    recipe: Recipe,
+    device: torch.device,
+    seed: int = 0,
+    model: Model = "compact",
 ) -> tuple[float, Classifier]:
     """Seconds of training, from the first step to the last epoch's end without its evaluation."""
     marks: list[float] = []
@@ -116,7 +123,7 @@ def train_ours(
         marks.append(time.perf_counter())
 
     trained = train(
-        "compact",
+        model,
         HeadSpec("ce"),
         images,
         validation,
@@ -545,42 +552,41 @@ def _right(classifier: Classifier, images: Images, classes: int, device: torch.d
 def goals(options: argparse.Namespace) -> None:
     """Seconds of trainings of the usual epochs, all of it but the evaluation, and their accuracy on test."""
     device = pick_device(options.device)
-    data = open_data(options.dataset)
-    epochs = options.epochs or data.epochs
-    pool, test, classes = _pool(data), data.test(), len(data.classes)
-    rows = []
-    as_a_worker(1 if device.type == "cuda" else cpu_count())
-    train_ours(some(pool, WARM_IMAGES), some(test, 64), classes, recipe_for(data, 1), device)
-    for seed in range(options.seeds):
-        recipe = recipe_for(data, epochs, options.rate)
-        start = time.perf_counter()
-        _, classifier = train_ours(pool, some(test, 64), classes, recipe, device, seed)
-        seconds = time.perf_counter() - start
-        right = _right(classifier, test, classes, device)
-        rows.append((right, seconds))
-        print(f"seed {seed}: {right:.4f} in {seconds:.2f} s", file=sys.stderr, flush=True)
-    figures = {
-        "goal": GOAL[options.dataset],
-        "epochs": epochs,
-        "learning rate": options.rate,
-        "seeds": options.seeds,
-        "ours": _summary(rows),
-    }
+    figures = {"goal": GOAL[options.dataset], **_trainings(open_data(options.dataset), options, device)}
     keep(f"goal, {options.dataset}, {device.type}", figures, device)
 
 
 def peer(options: argparse.Namespace) -> None:
-    """Seconds and test accuracy of airbench's own trainings on the same images and GPU."""
+    """Seconds and test accuracy of airbench's own trainings, then of ours, on the same images and GPU."""
     device = pick_device(options.device)
     if device.type != "cuda" or importlib.util.find_spec("airbench") is None:
         sys.exit("peer wants a CUDA device, and airbench: pip install airbench==0.1.8")
     data = open_data("cifar10")
-    pool = _pool(data)
-    figures = {
-        "seeds": options.seeds,
-        "airbench 0.1.8, train94": _summary([*_airbench(pool, data.test(), options.seeds)]),
-    }
+    theirs = []
+    for right, seconds in _airbench(_pool(data), data.test(), options.seeds):
+        theirs.append((right, seconds))
+        print(f"airbench, {len(theirs)}: {right:.4f} in {seconds:.2f} s", file=sys.stderr, flush=True)
+    figures = {"airbench 0.1.8, train94": _summary(theirs), **_trainings(data, options, device)}
     keep(f"peer, cifar10, {device.type}", figures, device)
+
+
+def _trainings(data: datasets.Dataset, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Of ours: how it trains, and what comes of all training and validation images."""
+    model, epochs = options.model, options.epochs or data.epochs
+    pool, test, classes = _pool(data), data.test(), len(data.classes)
+    recipe = recipe_for(data, epochs, options.rate, model)
+    as_a_worker(1 if device.type == "cuda" else cpu_count())
+    few = some(test, 64)
+    train_ours(some(pool, 8 * recipe.batch_size), few, classes, replace(recipe, epochs=1), device, model=model)
+    rows = []
+    for seed in range(options.seeds):
+        start = time.perf_counter()
+        _, classifier = train_ours(pool, few, classes, recipe, device, seed, model)
+        seconds = time.perf_counter() - start
+        rows.append((_right(classifier, test, classes, device), seconds))
+        print(f"ours, {len(rows)}: {rows[-1][0]:.4f} in {seconds:.2f} s", file=sys.stderr, flush=True)
+    how = {"model": model, "epochs": epochs, "learning rate": options.rate, "seeds": options.seeds}
+    return {**how, "ours": _summary(rows)}
 
 
 def _pool(data: datasets.Dataset) -> Images:
@@ -679,8 +685,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=6_144, help="images of an epoch that is timed")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--epochs", type=int, help="of accuracy (5), race and goals (the data set's usual)")
-    parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of goals")
+    parser.add_argument("--epochs", type=int, help="of accuracy (5), race, goals and peer (the data set's usual)")
+    parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of goals and peer")
+    parser.add_argument("--model", default="compact", help="the network of goals and peer")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--contender", default="ours")
     options = parser.parse_args()
