@@ -21,7 +21,7 @@ goal-*    `training.py goals`: seconds and test accuracy of a training (goals: 9
 peer      airbench 0.1.8 and ours on the same CIFAR-10 images
 packing   trainings an hour with so many processes on the GPU at once (GTSRB); packing-mps: under NVIDIA's MPS
 grid-*    a table of trainings for `search.py own`: all images, each setting once
-study-*   `camri-tune run`, with as many workers as packing found best, and what of it was not training
+study-*   `camri-tune run`, and what of it was not training
 """
 
 import argparse
@@ -55,6 +55,7 @@ FIGURES = HERE / "gpu.json"
 RUNS = HERE.parent / "runs" / "gpu"
 SECONDS = 600  # of a part
 PACKS = (1, 2, 4)  # processes on one GPU
+PACK = 2  # as a study has by default
 MPS = "nvidia-cuda-mps-control"
 SEEDS = 5
 WIDE = "--model", "wide", "--epochs", "12"  # what trains CIFAR-10
@@ -172,20 +173,11 @@ def _mps() -> Iterator[None]:
                 del os.environ[name]
 
 
-def _best_pack() -> int:
-    """How many workers, as a GPU shares itself by default."""
-    rows = recorded_in(FIGURES).get("packing", {})
-    found = {int(count): row["seconds"] for count, row in rows.items() if count.isdecimal() and "seconds" in row}
-    return max(found, key=lambda count: count / found[count]) if found else 1
-
-
 def study(dataset: str, device: torch.device) -> dict[str, Any]:
     """The main job; the same command goes on where the time was too short."""
-    pack = _best_pack()
     options = ["--dataset", dataset, "--important", "worst1", "--trials", "30", "--out", str(RUNS), "--json"]
-    options += ["--name", dataset, "--device", str(device), "--workers-per-gpu", str(pack)]
+    options += ["--name", dataset, "--device", str(device)]
     data = open_data(dataset)  # a warm cache
-    alone = seconds_at_once(pack, data.train, data, device, whole=True)
     started = time.time()
     result = json.loads(_command("camri-tune", "run", *options))
     wall = time.time() - started
@@ -194,14 +186,15 @@ def study(dataset: str, device: torch.device) -> dict[str, Any]:
     starts = [trial.datetime_start for trial in trials if trial.datetime_start is not None]
     found = {key: result[key] for key in keys} | {"command": " ".join(["camri-tune run", *options])}
     if min(starts).timestamp() >= started:  # not what an earlier call began
-        workers = pack * (torch.cuda.device_count() if device.index is None else 1)
+        workers = PACK * (torch.cuda.device_count() if device.index is None else 1)
+        alone = seconds_at_once(PACK, data.train, data, device, whole=True)
         found["time"] = breakdown(trials, started, wall, workers, alone / data.epochs)
     return found
 
 
 def grid(setup: str, device: torch.device) -> dict[str, Any]:
     """Trainings to search (grid.py), one seed of all settings; where the time is too short, it goes on next time."""
-    packed = ["--processes", str(_best_pack())]
+    packed = ["--processes", str(PACK)]
     _command("python", "-m", "benchmarks.grid", setup, "--seeds", "1", "--device", str(device), *packed)
     return {"recorded in": f"grid_{setup}.jsonl"}
 
