@@ -38,6 +38,7 @@ from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, rec
 _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists": 0}
 # States are saved no more often than every so many seconds, and than costs a fiftieth of the training.
 SAVE_SECONDS, SAVE_SHARE = 2.0, 0.02
+PUBLISH_SECONDS = 1.0  # between two notes of how far a training is, each of which a storage takes its time to write
 DOUBT = 3.0  # standard errors of the difference of two accuracies
 _FIRST = "first."  # in a saved state: the weights of the first fold's model, the one that is kept
 
@@ -82,10 +83,11 @@ class _Run:
         self.accuracies: dict[str, float] = {}
         self.recalls: dict[str, list[float]] = {}
         self.values: dict[str, float] = {}
+        self._reported: set[str] = set()  # epochs whose values the storage has
         self.confusions: list[IntArray] = []  # of the folds that are done
         self.first: dict[str, Tensor] = {}  # weights of the first fold's model, once trained
         self.state: TrainingState | None = None  # of the fold at hand, after its last epoch
-        self._started = self._saved_at = time.perf_counter()
+        self._started = self._saved_at = self._published_at = time.perf_counter()
         self._save_seconds = 0.0
         self._unsaved = False
 
@@ -196,23 +198,19 @@ class _Run:
             raise StoppedError(reason)
 
     def _on_epoch(self, progress: Progress) -> None:
-        first_fold = not self.confusions
-        self.trial.set_user_attr("epoch", len(self.confusions) * progress.epochs + progress.epoch)
-        if progress.confusion is not None and first_fold:  # the first fold's curve is the trial's
-            self._keep_score(progress)
+        if progress.confusion is not None and not self.confusions:  # the first fold's curve is the trial's
+            self._keep_score(progress.epoch, progress.confusion)
         self.state, self._unsaved = progress.state, True
+        if progress.epoch == progress.epochs or time.perf_counter() - self._published_at > PUBLISH_SECONDS:
+            self._publish(len(self.confusions) * progress.epochs + progress.epoch)
         since = time.perf_counter() - self._saved_at
         if progress.epoch < progress.epochs and since > max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE):
             self._save_state()
 
-    def _keep_score(self, progress: Progress) -> None:
-        confusion, epoch = progress.confusion, str(progress.epoch)
-        assert confusion is not None, "an evaluated epoch"
-        self.accuracies[epoch] = accuracy(confusion)
-        self.recalls[epoch] = [round(float(r), 5) for r in recall_per_class(confusion)]
-        self.values[epoch] = _value(confusion, self.plan)
-        self._publish_curves()
-        self.trial.report(self.values[epoch], progress.epoch)
+    def _keep_score(self, epoch: int, confusion: IntArray) -> None:
+        self.accuracies[str(epoch)] = accuracy(confusion)
+        self.recalls[str(epoch)] = [round(float(r), 5) for r in recall_per_class(confusion)]
+        self.values[str(epoch)] = _value(confusion, self.plan)
 
     def _misses_by_far(self) -> bool:
         """Whether the first fold's model is further below its floor than its validation images leave in doubt.
@@ -224,9 +222,17 @@ class _Run:
         doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / confusion.sum()) if 0 < floor < 1 else 0.0
         return accuracy(confusion) + doubt < floor
 
-    def _publish_curves(self) -> None:
-        self.trial.set_user_attr(ACCURACY_CURVE, self.accuracies)
-        self.trial.set_user_attr(RECALL_CURVE, self.recalls)
+    def _publish(self, epoch: int) -> None:
+        """Note how far this trial is, `epoch` of all its folds, and what is new in its curves."""
+        self.trial.set_user_attr("epoch", epoch)
+        new = self.values.keys() - self._reported
+        if new:
+            self.trial.set_user_attr(ACCURACY_CURVE, self.accuracies)
+            self.trial.set_user_attr(RECALL_CURVE, self.recalls)
+        for evaluated in sorted(new, key=int):
+            self.trial.report(self.values[evaluated], int(evaluated))
+        self._reported |= new
+        self._published_at = time.perf_counter()
 
     # --- interruptions ------------------------------------------------------------------------------------------------
 
@@ -261,10 +267,7 @@ class _Run:
         self.state = state if state.epoch > 0 else None
         epochs = len(self.confusions) * self.epochs + state.epoch
         self.trial.set_user_attr("resumed_at", epochs)
-        self.trial.set_user_attr("epoch", epochs)
-        self._publish_curves()
-        for epoch, value in self.values.items():
-            self.trial.report(value, int(epoch))
+        self._publish(epochs)
 
     def _give_back(self, reason: str) -> None:
         try:

@@ -31,7 +31,8 @@ from camri_tune.storage import StudyStore, claim
 from camri_tune.training import pick_device
 from camri_tune.trials import Stop, run_trial
 
-IDLE_SECONDS = (0.2, 0.3, 0.5, 1.0, 2.0)  # between looks at empty queues, which a database far away should not feel
+# Between looks at empty queues, which a database far away should not feel for long.
+IDLE_SECONDS = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 1.0, 2.0)
 
 
 def work(
@@ -214,7 +215,7 @@ def main(arguments: list[str]) -> int:
                 name=name,
                 device=device,
                 index=int(index),
-                threads=int(threads) or None,
+                threads=int(threads),
                 model=os.environ.get(MODEL_VARIABLE),
                 asked_to_stop=_with_parent(int(parent), stop),
             )

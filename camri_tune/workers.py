@@ -137,23 +137,21 @@ def local_launch(
 ) -> Launch:
     """Start workers as processes on this machine, on these devices. Those on a CPU share its cores.
 
+    One on a GPU has a thread: what it computes on the host is small, and would wait for threads more than it gains.
     `model` is the user's own network that they may import.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     on_cpu = sum(device == "cpu" for device in devices)
-    threads = max(1, cpu_count() // on_cpu) if on_cpu else None
+    threads = max(1, cpu_count() // on_cpu) if on_cpu else 1
 
     def launch(place: int) -> Worker:
         environment = {**os.environ, STORAGE_VARIABLE: storage_url}
         if model is not None:
             environment[MODEL_VARIABLE] = model
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
+        environment["OMP_NUM_THREADS"] = str(threads)
         log = log_folder / f"worker-{place}.log"
         try:
-            return LocalProcess(
-                prefork.start([name, devices[place], str(place), str(threads or 0)], environment, log), log
-            )
+            return LocalProcess(prefork.start([name, devices[place], str(place), str(threads)], environment, log), log)
         except OSError as error:
             raise WorkerError(f"worker processes cannot be started: {error}") from None
 
