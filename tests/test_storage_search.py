@@ -842,6 +842,32 @@ def test_epochs_that_are_searched_are_those_that_are_trained(
     assert [r.epoch for r in store.records("finalists")] == [1]
 
 
+def test_a_storage_hears_of_a_short_training_once(
+    store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a longer one now and then; the curves are whole in the end."""
+    plan = _plan(config.model_copy(update={"epochs": 3}), digits)
+    heard: list[int] = []
+    note = Trial.set_user_attr
+
+    def counted(trial: Trial, name: str, value: Any) -> None:
+        if name == "epoch":
+            heard.append(value)
+        note(trial, name, value)
+
+    monkeypatch.setattr(Trial, "set_user_attr", counted)
+    for seconds, expected in ((math.inf, [3]), (-1.0, [1, 2, 3])):
+        monkeypatch.setattr(trials, "PUBLISH_SECONDS", seconds)
+        run_trial(_claimed(store, "search", PARAMS, seed=7), "search", plan, store)
+        assert heard == expected
+        heard.clear()
+    once, each = store.optuna_study("search").trials
+    assert once.intermediate_values == each.intermediate_values
+    assert [*once.intermediate_values] == [1, 2, 3]
+    first, second = store.records("search")
+    assert (first.curve, first.epoch) == (second.curve, second.epoch)
+
+
 @pytest.mark.usefixtures("no_threads_more")
 def test_a_training_that_was_given_back_goes_on_to_the_very_same_model(
     store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
