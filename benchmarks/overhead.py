@@ -42,7 +42,7 @@ from camri_tune.training import HeadSpec, cpu_count, recipe_of, train
 from tests.command import COMMAND
 
 FIGURES = Path(__file__).with_suffix(".json")
-SUBSET, EPOCHS, TRIALS, ROUNDS = {"per_group": 5}, 12, 30, 3
+SUBSET, EPOCHS, TRIALS, ROUNDS = {"per_group": 5}, 8, 30, 3
 
 
 def _alone(barrier: Barrier, results: Any) -> None:
