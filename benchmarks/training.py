@@ -15,8 +15,8 @@ rounds; `accuracy` trains ours and the plain loop from the same initial weights 
 wants a CUDA device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can run one
 by one.
 
-All train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same schedule, batch
-size and changes to images; ours with Muon at a rate of 0.016, the others with AdamW at 0.008. The plain loop is that
+All but `peer`'s train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same
+schedule, batch size and changes to images; ours with Muon at a rate of 0.016, the others with AdamW at 0.008. The plain loop is that
 of PyTorch's own examples: a data set of PIL images in memory (as torchvision's CIFAR10 has them: to decode files
 would take longer), transforms v2, a DataLoader with two workers that persist, float32, as many threads as there are
 cores. Lightning has the same loader. Where v2 has no equal: shear is along x alone as here, but each pixel beyond the
@@ -571,7 +571,7 @@ def peer(options: argparse.Namespace) -> None:
 
 
 def _trainings(data: datasets.Dataset, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Of ours: how it trains, and what comes of all training and validation images."""
+    """How ours train on all training and validation images, and their accuracy on test and seconds."""
     model, epochs = options.model, options.epochs or data.epochs
     pool, test, classes = _pool(data), data.test(), len(data.classes)
     recipe = recipe_for(data, epochs, options.rate, model)

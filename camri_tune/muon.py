@@ -69,8 +69,8 @@ def orthogonal(matrices: Sequence[Tensor], least: int = 0) -> list[Tensor]:
     """The singular vectors of each matrix (R, K) with singular values of about 1, whatever its own are; zero of zero.
 
     What is below a thousandth or so of the largest stays smaller, and so does all of a matrix of norm below 1e-18; the
-    squares of one of norm above 1e19 overflow in float32. The work is done on square matrices, those of one size
-    together: with `least` rows or more, smaller ones filled up with zeros.
+    squares of one of norm above 1e19 overflow in float32. The work is done on Gram matrices, those of one size
+    together; those of fewer than `least` rows are filled up with zeros to that size.
     """
     grams = [m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m for m in matrices]
     alike: dict[int, list[int]] = defaultdict(list)
@@ -78,9 +78,9 @@ def orthogonal(matrices: Sequence[Tensor], least: int = 0) -> list[Tensor]:
         alike[max(len(gram), least)].append(place)
     made = list(matrices)
     for size, places in alike.items():
-        padded = [F.pad(grams[place], (0, size - len(grams[place])) * 2) for place in places]
+        filled = [grams[p] if len(grams[p]) == size else F.pad(grams[p], (0, size - len(grams[p])) * 2) for p in places]
         # x, then (a + b xx' + c (xx')^2) x and so on: all factors are polynomials of xx' (or of x'x), which is small.
-        for place, factor in zip(places, _factors(torch.stack(padded)), strict=True):
+        for place, factor in zip(places, _factors(torch.stack(filled)), strict=True):
             x, rows = matrices[place], len(grams[place])
             mine = factor[:rows, :rows]
             made[place] = mine @ x if x.shape[0] <= x.shape[1] else x @ mine

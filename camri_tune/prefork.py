@@ -191,7 +191,6 @@ def serve(work: Callable[[list[str]], int]) -> int:
     """Be the forker, until nobody listens any more. In each forked process this returns what `work` does there."""
     orders, answers = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # whatever prints here: answers are for whoever asked
-    importlib.import_module("torch._dynamo")  # which each process's first optimizer would, and takes a second
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

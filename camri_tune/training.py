@@ -238,6 +238,7 @@ def train(
                 for group in optimizer.param_groups:
                     _set_rate(group, recipe.learning_rate * factor(done) * group["factor"])
                 do_step(pixels, labels)
+                del pixels, labels
             mean_loss = float(total) / steps
             if not math.isfinite(mean_loss):
                 raise TrainingDivergedError(
@@ -271,9 +272,10 @@ def train(
 def _batches(
     images: Images, order: Tensor, drawn: Tensor, how: Augmentation, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's changed pixels and labels, a batch at a time: `order` (S, B) says of which images, changed by `drawn`.
+    """An epoch's changed pixels, float (B, C, H, W), and labels, int64 (B,), a batch at a time.
 
-    On a GPU several batches are changed together: small kernels cost their launch, not their work.
+    `order` (N, B) says which images each of the N batches has, and `drawn` (N, B, K) what changes them (see `draw`). On
+    a GPU several batches are changed together: small kernels cost their launch, not their work.
     """
     values = order.shape[1] * math.prod(images.store.shape[1:])
     together = max(1, CHANGED_AT_ONCE // values) if device.type == "cuda" else 1
@@ -282,6 +284,7 @@ def _batches(
         pixels, labels = (tensor.to(device) for tensor in images.batch(places.flatten()))
         changed = augment(pixels, how, numbers.flatten(0, 1))
         yield from zip(changed.chunk(len(places)), labels.chunk(len(places)), strict=True)
+        del pixels, labels, changed  # before the next are made: images can be large
 
 
 def _step(
@@ -292,7 +295,7 @@ def _step(
     total: Tensor,
     device: torch.device,
 ) -> Callable[[Tensor, Tensor], None]:
-    """What each step does with pixels and labels; it adds the loss to `total` ()."""
+    """What each step does with pixels (B, C, H, W) and labels (B,); it adds the loss to `total` ()."""
 
     def step(pixels: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -83,6 +83,7 @@ class _Run:
         self.accuracies: dict[str, float] = {}
         self.recalls: dict[str, list[float]] = {}
         self.values: dict[str, float] = {}
+        self._epoch = self._published = 0  # of all folds: done, and how far the storage knows
         self._reported: set[str] = set()  # epochs whose values the storage has
         self.confusions: list[IntArray] = []  # of the folds that are done
         self.first: dict[str, Tensor] = {}  # weights of the first fold's model, once trained
@@ -111,6 +112,8 @@ class _Run:
             ended = OptunaState.FAIL
             told = isinstance(error, TrainingDivergedError | OutOfMemoryError)
             trial.set_user_attr("failure", str(error) if told else _reason(error))
+            if self._published < self._epoch:
+                self._publish()
         trial.set_user_attr("seconds", time.perf_counter() - self._started)
         study.tell(trial, value, state=ended)
         self.store.drop_resume(trial)
@@ -201,8 +204,9 @@ class _Run:
         if progress.confusion is not None and not self.confusions:  # the first fold's curve is the trial's
             self._keep_score(progress.epoch, progress.confusion)
         self.state, self._unsaved = progress.state, True
+        self._epoch = len(self.confusions) * progress.epochs + progress.epoch
         if progress.epoch == progress.epochs or time.perf_counter() - self._published_at > PUBLISH_SECONDS:
-            self._publish(len(self.confusions) * progress.epochs + progress.epoch)
+            self._publish()
         since = time.perf_counter() - self._saved_at
         if progress.epoch < progress.epochs and since > max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE):
             self._save_state()
@@ -222,9 +226,9 @@ class _Run:
         doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / confusion.sum()) if 0 < floor < 1 else 0.0
         return accuracy(confusion) + doubt < floor
 
-    def _publish(self, epoch: int) -> None:
-        """Note how far this trial is, `epoch` of all its folds, and what is new in its curves."""
-        self.trial.set_user_attr("epoch", epoch)
+    def _publish(self) -> None:
+        """Note how far this trial is, and what is new in its curves."""
+        self.trial.set_user_attr("epoch", self._epoch)
         new = self.values.keys() - self._reported
         if new:
             self.trial.set_user_attr(ACCURACY_CURVE, self.accuracies)
@@ -232,7 +236,7 @@ class _Run:
         for evaluated in sorted(new, key=int):
             self.trial.report(self.values[evaluated], int(evaluated))
         self._reported |= new
-        self._published_at = time.perf_counter()
+        self._published, self._published_at = self._epoch, time.perf_counter()
 
     # --- interruptions ------------------------------------------------------------------------------------------------
 
@@ -267,7 +271,8 @@ class _Run:
         self.state = state if state.epoch > 0 else None
         epochs = len(self.confusions) * self.epochs + state.epoch
         self.trial.set_user_attr("resumed_at", epochs)
-        self._publish(epochs)
+        self._epoch = epochs
+        self._publish()
 
     def _give_back(self, reason: str) -> None:
         try:

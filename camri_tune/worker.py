@@ -3,6 +3,7 @@
 Workers hold no state of their own. `run` starts some (workers.py); `camri-tune worker` joins from any machine.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -226,4 +227,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        importlib.import_module("torch._dynamo")  # which each worker's first optimizer would, and takes a second
     sys.exit(main(sys.argv[1:]) if sys.argv[1:] else serve(main))

@@ -137,7 +137,7 @@ def local_launch(
 ) -> Launch:
     """Start workers as processes on this machine, on these devices. Those on a CPU share its cores.
 
-    One on a GPU has a thread: what it computes on the host is small, and would wait for threads more than it gains.
+    One on a GPU has a thread: most of what it computes on the host is small, the sampler's matrices above all.
     `model` is the user's own network that they may import.
     """
     log_folder.mkdir(parents=True, exist_ok=True)

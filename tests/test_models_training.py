@@ -980,6 +980,15 @@ def test_the_compact_networks_recipe_has_the_data_sets_augmentation() -> None:
     assert default_learning_rate("compact") == 4e-3
 
 
+def test_the_wide_networks_recipe_has_larger_batches() -> None:
+    few, many = (
+        recipe_of("wide", epochs=7, learning_rate=2e-3, augmentation=STRONG, images=images) for images in (500, 30_000)
+    )
+    assert few == Recipe(7, 2e-3, STRONG, batch_size=128, optimizer="muon")
+    assert many == Recipe(7, 2e-3, STRONG, batch_size=512, optimizer="muon")
+    assert default_learning_rate("wide") == 4e-3
+
+
 def test_a_librarys_network_has_adamw_unless_a_study_says_otherwise() -> None:
     recipe = recipe_of("torchvision:resnet18", epochs=7, learning_rate=1e-3, augmentation=STRONG, images=500)
     assert recipe.optimizer == "adamw"

@@ -122,7 +122,10 @@ def test_one_is_at_hand_once_and_then_no_more() -> None:
 
 def test_a_process_with_no_other_threads_is_forked() -> None:
     """Else one of them could hold a lock that nobody gives back in the forked process."""
-    code = f"import os, {prefork.MODULE}; print(len(os.listdir('/proc/self/task')))"
+    code = (
+        f"import os, torch, {prefork.MODULE}, torch._dynamo; "
+        "print(len(os.listdir('/proc/self/task')) + torch.cuda.is_initialized())"
+    )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == 1

@@ -751,6 +751,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
         ({}, 3, ["cuda:0", "cuda:1"]),
         ({"model": "torchvision:resnet18"}, 16, ["cuda:0", "cuda:1"]),
         ({"model": "paper-cnn"}, 16, ["cuda:0", "cuda:1"]),
+        ({"model": "wide"}, 16, ["cuda:0", "cuda:1"]),
         ({"model": "torchvision:resnet18", "workers_per_gpu": 2}, 1, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
         ({"workers_per_gpu": "1"}, 16, ["cuda:0", "cuda:1"]),
         ({"workers": 3}, 16, ["cuda:0", "cuda:1", "cuda:0"]),

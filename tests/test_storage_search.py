@@ -842,6 +842,24 @@ def test_epochs_that_are_searched_are_those_that_are_trained(
     assert [r.epoch for r in store.records("finalists")] == [1]
 
 
+def test_what_failed_keeps_the_epochs_it_had(
+    store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "PUBLISH_SECONDS", math.inf)
+    plan = _plan(config.model_copy(update={"epochs": 3}), digits)
+    steps = 0
+
+    def in_the_second_epoch() -> None:
+        nonlocal steps
+        steps += 1
+        if steps > 1.5 * (len(digits.train) // 128):
+            raise ValueError("it broke")
+
+    run_trial(_claimed(store, "search", PARAMS, seed=7), "search", plan, store, in_the_second_epoch)
+    (record,) = store.records("search")
+    assert (record.state, record.epoch, [scores.epoch for scores in record.curve]) == ("failed", 1, [1])
+
+
 def test_a_storage_hears_of_a_short_training_once(
     store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
