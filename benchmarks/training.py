@@ -16,11 +16,11 @@ wants a CUDA device; `report` prints benchmarks/training.json. What is finished 
 by one.
 
 All but `peer`'s train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same
-schedule, batch size and changes to images; ours with Muon at a rate of 0.016, the others with AdamW at 0.008. The plain loop is that
-of PyTorch's own examples: a data set of PIL images in memory (as torchvision's CIFAR10 has them: to decode files
-would take longer), transforms v2, a DataLoader with two workers that persist, float32, as many threads as there are
-cores. Lightning has the same loader. Where v2 has no equal: shear is along x alone as here, but each pixel beyond the
-edge is grey instead of the edge's, zoom does not stretch, colour is ColorJitter's brightness, contrast and
+schedule, batch size and changes to images; ours with Muon at a rate of 0.016, the others with AdamW at 0.008. The plain
+loop is that of PyTorch's own examples: a data set of PIL images in memory (as torchvision's CIFAR10 has them: to decode
+files would take longer), transforms v2, a DataLoader with two workers that persist, float32, as many threads as there
+are cores. Lightning has the same loader. Where v2 has no equal: shear is along x alone as here, but each pixel beyond
+the edge is grey instead of the edge's, zoom does not stretch, colour is ColorJitter's brightness, contrast and
 saturation, no side lies in the shade, and the blur is a Gaussian's.
 Timed is training alone, without start-up, evaluation and each contender's first steps.
 """
