@@ -15,7 +15,7 @@ rounds; `accuracy` trains ours and the plain loop from the same initial weights 
 wants a CUDA device; `report` prints benchmarks/training.json. What is finished there is kept, so that they can run one
 by one.
 
-All but `peer`'s train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same
+All but those of `peer` train the same network and head (`CompactCNN`, cross-entropy; 0.44 M parameters) with the same
 schedule, batch size and changes to images; ours with Muon at a rate of 0.016, the others with AdamW at 0.008. The plain
 loop is that of PyTorch's own examples: a data set of PIL images in memory (as torchvision's CIFAR10 has them: to decode
 files would take longer), transforms v2, a DataLoader with two workers that persist, float32, as many threads as there

@@ -113,7 +113,7 @@ class WideCNN(nn.Module):
         pairs = [(32, 64), (64, 256), (256, self.embedding_size)]
         layers = _block(channels, 32)
         for inputs, outputs in pairs:
-            # Pooled first: normalisation, the slowest part on a GPU, then has a quarter of the values.
+            # Pooled first: normalisation, which takes a GPU long, then has a quarter of the values.
             first, *rest = _block(inputs, outputs)
             layers += [first, nn.MaxPool2d(2), *rest, *_block(outputs, outputs)]
         self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())

@@ -106,6 +106,8 @@ _PAPER: dict[str, Any] = {
     "schedule": "constant",
     "warmup": 0.0,
 }
+# The networks that Muon was measured on; a library's have what everybody takes.
+_BY_MUON: tuple[Model, ...] = ("compact", "wide")
 
 
 def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: Augmentation, images: int) -> Recipe:
@@ -115,8 +117,7 @@ def recipe_of(model: Model, *, epochs: int, learning_rate: float, augmentation: 
     # Few training images are few steps: smaller batches make up for it.
     large = 512 if model == "wide" else 256
     batch_size = large if images >= 16_384 else 128
-    # Muon for the networks that it was measured on; for a library's what everybody takes.
-    optimizer: Optimizer = "muon" if model in ("compact", "wide") else "adamw"
+    optimizer: Optimizer = "muon" if model in _BY_MUON else "adamw"
     return Recipe(epochs, learning_rate, augmentation, batch_size, optimizer=optimizer)
 
 
@@ -135,7 +136,7 @@ def default_learning_rate(model: Model, optimizer: Optimizer | None = None) -> f
     """Where the search for the baseline's learning rate starts."""
     if optimizer == "sgd":
         return 0.05
-    return 4e-3 if model in ("compact", "wide") else 1e-3
+    return 4e-3 if model in _BY_MUON else 1e-3
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,6 @@ class _Run:
         self.accuracies: dict[str, float] = {}
         self.recalls: dict[str, list[float]] = {}
         self.values: dict[str, float] = {}
-        self._epoch = self._published = 0  # of all folds: done, and how far the storage knows
         self._reported: set[str] = set()  # epochs whose values the storage has
         self.confusions: list[IntArray] = []  # of the folds that are done
         self.first: dict[str, Tensor] = {}  # weights of the first fold's model, once trained
@@ -112,7 +111,7 @@ class _Run:
             ended = OptunaState.FAIL
             told = isinstance(error, TrainingDivergedError | OutOfMemoryError)
             trial.set_user_attr("failure", str(error) if told else _reason(error))
-            if self._published < self._epoch:
+            if self._done > trial.user_attrs.get("epoch", 0):
                 self._publish()
         trial.set_user_attr("seconds", time.perf_counter() - self._started)
         study.tell(trial, value, state=ended)
@@ -204,7 +203,6 @@ class _Run:
         if progress.confusion is not None and not self.confusions:  # the first fold's curve is the trial's
             self._keep_score(progress.epoch, progress.confusion)
         self.state, self._unsaved = progress.state, True
-        self._epoch = len(self.confusions) * progress.epochs + progress.epoch
         if progress.epoch == progress.epochs or time.perf_counter() - self._published_at > PUBLISH_SECONDS:
             self._publish()
         since = time.perf_counter() - self._saved_at
@@ -226,9 +224,14 @@ class _Run:
         doubt = DOUBT * math.sqrt(2 * floor * (1 - floor) / confusion.sum()) if 0 < floor < 1 else 0.0
         return accuracy(confusion) + doubt < floor
 
+    @property
+    def _done(self) -> int:
+        """Epochs that are done, of all folds."""
+        return len(self.confusions) * self.epochs + (0 if self.state is None else self.state.epoch)
+
     def _publish(self) -> None:
         """Note how far this trial is, and what is new in its curves."""
-        self.trial.set_user_attr("epoch", self._epoch)
+        self.trial.set_user_attr("epoch", self._done)
         new = self.values.keys() - self._reported
         if new:
             self.trial.set_user_attr(ACCURACY_CURVE, self.accuracies)
@@ -236,7 +239,7 @@ class _Run:
         for evaluated in sorted(new, key=int):
             self.trial.report(self.values[evaluated], int(evaluated))
         self._reported |= new
-        self._published, self._published_at = self._epoch, time.perf_counter()
+        self._published_at = time.perf_counter()
 
     # --- interruptions ------------------------------------------------------------------------------------------------
 
@@ -254,7 +257,7 @@ class _Run:
         }
         with _scratch_file() as path:
             replace(state, tensors={**state.tensors, **first}).save(path, note)
-            self.store.save_resume(self.trial, path, len(self.confusions) * self.epochs + state.epoch)
+            self.store.save_resume(self.trial, path, self._done)
         self._unsaved, self._saved_at = False, time.perf_counter()
         self._save_seconds = self._saved_at - started
 
@@ -269,9 +272,7 @@ class _Run:
         self.accuracies, self.recalls, self.values = note["accuracies"], note["recalls"], note["values"]
         self.first = {k.removeprefix(_FIRST): v for k, v in state.tensors.items() if k.startswith(_FIRST)}
         self.state = state if state.epoch > 0 else None
-        epochs = len(self.confusions) * self.epochs + state.epoch
-        self.trial.set_user_attr("resumed_at", epochs)
-        self._epoch = epochs
+        self.trial.set_user_attr("resumed_at", self._done)
         self._publish()
 
     def _give_back(self, reason: str) -> None:

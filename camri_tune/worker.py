@@ -227,6 +227,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        importlib.import_module("torch._dynamo")  # which each worker's first optimizer would, and takes a second
-    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else serve(main))
+    if sys.argv[1:]:
+        sys.exit(main(sys.argv[1:]))
+    importlib.import_module("torch._dynamo")  # which each worker's first optimizer would, and takes a second
+    sys.exit(serve(main))
