@@ -627,7 +627,7 @@ def _measured(study: _Study, seed: int) -> dict[str, float]:
                 run_trial(trial, "search", study.plan_of(store), store)
         with clock.on("look: plan"):
             study.stages.plan_search(study.baseline)
-            records = {"": study.stages.records("search")}
+            records = {str(stage): {"": study.stages.records(stage)} for stage in STAGES[1:]}
         with clock.on("look: queue again"):
             study.store.requeue_interrupted()
         with clock.on("look: console"):

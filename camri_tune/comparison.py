@@ -7,6 +7,7 @@ retrained on the cross-entropy baseline's seeds. All searches on a data set shar
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
 from camri_tune.workers import device_here
 
+Key = TypeVar("Key")
+Planned = TypeVar("Planned")
 Models = Sequence[TrialRecord]  # of one setting, one for each seed
 Logits = NDArray[np.float32]
 ROUNDING = 1e-9  # a mean of equal accuracies can round above them: one image in a billion must not decide
@@ -135,14 +138,10 @@ def _one_dataset(
                 shown[label] = study
                 for c in classes:
                     studies[c, loss] = Stages(mine, data, store, important=(c,))
-        crew.search(shown, baseline)
-
-        def finalists() -> dict[tuple[int, Loss], dict[int, list[TrialRecord]]] | None:
-            plans = {key: _planned(study, baseline, protocol) for key, study in studies.items()}
-            ready = {key: plan for key, plan in plans.items() if plan is not None}
-            return ready if len(ready) == len(plans) else None
-
-        models = crew.carry_out("finalists", finalists, shown)
+        crew.carry_out("search", lambda: _all_of({k: s.plan_search(baseline) for k, s in studies.items()}), shown)
+        models = crew.carry_out(
+            "finalists", lambda: _all_of({k: _planned(s, baseline, protocol) for k, s in studies.items()}), shown
+        )
     console.say("Judging on the test part")
     bench = _Bench(head, baseline, protocol, device)
     paper = paper_figures()
@@ -178,6 +177,12 @@ def _notices(head: Stages, baseline: Baseline, important: Sequence[int], console
     for notice in notices:
         console.say(notice)
     return notices
+
+
+def _all_of(plans: Mapping[Key, Planned | None]) -> dict[Key, Planned] | None:
+    """What came of each of these plans; None while something of one is missing."""
+    ready = {key: plan for key, plan in plans.items() if plan is not None}
+    return ready if len(ready) == len(plans) else None
 
 
 def _planned(study: Stages, baseline: Baseline, protocol: Protocol) -> dict[int, list[TrialRecord]] | None:

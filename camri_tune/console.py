@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from camri_tune.progress import ENDED, STAGE_TITLES, Schedule, done, duration, seconds_left, total
+from camri_tune.progress import STAGE_TITLES, Schedule, done, duration, seconds_left, total
 from camri_tune.records import TrialRecord, parameters
 from camri_tune.selection import finalists
 
@@ -65,23 +65,29 @@ class Console:
         """What the whole run will train, for the time to go."""
         self._schedule = schedule
 
-    def update(self, stage: str, records: Mapping[str, Sequence[TrialRecord]]) -> None:
-        """Show where a stage stands, with each study's records by its label."""
-        self._records[stage] = [r for found in records.values() for r in found]
-        for label, found in records.items():
-            if (stage, label) not in self._reported:
-                kept = {r.number for r in found if r.state in ENDED}
-                self._reported[stage, label] = kept
-                if kept:
-                    self.say(f"{_title(stage, label)}: {len(kept)} of {len(found)} were finished before, and are kept")
-            reported = self._reported[stage, label]
-            for record in found:
-                if record.state in ENDED and record.number not in reported:
-                    reported.add(record.number)
-                    if self._live is None or record.state == "failed":
-                        self.say(self._line(stage, label, record))
+    def update(self, stage: str, records: Mapping[str, Mapping[str, Sequence[TrialRecord]]]) -> None:
+        """Show where `stage` stands. `records` are its own and those of later stages, of each study by its label."""
+        for each, of_studies in records.items():
+            self._records[each] = [r for found in of_studies.values() for r in found]
+        for each, of_studies in records.items():
+            for label, found in of_studies.items():
+                self._report(each, label, found)
         if self._live is not None and self._schedule is not None:
             self._live.update(_view(stage, records, self._schedule, self._time_to_go()))
+
+    def _report(self, stage: str, label: str, records: Sequence[TrialRecord]) -> None:
+        """Say what has ended since the last time, or, at first, how many had."""
+        if (stage, label) not in self._reported:
+            kept = {r.number for r in records if r.ended}
+            self._reported[stage, label] = kept
+            if kept:
+                self.say(f"{_title(stage, label)}: {len(kept)} of {len(records)} were finished before, and are kept")
+        reported = self._reported[stage, label]
+        for record in records:
+            if record.ended and record.number not in reported:
+                reported.add(record.number)
+                if self._live is None or record.state == "failed":
+                    self.say(self._line(stage, label, record))
 
     def judging(self, done: int, total: int) -> None:
         """Progress of measuring finalists on the test part: `done` of at most `total`, the baseline before them."""
@@ -121,21 +127,28 @@ def _title(stage: str, label: str) -> str:
     return f"{STAGE_TITLES[stage]} {label}".rstrip()
 
 
-def _view(stage: str, records: Mapping[str, Sequence[TrialRecord]], schedule: Schedule, time_to_go: str) -> Group:
-    """A stage as it stands: how far, what is running, and the best so far."""
-    everything = [r for found in records.values() for r in found]
-    ended, count = sum(r.state in ENDED for r in everything), total(everything, stage, schedule)
+def _view(
+    stage: str, records: Mapping[str, Mapping[str, Sequence[TrialRecord]]], schedule: Schedule, time_to_go: str
+) -> Group:
+    """A stage as it stands: how far, what is running, of later stages as well, and the best so far."""
+    together = {each: [r for found in of_studies.values() for r in found] for each, of_studies in records.items()}
+    everything = together[stage]
+    ended, count = sum(r.ended for r in everything), total(together, stage, schedule)
     lines: list[RenderableType] = [
         Text(f"{STAGE_TITLES[stage]}: {ended} of {count} · {time_to_go}", style="bold"),
         _bar(done(everything, stage, schedule), count),
     ]
     lines += [
-        Text(f"  {label} #{r.number}  epoch {r.epoch}/{schedule.epochs_of(r, stage)}  {parameters(r.params)}")
-        for label, found in records.items()
+        Text(
+            f"  {label if each == stage else _title(each, label)} #{r.number}  "
+            f"epoch {r.epoch}/{schedule.epochs_of(r, each)}  {parameters(r.params)}"
+        )
+        for each, of_studies in records.items()
+        for label, found in of_studies.items()
         for r in found
         if r.state == "running"
     ]
-    if stage == "search" and len(records) == 1:
+    if stage == "search" and len(records[stage]) == 1:
         best = finalists(everything, 1)
         lines.append(
             Text(f"  best feasible: #{best[0].number}, recall {best[0].recall:.4f}, accuracy {best[0].accuracy:.4f}")

@@ -122,7 +122,7 @@ def run(
         one = {"": stages}
         with Crew.at_work(stages, planned, device, console) as crew:
             baseline, notices = _settle_baseline(stages, crew, console)
-            crew.search(one, baseline)
+            crew.carry_out("search", lambda: stages.plan_search(baseline), one)
             stages.check_search()
             retrained = crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
         result, chosen, evidence = _judge(stages, baseline, retrained, device, notices, console)

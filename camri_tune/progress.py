@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from camri_tune.records import TrialRecord
 
-ENDED = ("complete", "pruned", "failed")
 STAGE_TITLES = {"baseline": "Baseline (cross-entropy)", "search": "Search", "finalists": "Finalists on fresh seeds"}
 
 Records = Mapping[str, Sequence[TrialRecord]]  # of each stage
@@ -42,23 +41,25 @@ def done(records: Sequence[TrialRecord], stage: str, schedule: Schedule) -> floa
     """Trials of a stage that are done, those that train counted by their epochs."""
 
     def share(r: TrialRecord) -> float:
-        if r.state in ENDED:
+        if r.ended:
             return 1.0
         return min(r.epoch / schedule.epochs_of(r, stage), 1.0) if r.state == "running" else 0.0
 
     return sum(map(share, records))
 
 
-def total(records: Sequence[TrialRecord], stage: str, schedule: Schedule) -> int:
+def total(records: Records, stage: str, schedule: Schedule) -> int:
     """Trials that a stage has, or will have."""
-    planned = schedule.planned[stage] // schedule.trainings_of(stage)
-    # The baseline is queued step by step; the others whole, and then it is known how many they are.
-    return max(planned, len(records)) if stage == "baseline" or not records else len(records)
+    planned, found = schedule.planned[stage] // schedule.trainings_of(stage), len(records.get(stage, ()))
+    # By the end of the search all finalists are queued, who may be fewer than planned; before it some are.
+    return found if stage == current_stage(records) == "finalists" else max(planned, found)
 
 
 def current_stage(records: Records) -> str:
-    """The last stage that has trials: they are queued when the one before is finished."""
-    return next((stage for stage in reversed(STAGE_TITLES) if records.get(stage)), "baseline")
+    """The first stage with something left to do: of the next some may be begun. Else the last with trials."""
+    stages = list(STAGE_TITLES)
+    left = [stage for stage in stages if not all(r.ended for r in records.get(stage, ()))]
+    return next(iter(left or [stage for stage in reversed(stages) if records.get(stage)]), "baseline")
 
 
 def seconds_left(records: Records, schedule: Schedule) -> float | None:
@@ -75,7 +76,7 @@ def seconds_left(records: Records, schedule: Schedule) -> float | None:
         found, trainings = records.get(stage, ()), schedule.trainings_of(stage)
         seconds += [r.seconds / trainings for r in found if r.state == "complete" and r.seconds]
         if place >= current:
-            left += (total(found, stage, schedule) - done(found, stage, schedule)) * trainings
+            left += (total(records, stage, schedule) - done(found, stage, schedule)) * trainings
     if not seconds:
         return None
     return max(left, 0.0) * sum(seconds) / len(seconds) / max(schedule.workers, at_work, 1)

@@ -60,6 +60,11 @@ class TrialRecord:
     curve: tuple["EpochScores", ...] = ()
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state not in ("waiting", "running")
+
+    @property
     def feasible(self) -> bool:
         """Complete, with every constraint recorded and met: what Optuna's `best_trial` does not insist on."""
         values = (self.constraint, *self.shortfalls.values())

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +31,7 @@ from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.search import first_points
 from camri_tune.selection import finalists, rank_settings
-from camri_tune.storage import Stage, StudyStore, storage_url
+from camri_tune.storage import STAGES, Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
 from camri_tune.training import default_learning_rate
 from camri_tune.trials import pooled_floor
@@ -61,15 +61,17 @@ class Stages:
         self.constraints: tuple[RecallConstraint, ...] = ()
 
     def plan_baseline(self, folds: int = 1) -> Baseline | None:
-        """The cross-entropy baseline; None where something of it was missing, and is queued now. Nothing may wait.
+        """The cross-entropy baseline; None while something of it is missing, which is queued by then.
 
         First its learning rate is tuned, unless the study fixes it, then it is trained on R fresh seeds, which take the
         folds in turn, and on folds that are left. Raises CamriTuneError where it fails.
         """
         optimizer, tuning = self.config.optimizer, self.config.tuning_seed
         default = default_learning_rate(self.config.model, optimizer if isinstance(optimizer, str) else None)
-        found = {(r.seed, r.fold): r for r in self.records("baseline")}
-        tried = [r for r in self.records("baseline") if r.seed == tuning]
+        records = self.records("baseline")
+        if _left(records):
+            return None
+        tried = [r for r in records if r.seed == tuning]
         fixed = self.config.fixed_learning_rate
         rates = [] if fixed else next_learning_rates(tried, default)
         for rate in rates:
@@ -79,6 +81,7 @@ class Stages:
         best = fixed or best_learning_rate(tried, default)
         if best is None:
             raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
+        found = {(r.seed, r.fold): r for r in records}
         count = max(self.config.seeds, folds)
         wanted = [(self.config.replicate_seed(index), index % folds) for index in range(count)]
         missing = [key for key in wanted if key not in found]
@@ -86,10 +89,10 @@ class Stages:
             self.store.enqueue("baseline", {"learning_rate": best}, seed=seed, fold=fold)
         if missing:
             return None
-        for seed, fold in wanted:
-            if found[seed, fold].state != "complete":
-                raise CamriTuneError(f"the baseline's training with seed {seed} failed: {found[seed, fold].failure}")
         models = tuple(found[key] for key in wanted)
+        for record in models:
+            if record.state != "complete":
+                raise CamriTuneError(f"the baseline's training with seed {record.seed} failed: {record.failure}")
         return Baseline(best, models[: self.config.seeds], models[self.config.seeds :])
 
     def adopt(self, baseline: Baseline, important: tuple[int, ...]) -> None:
@@ -120,16 +123,22 @@ class Stages:
         counts: list[int] = torch.bincount(images.labels, minlength=len(self.data.classes)).tolist()
         return counts
 
-    def plan_search(self, baseline: Baseline) -> None:
-        """Fill the search's queue up to the number of trials asked for, good starting points first.
+    def plan_search(self, baseline: Baseline) -> list[TrialRecord] | None:
+        """The search's trials; None while some are left to do, which are queued, good starting points first.
 
-        No more than `MOST_WAITING` at a time: whoever looks at the queue reads all that waits.
+        No more than `MOST_WAITING` at a time: whoever looks at the queue reads all that waits. Queued as well is who
+        will be a finalist whatever the trials that are left come to, so that no worker waits for the last of them.
         """
         records = self.records("search")
         present, waiting = len(records), sum(r.state == "waiting" for r in records)
         points = first_points(self.config, self.important, len(self.data.classes), baseline.learning_rate)
         for index in range(present, min(self.config.trials, present + MOST_WAITING - waiting)):
             self.store.enqueue("search", points[index] if index < len(points) else {})
+        left = _left(records) + max(0, self.config.trials - present)
+        sure = max(0, self.config.most_finalists - left)  # each that is left may come before one of them
+        if sure:
+            self._queue_finalists(self._candidates(records, baseline)[:sure], self.records("finalists"))
+        return None if left else records
 
     def check_search(self) -> None:
         """Raise CamriTuneError where no trial of the search could be trained."""
@@ -138,16 +147,13 @@ class Stages:
             raise CamriTuneError(f"every trial of the search failed; the last said: {records[-1].failure}")
 
     def plan_finalists(self, baseline: Baseline) -> dict[int, list[TrialRecord]] | None:
-        """The finalists' models by trial, one for each of the baseline's seeds; None where some had to be queued.
+        """The finalists' models by trial, one for each of the baseline's seeds; None while some are left to train.
 
-        Nothing may wait when it is asked. The best of many noisy trials is partly luck: hence fresh seeds. Where none
-        of the first few finalists keeps every floor over seeds, the next few get their chance; trials that missed one
-        by less than seeds scatter come last.
+        The search must have ended. The best of many noisy trials is partly luck: hence fresh seeds. Where none of the
+        first few finalists keeps every floor over seeds, the next few get their chance.
         """
         count = self.config.most_finalists
-        slack = baseline.accuracy_sd or 0.0
-        slacks = {constraint.name: constraint.scatter(baseline.records) for constraint in self.constraints}
-        candidates = finalists(self.records("search"), count * ROUNDS_OF_FINALISTS, slack, slacks)
+        candidates = self._candidates(self.records("search"), baseline)
         models: dict[int, list[TrialRecord]] = {}
         for start in range(0, len(candidates), count):
             found = self.retrain(candidates[start : start + count])
@@ -158,18 +164,29 @@ class Stages:
                 break
         return models
 
+    def _candidates(self, trials: Sequence[TrialRecord], baseline: Baseline) -> list[TrialRecord]:
+        """Who may become a finalist, best first; trials that missed a floor by less than seeds scatter come last."""
+        slacks = {constraint.name: constraint.scatter(baseline.records) for constraint in self.constraints}
+        count = self.config.most_finalists * ROUNDS_OF_FINALISTS
+        return finalists(trials, count, baseline.accuracy_sd or 0.0, slacks)
+
     def retrain(self, chosen: Sequence[TrialRecord]) -> dict[int, list[TrialRecord]] | None:
-        """Models of these trials' settings on the baseline's seeds; None where some had to be queued."""
-        models = {(r.source_trial, r.seed): r for r in self.records("finalists")}
+        """Models of these trials' settings on the baseline's seeds; None while some are left to train."""
+        records = self.records("finalists")
+        if self._queue_finalists(chosen, records):
+            return None
+        models = {(r.source_trial, r.seed): r for r in records}
+        found = {trial.number: [models[trial.number, seed] for seed in self.seeds()] for trial in chosen}
+        return None if any(_left(of_trial) for of_trial in found.values()) else found
+
+    def _queue_finalists(self, chosen: Sequence[TrialRecord], present: Sequence[TrialRecord]) -> int:
+        """Queue the models of these settings that are not `present`; return how many."""
+        found = {(r.source_trial, r.seed) for r in present}
         seeds = [(seed, index % self.folds) for index, seed in enumerate(self.seeds())]
-        missing = [
-            (trial, seed, fold) for trial in chosen for seed, fold in seeds if (trial.number, seed) not in models
-        ]
+        missing = [(trial, seed, fold) for trial in chosen for seed, fold in seeds if (trial.number, seed) not in found]
         for trial, seed, fold in missing:
             self.store.enqueue("finalists", trial.params, source_trial=trial.number, seed=seed, fold=fold)
-        if missing:
-            return None
-        return {trial.number: [models[trial.number, seed] for seed in self.seeds()] for trial in chosen}
+        return len(missing)
 
     def seeds(self) -> list[int]:
         """The R seeds that baseline and finalists share."""
@@ -177,7 +194,6 @@ class Stages:
 
     def floors(self, baseline: Baseline) -> list[float]:
         """The validation accuracy that a setting must keep on each fold."""
-        # A mean of equal accuracies can round above them: one image in a billion must not decide.
         return [accuracy - self.config.tolerance_fraction - 1e-9 for accuracy in baseline.accuracy_by_fold]
 
     def folds_wanted(self, important: tuple[int, ...]) -> tuple[int, str | None]:
@@ -221,6 +237,11 @@ class Stages:
         """Trials of a stage, with the recall of this study's important classes and the constraints that bind them."""
         found = [r.for_classes(self.important) for r in self.store.records(stage)]
         return found if stage == "baseline" else [r.bound_by([c.name for c in self.constraints]) for r in found]
+
+
+def _left(records: Iterable[TrialRecord]) -> int:
+    """How many are queued or running."""
+    return sum(not r.ended for r in records)
 
 
 class Crew:
@@ -274,41 +295,40 @@ class Crew:
                     store.requeue_interrupted()  # what the workers have just given back
                     store.set("wall_seconds", store.attributes.get("wall_seconds", 0.0) + time.monotonic() - started)
 
-    def search(self, studies: Mapping[str, Stages], baseline: Baseline) -> None:
-        """Carry out every trial of the search. `studies` by the label they are shown with."""
+    def carry_out(self, stage: Stage, plan: Callable[[], Planned | None], studies: Mapping[str, Stages]) -> Planned:
+        """Finish a stage: until `plan` says what came of it, and nothing of the stage is queued or running.
 
-        def plan() -> None:
-            for study in studies.values():
-                study.plan_search(baseline)
+        `plan` is asked again and again, and queues what is missing then, also of the next stage where that is sure to
+        be needed. `studies` by the label that they are shown with.
+        """
+        found: list[Planned] = []
+        shown = STAGES[STAGES.index(stage) :]
 
-        self.finish("search", studies, plan)
-
-    def finish(self, stage: Stage, studies: Mapping[str, Stages], plan: Callable[[], None] = lambda: None) -> None:
-        """Wait until nothing of a stage is queued or running, where `plan` may queue more at any time."""
-        records: dict[str, list[TrialRecord]] = {}
+        def look() -> None:
+            records = {str(each): {label: s.records(each) for label, s in studies.items()} for each in shown}
+            self._console.update(stage, records)
 
         def finished() -> bool:
-            plan()
-            records.update({label: study.records(stage) for label, study in studies.items()})
-            return all(r.state not in ("waiting", "running") for found in records.values() for r in found)
+            try:
+                planned = plan()
+            except CamriTuneError:  # the last training has not been shown yet
+                look()
+                self._publish(studies)
+                raise
+            found[:] = [] if planned is None else [planned]
+            return planned is not None and not any(_left(study.records(stage)) for study in studies.values())
 
         def on_tick() -> None:
             raise_swallowed()
             if self._heart.lost:
                 raise WorkerError(f"study {self._store.name!r} was taken over by another run while this one hung")
-            self._console.update(stage, records)
+            look()
             if time.monotonic() >= self._publish_at:
                 self._publish(studies)
 
         self._workers.wait(finished, on_tick)
         self._publish(studies)
-
-    def carry_out(self, stage: Stage, plan: Callable[[], Planned | None], studies: Mapping[str, Stages]) -> Planned:
-        """Finish a stage and ask `plan` for what follows from it, again and again while that queues more."""
-        while True:
-            self.finish(stage, studies)
-            if (planned := plan()) is not None:
-                return planned
+        return found[0]
 
     def _publish(self, studies: Mapping[str, Stages]) -> None:
         """Write the dashboard's note and figures anew."""

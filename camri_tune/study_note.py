@@ -94,9 +94,9 @@ def _how_far(overview: Overview) -> str:
         return "The run is through."
     if overview.schedule is None:
         return "Nothing is trained yet."
-    records = overview.records[overview.stage]
-    finished, planned = (count(records, overview.stage, overview.schedule) for count in (done, total))
-    text = f"{STAGE_TITLES[overview.stage]}: {math.floor(finished)} of {planned} done."
+    stage, schedule = overview.stage, overview.schedule
+    finished, planned = done(overview.records[stage], stage, schedule), total(overview.records, stage, schedule)
+    text = f"{STAGE_TITLES[stage]}: {math.floor(finished)} of {planned} done."
     if not overview.running:
         return f"{text} No run works on it now."
     left = overview.seconds_left

@@ -16,7 +16,7 @@ from camri_tune.constraint_claims import TABLE_HEAD, constraint_table
 from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
-from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
+from camri_tune.progress import STAGE_TITLES, done, duration, total
 from camri_tune.records import Figure, TrialRecord, named, parameters
 
 VERDICTS = {
@@ -60,9 +60,9 @@ def _progress(overview: Overview) -> str:
         records = overview.records.get(stage, ())
         if overview.schedule is None or not records:
             continue
-        count = total(records, stage, overview.schedule)
+        count = total(overview.records, stage, overview.schedule)
         share = 100 * done(records, stage, overview.schedule) / count
-        ended = sum(r.state in ENDED for r in records)
+        ended = sum(r.ended for r in records)
         lines.append(f"<li>{title}: {ended} of {count} ({share:.0f} %)</li>")
     best = overview.best
     if best is not None:

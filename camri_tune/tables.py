@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from camri_tune.overview import Overview
-from camri_tune.progress import ENDED, STAGE_TITLES, done, duration, total
+from camri_tune.progress import STAGE_TITLES, done, duration, total
 from camri_tune.records import Figure, named, parameters
 from camri_tune.result import Result, Side
 from camri_tune.table1 import TITLES, Outcome, below, best_of
@@ -39,8 +39,8 @@ def status_view(overview: Overview) -> Group:
         records = overview.records.get(stage, ())
         if overview.schedule is not None and records:
             counts = {state: sum(r.state == state for r in records) for state in ("running", "waiting", "failed")}
-            ended = sum(r.state in ENDED for r in records)
-            count = total(records, stage, overview.schedule)
+            ended = sum(r.ended for r in records)
+            count = total(overview.records, stage, overview.schedule)
             bar = ProgressBar(total=count, completed=done(records, stage, overview.schedule), width=30)
             table.add_row(title, f"{ended} of {count}", *map(str, counts.values()), bar)
     lines.append(table)

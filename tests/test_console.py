@@ -22,17 +22,17 @@ def _said(capsys: pytest.CaptureFixture[str]) -> list[str]:
 @pytest.fixture
 def console() -> Console:
     console = Console()
-    console.plan(Schedule({"baseline": 6, "search": 4, "finalists": 2}, epochs=2, workers=1))
+    console.plan(Schedule({"baseline": 6, "search": 2, "finalists": 2}, epochs=2, workers=1))
     return console
 
 
 def test_each_training_is_said_once_when_it_ends(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
     with console:
-        console.update("search", {"": [_record(0, "running"), _record(1, "waiting")]})
+        console.update("search", {"search": {"": [_record(0, "running"), _record(1, "waiting")]}})
         assert _said(capsys) == []
         ended = _record(0, "complete", accuracy=0.9, recall=0.8, constraint=-0.1)
         for _ in range(2):
-            console.update("search", {"": [ended, _record(1, "running", epoch=1)]})
+            console.update("search", {"search": {"": [ended, _record(1, "running", epoch=1)]}})
         (line,) = _said(capsys)
     assert line.startswith("Search #0: complete, accuracy 0.9000, recall 0.8000, feasible, learning_rate 0.004")
     # Half a trial and two finalists, 10 seconds each.
@@ -43,9 +43,9 @@ def test_what_was_finished_before_is_counted_and_not_listed(
     console: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [_record(0, "complete"), _record(1, "failed", failure="no"), _record(2, "waiting")]
-    console.update("search", {"3.wce": records})
+    console.update("search", {"search": {"3.wce": records}})
     assert _said(capsys) == ["Search 3.wce: 2 of 3 were finished before, and are kept"]
-    console.update("search", {"3.wce": [*records[:2], _record(2, "failed", failure="ValueError: no")]})
+    console.update("search", {"search": {"3.wce": [*records[:2], _record(2, "failed", failure="ValueError: no")]}})
     (line,) = _said(capsys)
     assert line.startswith("Search 3.wce #2: failed, ValueError: no")
 
@@ -69,6 +69,6 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with console:
         console.say("hello")
         console.reading(10, 10)
-        console.update("search", {"": [_record(0, "complete")]})
+        console.update("search", {"search": {"": [_record(0, "complete")]}})
         console.judging(0, 3)
     assert _said(capsys) == []

@@ -95,7 +95,12 @@ def test_finalists_are_grouped_by_the_trial_they_come_from(make: Make) -> None:
     models = tuple(trial(0.8 + n / 100, 0.92, source_trial=source, seed=n) for source in (2, 0) for n in (0, 1))
     overview = read_overview(make(finalists=models))
     assert {n: [r.seed for r in found] for n, found in overview.retrained.items()} == {2: [0, 1], 0: [0, 1]}
-    assert overview.stage == "finalists"
+
+
+def test_the_search_lasts_while_a_trial_is_left_though_finalists_are_begun(make: Make) -> None:
+    model = trial(0.8, 0.92, source_trial=2, seed=0)
+    assert read_overview(make(finalists=(model,))).stage == "search"
+    assert read_overview(make(SEARCH[:3], finalists=(model,), name="ended")).stage == "finalists"
 
 
 def test_the_time_to_go_counts_what_is_left(make: Make) -> None:

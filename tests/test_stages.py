@@ -1,7 +1,10 @@
 """What each stage queues next, on a real database, with figures in place of trainings."""
 
+import random
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -23,7 +26,7 @@ from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import Plan, looks_at_class, starting_points, suggest
 from camri_tune.stages import Crew, Stages, only_run
-from camri_tune.storage import Stage, StudyStore, storage_url
+from camri_tune.storage import STAGES, Stage, StudyStore, storage_url
 from camri_tune.training import default_learning_rate
 from camri_tune.workers import Workers, places_for
 
@@ -53,10 +56,19 @@ def make(tmp_path: Path, empty_database: Path, digits: Dataset) -> Callable[...,
 
 def _train_one(stages: Stages, stage: Stage, outcome: Outcome) -> bool:
     """What a worker does to the next waiting trial, but for the training; False where none waits."""
+    end = _begin_one(stages, stage, outcome)
+    if end is None:
+        return False
+    end()
+    return True
+
+
+def _begin_one(stages: Stages, stage: Stage, outcome: Outcome) -> Callable[[], None] | None:
+    """The same up to the training's end, which is returned; None where none waits."""
     store = stages.store
     trial = store.claim(stage)
     if trial is None:
-        return False
+        return None
     base = store.attributes.get("baseline")
     plan = Plan(store.config, stages.data, CPU)
     if base is not None:
@@ -64,12 +76,15 @@ def _train_one(stages: Stages, stage: Stage, outcome: Outcome) -> bool:
             store.config, stages.data, CPU, tuple(base["important"]), tuple(base["floors"]), base["learning_rate"]
         )
     suggest(trial, stage, plan)
-    study = store.optuna_study(stage)
-    scores = outcome(trial.number, trial.params, trial.user_attrs)
+    return partial(_end, stages, stage, trial, plan, outcome(trial.number, trial.params, trial.user_attrs))
+
+
+def _end(stages: Stages, stage: Stage, trial: optuna.Trial, plan: Plan, scores: Scores) -> None:
+    study = stages.store.optuna_study(stage)
     if scores is None:
         trial.set_user_attr("failure", f"boom {trial.number}")
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return True
+        return
     accuracy, recall = scores
     recalls = [accuracy] * 10
     recalls[3], recalls[5] = recall, 1 - recall  # who is good at the one is bad at the other
@@ -77,13 +92,12 @@ def _train_one(stages: Stages, stage: Stage, outcome: Outcome) -> bool:
         trial.set_user_attr(key, value)
     if not plan.floors:
         study.tell(trial, accuracy)
-        return True
+        return
     lowest = min(recalls[c] for c in plan.important)
     trial.set_user_attr("recall", lowest)
     floors = plan.floors if stage == "search" else plan.floors[trial.user_attrs["fold"] :][:1]
     trial.set_constraint("accuracy", sum(floors) / len(floors) - accuracy)
     study.tell(trial, lowest)
-    return True
 
 
 def _train(stages: Stages, stage: Stage, outcome: Outcome) -> int:
@@ -635,37 +649,50 @@ def test_a_study_within_another_is_not_resumed_under_other_rules(make: Callable[
 
 
 class _Hands:
-    """Stands in for the worker processes: trains one trial for each look, and counts."""
+    """Stands in for the worker processes: all take up what waits, one training ends at each look, and it counts.
 
-    def __init__(self, stages: Stages, outcome: Outcome) -> None:
+    It is the longest at work that ends, or any of them by `chance`.
+    """
+
+    def __init__(self, stages: Stages, outcome: Outcome, workers: int = 1, chance: random.Random | None = None) -> None:
         self.stages = stages
         self.outcome = outcome
+        self.workers = workers
+        self.chance = chance
+        self.at_work: list[tuple[Stage, Callable[[], None]]] = []
         self.trained: list[Stage] = []
+        self.idle = 0  # workers, at all looks together
         self.patience = 1_000
 
     def wait(self, finished: Callable[[], bool], on_tick: Callable[[], None]) -> None:
         while not finished():
             on_tick()
-            stages: tuple[Stage, ...] = ("baseline", "search", "finalists")
-            worked = next((stage for stage in stages if _train_one(self.stages, stage, self.outcome)), None)
-            assert worked, "it waits for what nobody will do"
+            for stage in STAGES:
+                while len(self.at_work) < self.workers and (end := _begin_one(self.stages, stage, self.outcome)):
+                    self.at_work.append((stage, end))
+            assert self.at_work, "it waits for what nobody will do"
+            self.idle += self.workers - len(self.at_work)
+            worked, end = self.at_work.pop(self.chance.randrange(len(self.at_work)) if self.chance else 0)
+            end()
             self.trained.append(worked)
             if len(self.trained) >= self.patience:
                 raise KeyboardInterrupt
         on_tick()
 
-    def crew(self) -> Crew:
-        schedule = Schedule({"baseline": 6, "search": 6, "finalists": 4}, epochs=1, workers=1)
+    def crew(self, console: Console | None = None) -> Crew:
+        schedule = Schedule({"baseline": 6, "search": 6, "finalists": 4}, epochs=1, workers=self.workers)
         heart = SimpleNamespace(lost=False)
-        return Crew(cast(Workers, self), Console(quiet=True), self.stages.store, schedule, cast(Heart, heart))
+        return Crew(
+            cast(Workers, self), console or Console(quiet=True), self.stages.store, schedule, cast(Heart, heart)
+        )
 
 
 def _whole_run(stages: Stages, crew: Crew, folds: int = 1) -> dict[int, list[TrialRecord]]:
     one = {"": stages}
-    baseline = crew.carry_out("baseline", stages.plan_baseline, one)
+    crew.carry_out("baseline", stages.plan_baseline, one)
     baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, (3,))
-    crew.search(one, baseline)
+    crew.carry_out("search", lambda: stages.plan_search(baseline), one)
     return crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
 
 
@@ -681,6 +708,73 @@ def test_a_crew_carries_out_every_stage(make: Callable[..., Stages]) -> None:
     models = _whole_run(stages, hands.crew())
     assert list(models) == [4, 1, 3, 0]
     assert hands.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
+
+
+@pytest.mark.parametrize("workers", [2, 3, 16])
+@pytest.mark.parametrize("chance", [None, 1, 2])
+def test_several_workers_train_the_same_whichever_of_them_is_faster(
+    workers: int, chance: int | None, make: Callable[..., Stages]
+) -> None:
+    stages = make()
+    hands = _Hands(stages, _by_stage, workers, None if chance is None else random.Random(chance))
+    models = _whole_run(stages, hands.crew())
+    assert list(models) == [4, 1, 3, 0]
+    assert not hands.at_work
+    assert [hands.trained.count(stage) for stage in STAGES] == [6, 6, 8]
+
+
+def test_no_worker_waits_for_the_last_trial_of_a_search(make: Callable[..., Stages]) -> None:
+    """It waits while the last of the baseline's three seeds trains, and at the very end: of five trials and two
+    finalists, eleven trainings, the last is alone.
+    """
+    stages = make(trials=5, seeds=3)
+    scores: list[Scores] = [(0.95, 0.6), (0.95, 0.9), (0.95, 0.8), (0.95, 0.7), (0.95, 0.5)]
+
+    def outcome(number: int, _: Mapping[str, float], attributes: Mapping[str, Any]) -> Scores:
+        return (0.95, 0.5) if "seed" in attributes else scores[number]
+
+    hands = _Hands(stages, outcome, workers=2)
+    assert list(_whole_run(stages, hands.crew())) == [1, 2]
+    assert [hands.trained.count(stage) for stage in STAGES] == [4 + 3, 5, 6]
+    assert hands.idle == 1 + 1 + 1, "and while the baseline's last rate is tried"
+
+
+def test_who_will_be_a_finalist_whatever_is_left_is_queued_before_the_search_ends(make: Callable[..., Stages]) -> None:
+    stages = make(trials=5, finalists=3, seeds=1)
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    assert stages.plan_search(baseline) is None
+    ends = [_begin_one(stages, "search", lambda number, *_: (0.95, number / 10)) for _ in range(5)]
+
+    def queued_after(ended: int) -> list[int]:
+        end = ends[ended - 1]
+        assert end is not None
+        end()
+        trials = stages.plan_search(baseline)
+        assert (trials is None) == (ended < 5)
+        return [trial["source_trial"] for trial in _waiting(stages, "finalists")]
+
+    assert queued_after(1) == []
+    assert queued_after(2) == [], "three are left, and could all be better"
+    assert queued_after(3) == [2]
+    assert queued_after(4) == [2, 3], "trial 1 would be a finalist now, and may not be one"
+    assert queued_after(5) == [2, 3, 4]
+    assert stages.plan_finalists(baseline) is None
+    assert _train(stages, "finalists", _equal(0.95)) == 3
+    models = stages.plan_finalists(baseline)
+    assert models is not None
+    assert list(models) == [4, 3, 2]
+
+
+def test_a_failed_seed_is_shown_before_the_run_ends_with_it(
+    make: Callable[..., Stages], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = make()
+    hands = _Hands(stages, lambda _, __, attributes: None if attributes["seed"] == 1 else (0.9, 0.5))
+    crew = hands.crew(Console())
+    with pytest.raises(CamriTuneError, match="training with seed 1 failed"):
+        crew.carry_out("baseline", stages.plan_baseline, {"": stages})
+    assert re.search(r"Baseline .* #5: failed, boom 5", capsys.readouterr().err)
 
 
 def test_a_dashboards_note_is_written_for_a_small_share_of_the_time(
@@ -699,13 +793,13 @@ def test_a_dashboards_note_is_written_for_a_small_share_of_the_time(
     crew = _Hands(stages, _by_stage).crew()
     stages.store.enqueue("search", {})
 
-    def wait(_finished: Callable[[], bool], on_tick: Callable[[], None]) -> None:
-        while clock[0] < 130:
+    def wait(finished: Callable[[], bool], on_tick: Callable[[], None]) -> None:
+        while not finished() and clock[0] < 130:
             on_tick()
             clock[0] += 1.0
 
     monkeypatch.setattr(crew, "_workers", SimpleNamespace(wait=wait))
-    crew.finish("search", {"": stages})
+    crew.carry_out("search", lambda: True, {"": stages})
     assert written == [0.0, 60.0, 120.0, clock[0] - 3.0], "every twentieth of the time, and at the end"
 
 
