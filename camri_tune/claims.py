@@ -10,7 +10,7 @@ from camri_tune.constraints import RecallConstraint
 from camri_tune.differences import PairedDifference, grouped, points, tracks
 from camri_tune.ranges import Searchable, is_searched, text_of
 from camri_tune.records import TrialRecord, named
-from camri_tune.result import Best, Finalist, Result, Verdict
+from camri_tune.result import Best, Finalist, Result, Threshold, Verdict
 from camri_tune.stats import binomial_interval
 
 FEW_IMAGES = 100  # below, one image moves a recall by more than a point
@@ -172,6 +172,26 @@ def nothing_to_gain(recalls: Sequence[float], important: Sequence[int], classes:
     )
 
 
+def bias_alone(threshold: Threshold, best: Best | None, name: str) -> str | None:
+    """Where the chosen setting is not shown to recall more than the baseline with a bias on the logit of class `name`.
+
+    Or where nothing was chosen, and such a bias has something to give. None where no bias has, or the gain is shown.
+    """
+    gain, found = threshold.recall_difference, threshold.side.test
+    if max(threshold.biases) <= 0 or (gain is not None and gain.holds_up):
+        return None
+    models = f"the baseline's own models, with one on the logit of {name} that is tuned on validation, have a recall of"
+    figures = f"{found.recall.mean:.4f} and an accuracy of {found.accuracy.mean:.4f} on test"
+    way = "--loss ce --calibrate under another --name would judge such models, by a second look at this test set"
+    if best is None or gain is None:
+        return f"A bias alone, which trains nothing, may do: {models} {figures}. {way}."
+    chosen, more = best.side.test, " ".join(gain.in_points()).rstrip()
+    return (
+        f"Not shown to recall more than a bias alone, which trains nothing: {models} {figures}, those of the chosen "
+        f"setting {chosen.recall.mean:.4f} and {chosen.accuracy.mean:.4f} (recall {more} points). {way}."
+    )
+
+
 def no_better_than_guessing(accuracy: float, counts: Sequence[int], classes: Sequence[str]) -> str | None:
     """A plain warning where the baseline is not shown to beat always naming the largest class; None where it is.
 
@@ -212,13 +232,13 @@ def provenance(result: Result) -> list[str]:
     if best is None:
         lines.append(
             f"Judged: nothing. No finalist was measured on test ({images['test']:,} images, {of_class}), the baseline "
-            f"alone."
+            f"alone{_with_and_without(result)}."
         )
     else:
         of_tracks = tracks(best.accuracy_difference)
         lines += [
             f"Judged: test, {images['test']:,} images{of_tracks} ({of_class}), which chose nothing but to stop at the "
-            f"first finalist that is certified.",
+            f"first finalist that is certified. The baseline was measured on it{_with_and_without(result)}.",
             f"Claimed: what the exported model (seed {best.exported_seed}) does beside the baseline model of seed "
             f"{best.baseline_seed}, which the same rule chose, on images like the test set's; "
             f"{_confidence(result, best)}",
@@ -250,6 +270,10 @@ def provenance(result: Result) -> list[str]:
         "Not counted: looks at this test set by studies of another --name, --seed or --loss, which cost as much."
     )
     return lines
+
+
+def _with_and_without(result: Result) -> str:
+    return ", without a bias and with one that validation chose" if result.threshold else ""
 
 
 def _who_chose(result: Result) -> str:

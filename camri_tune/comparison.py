@@ -20,6 +20,7 @@ from camri_tune.baseline import START_FACTORS, check_important, resolve_importan
 from camri_tune.claims import smoothed_labels
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.console import Console
+from camri_tune.constraints import ROUNDING
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.differences import Known, SeedDifference
@@ -44,7 +45,6 @@ Key = TypeVar("Key")
 Planned = TypeVar("Planned")
 Models = Sequence[TrialRecord]  # of one setting, one for each seed
 Logits = NDArray[np.float32]
-ROUNDING = 1e-9  # a mean of equal accuracies can round above them: one image in a billion must not decide
 
 
 def compare(

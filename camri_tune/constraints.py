@@ -15,7 +15,7 @@ Kind = Literal["floor", "max_drop"]
 # is not kept; there are no images to tell.
 Status = Literal["shown", "held", "missed", "broken", "unseen"]
 _WORST_FIRST: tuple[Status, ...] = ("broken", "missed", "unseen", "held", "shown")
-ROUNDING = 1e-9  # a mean can round past its bound: one image in a billion must not decide
+ROUNDING = 1e-9  # a mean of equal shares can round past them: one image in a billion must not decide
 
 
 @dataclass(frozen=True)

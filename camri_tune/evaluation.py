@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from camri_tune.bundle import Bundle, load_classifier, read_bundle
 from camri_tune.calibration import Calibration, fit_temperature
 from camri_tune.config import HEAD, Loss, Model, StudyConfig
-from camri_tune.constraints import ClassOnTest, OnTest, RecallConstraint, shortfalls
+from camri_tune.constraints import ROUNDING, ClassOnTest, OnTest, RecallConstraint, shortfalls
 from camri_tune.datasets import Dataset, Unseen, open_test_images
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
 from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
@@ -27,7 +27,7 @@ from camri_tune.metrics import accuracy, confusion_matrix, pack, recall_per_clas
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
 from camri_tune.records import BIAS, Measured, TrialRecord, biases_of, measured_on_validation, without_nan
-from camri_tune.result import Best, Side
+from camri_tune.result import Best, Side, Threshold
 from camri_tune.search import model_spec
 from camri_tune.selection import rank_models
 from camri_tune.stats import Hidden
@@ -38,11 +38,24 @@ Answers = NDArray[np.int64]  # predicted class of each test image
 
 
 class Shown(NamedTuple):
-    """What a model shows on test: predicted classes (N,), and angles (N,) in degrees as in `Evidence`."""
+    """What a model shows on test: predicted classes (N,), and angles (N,) in degrees as in `Evidence`.
+
+    And what it would answer with another bias: the first important class's logit (N,), that of its strongest `rival`
+    and who that is.
+    """
 
     answers: Answers
     to_important: NDArray[np.float32]
     to_other: NDArray[np.float32]
+    logit: NDArray[np.float32]
+    rivals_logit: NDArray[np.float32]
+    rival: Answers
+
+    def biased(self, c: int, bias: float) -> "Shown":
+        """The same with a bias on the logit of class `c`, the first important one, as `Classifier` adds it."""
+        logit = self.logit + np.float32(bias)
+        wins = (logit > self.rivals_logit) | ((logit == self.rivals_logit) & (c < self.rival))
+        return self._replace(answers=np.where(wins, c, self.rival), logit=logit)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Judge:
         self._model = model
         self._device = device
         self._constraints = constraints
-        self._shown: dict[tuple[str | float | None, ...], Shown] = {}  # by checkpoint and biases
+        self._shown: dict[str | None, Shown] = {}  # by checkpoint
 
     @cached_property
     def test(self) -> Images:
@@ -88,16 +101,22 @@ class Judge:
                 raise DataError(f"class {name!r} has no test images to be judged on: add some, or mend them")
         return images
 
-    def calibrated(self, record: TrialRecord, loss: Loss, floor: float) -> TrialRecord | None:
+    def calibrated(
+        self, record: TrialRecord, loss: Loss, floor: float | None, tolerance: float = 0.0
+    ) -> TrialRecord | None:
         """The model with a bias on the important class's logit, tuned on validation, and what validation says of it.
 
-        The bias has the highest recall of those whose accuracy keeps `floor`, and is a parameter of the record.
-        None where the checkpoint is missing or altered.
+        The bias has the highest recall of those whose accuracy keeps `floor` (None: the model's own accuracy less
+        `tolerance`, both shares), and is a parameter of the record. None where the checkpoint is missing or altered, or
+        logits are not finite.
         """
         (important,), (_, validation) = self._important, self._data.fold(record.fold)
         logits, labels = self.logits(record, loss, validation), validation.labels.numpy()
-        if logits is None:
+        if logits is None or not bool(logits.isfinite().all()):
             return None
+        if floor is None:  # as these logits have it: the device that trained it may have rounded otherwise
+            floor = accuracy(confusion_matrix(labels, logits.argmax(dim=1).numpy(), len(self._data.classes)))
+            floor -= tolerance + ROUNDING
         bias = tune_bias(logits.numpy(), labels, important=important, floor=floor).bias
         logits[:, important] += bias  # as the exported model does, to the last bit
         answers = logits.argmax(dim=1).numpy()
@@ -121,18 +140,35 @@ class Judge:
         return Entrant(records, loss, list(records).index(rank_models(records)[0]))
 
     def shown(self, record: TrialRecord, loss: Loss) -> Shown:
-        """What a model shows on test; each is asked once. Raises CamriTuneError where its checkpoint has just gone."""
-        key = record.sha256, *biases_of(record.params).values()
-        if key not in self._shown:
-            classifier, important = self._required(record, loss), list(self._important)
+        """What a model shows on test. Each is asked once, whatever biases it may have.
+
+        Raises CamriTuneError where its checkpoint has just gone.
+        """
+        if record.sha256 not in self._shown:
+            classifier, important = self._required(_without_bias(record), loss), list(self._important)
             weights = classifier.head.class_weights.detach().float().cpu().numpy()
             parts, first = [], 0
             for embeddings, logits in predict(classifier, self.test, self._device):
                 labels = self.test.labels[first : first + len(logits)].numpy()
-                parts.append((logits.argmax(dim=1).numpy(), *angles(embeddings.numpy(), weights, labels, important)))
+                found = angles(embeddings.numpy(), weights, labels, important)
+                others = logits.clone()
+                others[:, important[0]] = -math.inf
+                rivals = others.max(dim=1)
+                parts.append(
+                    (
+                        logits.argmax(dim=1).numpy(),
+                        *found,
+                        logits[:, important[0]].numpy(),
+                        rivals.values.numpy(),
+                        rivals.indices.numpy(),
+                    )
+                )
                 first += len(logits)
-            self._shown[key] = Shown(*map(np.concatenate, zip(*parts, strict=True)))
-        return self._shown[key]
+            self._shown[record.sha256] = Shown(*map(np.concatenate, zip(*parts, strict=True)))
+        shown = self._shown[record.sha256]
+        for c, bias in biases_of(record.params).items():
+            shown = shown.biased(c, bias)
+        return shown
 
     def logits(self, record: TrialRecord, loss: Loss, images: Images) -> torch.Tensor | None:
         """Logits (N, C) of a trial's model; None where its checkpoint is missing or altered."""
@@ -163,7 +199,9 @@ class Judge:
         """What test shows of the exported model beside the baseline's, image by image, for a report."""
         labels = self.test.labels.numpy()
         both = [self.shown(entrant.chosen, entrant.loss) for entrant in (old, new)]
-        answers, to_important, to_other = (np.stack(side) for side in zip(*both, strict=True))
+        answers = np.stack([shown.answers for shown in both])
+        to_important = np.stack([shown.to_important for shown in both])
+        to_other = np.stack([shown.to_other for shown in both])
         kinds = kinds_of_images(labels, answers, list(self._important))
         rows = np.unique(np.concatenate([rows[:SHOWN] for rows in kinds.values()]))
         if self.test.are_embeddings:  # of which there is nothing to look at
@@ -177,8 +215,7 @@ class Judge:
         A bias on the important class's logit belongs to the decision alone. None where the checkpoint went missing just
         now, or logits are not finite.
         """
-        plain = replace(record, params={name: v for name, v in record.params.items() if not name.startswith(BIAS)})
-        validation = self._data.fold(record.fold)[1]
+        validation, plain = self._data.fold(record.fold)[1], _without_bias(record)
         found = [self.logits(plain, loss, images) for images in (validation, self.test)]
         held_out, unseen = (None if logits is None else logits.numpy() for logits in found)
         if held_out is None or unseen is None or not (np.isfinite(held_out).all() and np.isfinite(unseen).all()):
@@ -212,12 +249,10 @@ class Judge:
         The important classes share the doubt of what is said of recall.
         """
         labels, groups, important = self.test.labels.numpy(), self.test.groups.numpy(), self._important
-        right, old_right = (np.stack([self._right(r, e.loss) for r in e.records]) for e in (new, old))
-        chosen = right[new.place]
+        chosen = self._right(new.chosen, new.loss)
         tracks = self._tracks(new, old)
         of_class = {c: labels == c for c in important}
         shared = 1 - (1 - confidence) / len(important)
-        all_seeds = {c: None if tracks is None else tracks.of_all(c).hidden for c in (None, *important)}
         shares = {c: None if tracks is None else tracks.of_exported(c).hidden for c in (None, *important)}
         return Best(
             trial=trial,
@@ -229,12 +264,30 @@ class Judge:
             baseline_seed=old.chosen.seed or 0,
             accuracy_difference=self._difference(new, old, None, confidence, tracks),
             recall_difference={c: self._difference(new, old, c, shared, tracks) for c in important},
-            recall_over_seeds={
-                c: SeedDifference.of(right[:, own], old_right[:, own], groups[own], all_seeds[c])
-                for c, own in of_class.items()
-            },
-            accuracy_over_seeds=SeedDifference.of(right, old_right, groups, all_seeds[None]),
+            recall_over_seeds={c: self._over_seeds(new, old, c, tracks) for c in important},
+            accuracy_over_seeds=self._over_seeds(new, old, None, tracks),
             constraints=self.constraints(new, old, confidence),
+        )
+
+    def threshold(self, old: Entrant, new: Entrant | None, tolerance: float) -> Threshold | None:
+        """What a bias alone makes of the baseline's models `old`, beside the chosen setting `new`, if there is one.
+
+        `tolerance` is the share of its validation accuracy that each may give up. None with several important classes,
+        whose biases would be at odds, and as in `calibrated`.
+        """
+        if len(self._important) > 1:
+            return None
+        tuned = [self.calibrated(r, "ce", None, tolerance) for r in old.records]
+        models = [r for r in tuned if r is not None]
+        if len(models) < len(tuned):
+            return None
+        (c,), biased = self._important, Entrant(models, "ce", old.place)
+        tracks = None if new is None else self._tracks(new, biased)
+        return Threshold(
+            biases=tuple(bias for r in models for bias in biases_of(r.params).values()),
+            side=Side(measured_on_validation(models, self._important), self.measured(biased)),
+            recall_difference=None if new is None else self._over_seeds(new, biased, c, tracks),
+            accuracy_difference=None if new is None else self._over_seeds(new, biased, None, tracks),
         )
 
     def constraints(self, new: Entrant, old: Entrant, confidence: float) -> tuple[OnTest, ...]:
@@ -276,6 +329,13 @@ class Judge:
         return PairedDifference.of(
             right, old_right, groups[own], confidence, None if tracks is None else tracks.of_one(c)
         )
+
+    def _over_seeds(self, new: Entrant, old: Entrant, c: int | None, tracks: "_Tracks | None") -> SeedDifference:
+        """Of all models of both, seed by seed, on the test images of class `c`, or on all."""
+        labels, groups = self.test.labels.numpy(), self.test.groups.numpy()
+        own = np.ones(len(labels), bool) if c is None else labels == c
+        right, old_right = (np.stack([self._right(r, e.loss)[own] for r in e.records]) for e in (new, old))
+        return SeedDifference.of(right, old_right, groups[own], None if tracks is None else tracks.of_all(c).hidden)
 
     def _right(self, record: TrialRecord, loss: Loss) -> NDArray[np.bool_]:
         """Whether a model gets each test image right (N,)."""
@@ -344,6 +404,11 @@ class _Tracks:
             values.append(found[chosen])
             groups.append(images.groups.numpy()[chosen])
         return Known(self.size, np.concatenate(values), np.concatenate(groups))
+
+
+def _without_bias(record: TrialRecord) -> TrialRecord:
+    """The model as trained, without what calibration has added."""
+    return replace(record, params={name: v for name, v in record.params.items() if not name.startswith(BIAS)})
 
 
 def images_for(bundle: Bundle, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> Unseen:

@@ -253,6 +253,7 @@ def _read_result(path: Path) -> Mapping[str, Any] | None:
     if not (
         isinstance(result, dict)
         and all(key in result and isinstance(result[key], kind) for key, kind in _KINDS.items())
+        and isinstance(result.get("threshold"), dict | None)  # which an earlier version did not ask for
         and result["verdict"] in get_args(Verdict)
     ):
         raise InputError(f"{str(path)!r} is no result of this version of camri-tune; {_WRITE_ANEW}")

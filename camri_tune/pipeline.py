@@ -16,6 +16,7 @@ from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.bundle import EMBEDDINGS, IMAGES, BundleConfig, write_bundle
 from camri_tune.claims import (
+    bias_alone,
     few_test_images,
     nothing_to_gain,
     provenance,
@@ -40,7 +41,7 @@ from camri_tune.own_networks import allow, identified
 from camri_tune.pretrained import starting_weights
 from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
-from camri_tune.result import Best, Finalist, Result, Side, Verdict
+from camri_tune.result import Best, Finalist, Result, Side, Threshold, Verdict
 from camri_tune.search import model_spec, require_searchable, worth_widening
 from camri_tune.selection import (
     certify,
@@ -230,7 +231,11 @@ def _judge(
         notices += worth_widening(config, stages.important, baseline.learning_rate, best.params)
         best = replace(best, calibration=judge.calibration(entrants[best.trial].chosen, config.loss))
     finals = _finalists(retrained, order, found, stages)
-    result = _result(stages, baseline, judge, old, verdict, best, finals, reads, notices)
+    threshold = judge.threshold(old, None if best is None else entrants[best.trial], config.tolerance_fraction)
+    if threshold is not None and config.loss != "ce" and not stages.constraints:  # of which a bias knows nothing
+        text = bias_alone(threshold, best, named(stages.important[0], stages.data.classes))
+        notices += [] if text is None else [text]
+    result = _result(stages, baseline, judge, old, verdict, best, threshold, finals, reads, notices)
     if best is None:
         return result, None, None
     entrant = entrants[best.trial]
@@ -366,6 +371,7 @@ def _result(
     old: Entrant,
     verdict: Verdict,
     best: Best | None,
+    threshold: Threshold | None,
     finals: Sequence[Finalist],
     test_reads: int,
     notices: Sequence[str],
@@ -413,6 +419,7 @@ def _result(
         versions=versions(),
         folder=str(config.folder),
         constraints=stages.constraints,
+        threshold=threshold,
     )
     return replace(result, provenance=tuple(provenance(result)))
 

@@ -72,6 +72,30 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """The baseline's own R models with a bias on the important class's logit: what recall costs without any training.
+
+    Each bias is tuned on validation to keep its model's accuracy there, less the tolerance. The differences are the
+    chosen setting's models less these on test, seed by seed: what tuning adds to a bias; None where nothing is chosen.
+    """
+
+    biases: tuple[float, ...]
+    side: Side
+    recall_difference: SeedDifference | None
+    accuracy_difference: SeedDifference | None
+
+    def as_json(self) -> dict[str, Any]:
+        recall, accuracy = self.recall_difference, self.accuracy_difference
+        return {
+            "biases": list(self.biases),
+            **self.side.as_json(),
+            "best_less_this": {"recall": recall.as_json(), "accuracy": accuracy.as_json()}
+            if recall is not None and accuracy is not None
+            else None,
+        }
+
+
+@dataclass(frozen=True)
 class Finalist:
     """A setting that was retrained on fresh seeds, as validation ranked it, and what test said of it, if it was asked.
 
@@ -116,7 +140,8 @@ class Finalist:
 class Result:
     """What a study found, as `result.json` holds it. `best` is None exactly when the verdict is `none`.
 
-    `provenance` says which data chose and which judged (see claims.py).
+    `provenance` says which data chose and which judged (see claims.py). `threshold` is None with several important
+    classes, whose biases would be at odds.
     """
 
     study: str
@@ -143,6 +168,7 @@ class Result:
     folder: str
     provenance: tuple[str, ...] = ()
     constraints: tuple[RecallConstraint, ...] = ()
+    threshold: Threshold | None = None
 
     @property
     def candidates(self) -> int:
@@ -205,6 +231,7 @@ class Result:
             "test_reads": self.test_reads,
             "baseline": {"params": {"learning_rate": self.baseline_learning_rate}, **self.baseline.as_json()},
             "best": best.as_json() if best else None,
+            "threshold": self.threshold.as_json() if self.threshold else None,
             "accuracy_difference": {
                 **best.accuracy_difference.as_json(), "epsilon": self.epsilon / 100, "study_confidence": CONFIDENCE
             } if best else None,

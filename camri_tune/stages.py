@@ -17,7 +17,7 @@ from camri_tune.baseline import best_learning_rate, next_learning_rates, resolve
 from camri_tune.claims import no_better_than_guessing
 from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
-from camri_tune.constraints import RecallConstraint, recall_constraints
+from camri_tune.constraints import ROUNDING, RecallConstraint, recall_constraints
 from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError, WorkerError
 from camri_tune.heartbeat import Heart
@@ -194,7 +194,7 @@ class Stages:
 
     def floors(self, baseline: Baseline) -> list[float]:
         """The validation accuracy that a setting must keep on each fold."""
-        return [accuracy - self.config.tolerance_fraction - 1e-9 for accuracy in baseline.accuracy_by_fold]
+        return [accuracy - self.config.tolerance_fraction - ROUNDING for accuracy in baseline.accuracy_by_fold]
 
     def folds_wanted(self, important: tuple[int, ...]) -> tuple[int, str | None]:
         """How many folds a trial is to train on, and what to tell of it: several where one validates too little."""

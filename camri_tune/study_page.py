@@ -85,10 +85,13 @@ def _verdict(result: Mapping[str, Any]) -> str:
 def _side_by_side(result: Mapping[str, Any]) -> str:
     """The baseline and, if there is one, the best: large, then every figure. Without a best the baseline alone."""
     best = result["best"]
-    titles = {"baseline": "cross-entropy baseline"} | ({"best": f"best: {result['loss']}"} if best is not None else {})
+    compared = {"baseline": "cross-entropy baseline", **({"best": f"best: {result['loss']}"} if best else {})}
+    threshold = result.get("threshold")
+    biased = {"threshold": "baseline with a bias"} if threshold else {}
+    titles = {"baseline": compared["baseline"], **biased, **compared}
     cards, rows = [], []
     for name, of_what in (("recall", "Recall of the important class"), ("accuracy", "Accuracy")):
-        means = {title: _figure(result[side]["test"][name]).mean for side, title in titles.items()}
+        means = {title: _figure(result[side]["test"][name]).mean for side, title in compared.items()}
         pair = "".join(f"<div><small>{escape(title)}</small>{_percent(mean)}</div>" for title, mean in means.items())
         gains = f"<p>{_gains(result, name)}</p>" if best is not None else ""
         cards.append(f'<div class="card"><h3>{of_what} on test</h3><div class="pair">{pair}</div>{gains}</div>')
@@ -102,18 +105,39 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
         shares = {f"recall of {named(int(c), result['classes'])}": share for c, share in exported["recall"].items()}
         for name, share in {**shares, "accuracy": exported["accuracy"]}.items():
             rows.append(
-                f"<tr><td>exported model alone: {escape(name)} on test</td><td></td><td>{_share(share)}</td></tr>"
+                f"<tr><td>exported model alone: {escape(name)} on test</td>{'<td></td>' * (len(titles) - 1)}"
+                f"<td>{_share(share)}</td></tr>"
             )
         exact = "exact binomial" if exported["accuracy"]["exact"] else "binomial, for images that count as fewer,"
         note = (
             f"In brackets 95 % intervals: over seeds for means, {exact} for the exported model alone, over seeds and images "
             "for the gains."
         )
-    settings = [result[side]["params"] for side in titles]
-    rows.append(f"<tr><td>parameters</td>{''.join(f'<td>{_params(params)}</td>' for params in settings)}</tr>")
+    settings = [_setting(result[side]) for side in titles]
+    rows.append(f"<tr><td>parameters</td>{''.join(f'<td>{setting}</td>' for setting in settings)}</tr>")
+    note += f" {_bias_alone(threshold)}" if threshold else ""
     heads = "".join(f"<th>{escape(title)}, mean ± sd of {result['seeds']} seed(s)</th>" for title in titles.values())
     table = f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
     return f'<div class="cards">{"".join(cards)}</div>{table}<p class="note">{note}</p>'
+
+
+def _setting(side: Mapping[str, Any]) -> str:
+    if "biases" in side:
+        return "bias " + ", ".join(f"{bias:+.3g}" for bias in side["biases"])
+    return _params(side["params"])
+
+
+def _bias_alone(threshold: Mapping[str, Any]) -> str:
+    """What the column of the baseline with a bias is, and how the best setting stands beside it."""
+    text = (
+        "With a bias: the baseline's own models, with one added to the important class's logit that is tuned on "
+        "validation to keep accuracy there (threshold tuning). It trains nothing, and is the method to beat"
+    )
+    if threshold["best_less_this"] is None:
+        return f"{text}."
+    less = threshold["best_less_this"]
+    gains = (f"{100 * less[of]['mean']:+.2f} points of {of}{_points_interval(less[of]['interval'])}" for of in less)
+    return f"{text}: beside it the best setting has {' and '.join(gains)} on test."
 
 
 def _asked_as_well(result: Mapping[str, Any]) -> str:

@@ -77,10 +77,15 @@ def result_table(result: Result) -> Table:
     table.add_column("")
     table.add_column(f"baseline (ce, {result.seeds} seeds)", justify="right")
     best = result.best
+    threshold = result.threshold
+    if threshold is not None:
+        table.add_column("with a bias", justify="right")
     table.add_column(f"best ({result.loss}, {result.seeds} seeds)" if best else "best", justify="right")
+    sides = [result.baseline, *([threshold.side] if threshold else []), best.side if best else None]
+    before = [""] * (len(sides) - 1)  # what is said of the best alone
     for part in ("test", "validation"):
         for name in ("recall", "accuracy"):
-            cells = [_cell(_figure(side, part, name)) for side in (result.baseline, best.side if best else None)]
+            cells = [_cell(_figure(side, part, name)) for side in sides]
             # On folds each seed's model has a validation part of its own.
             count = (
                 f"n = {_images(result, part, name):,}" if part == "test" or result.folds == 1 else "each seed's fold"
@@ -88,16 +93,20 @@ def result_table(result: Result) -> Table:
             table.add_row(f"{name} on {part}, {count}", *cells)
     if best is not None:
         gains = {f"recall of {named(c, result.classes)}": found for c, found in best.recall_over_seeds.items()}
+        if threshold is not None and threshold.recall_difference is not None:
+            gains["recall beside a bias alone"] = threshold.recall_difference
         for name, difference in {**gains, "accuracy": best.accuracy_over_seeds}.items():
-            table.add_row(f"gain in {name} on test, points", "", " ".join(difference.in_points()).rstrip())
+            table.add_row(f"gain in {name} on test, points", *before, " ".join(difference.in_points()).rstrip())
         for c, share in best.exported_recall.items():
-            table.add_row(f"exported model: recall of {c} on test", "", _share(share.value, share.interval))
+            table.add_row(f"exported model: recall of {c} on test", *before, _share(share.value, share.interval))
         table.add_row(
             "exported model: accuracy on test",
-            "",
+            *before,
             _share(best.exported_accuracy.value, best.exported_accuracy.interval),
         )
-        table.add_row("parameters", f"learning_rate {result.baseline_learning_rate:.3g}", parameters(best.params))
+        biases = [", ".join(f"bias {bias:+.3g}" for bias in threshold.biases)] if threshold else []
+        rate = f"learning_rate {result.baseline_learning_rate:.3g}"
+        table.add_row("parameters", rate, *biases, parameters(best.params))
     table.caption = Text(
         "Mean ± sd over seeds [95 % t interval over seeds]; gains [95 % interval over seeds and images]; "
         f"one model [{'exact ' if best is None or best.exported_accuracy.exact else ''}95 % interval]."

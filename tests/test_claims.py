@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from camri_tune.bundle import BundleConfig, ModelSpec
 from camri_tune.calibration import Calibration
 from camri_tune.claims import (
+    bias_alone,
     few_test_images,
     images_needed,
     no_better_than_guessing,
@@ -24,8 +25,8 @@ from camri_tune.config import is_printable, printable
 from camri_tune.differences import PairedDifference, SeedDifference, Share
 from camri_tune.records import Measured
 from camri_tune.report import Facts, escaped, model_card
-from camri_tune.result import Best, Finalist, Result, Side, Verdict
-from camri_tune.stats import Hidden, tango_interval
+from camri_tune.result import Best, Finalist, Result, Side, Threshold, Verdict
+from camri_tune.stats import Hidden, Interval, tango_interval
 
 
 def _difference(gained: int, lost: int, n: int, *, size: float | None = None, at: float = 0.95) -> PairedDifference:
@@ -414,6 +415,38 @@ def test_more_confidence_needs_more_images() -> None:
     assert five == pytest.approx(once * (2.326348 / 1.644854) ** 2, abs=2), "where nothing varies, power is no matter"
 
 
+# A bias alone
+
+
+def _threshold(*, gain: float | None, low: float = 0.0, bias: float = 1.5) -> Threshold:
+    measured = Measured.over_seeds([0.9, 0.92], [(0.8, 0.96), (0.85, 0.98)], [1])
+    difference = None if gain is None else SeedDifference((gain, gain), Interval(low, 2 * gain - low))
+    return Threshold((bias, 0.0), Side(measured, measured), difference, difference)
+
+
+def test_what_is_not_shown_to_be_more_than_a_bias_is_said() -> None:
+    best = _best(_difference(1, 1, 5678), _difference(1, 0, 90))
+    assert bias_alone(_threshold(gain=0.02, low=0.01), best, "1 (stop)") is None
+    for gain, low in ((0.1, -0.05), (0.0, -0.01), (-0.02, -0.03)):
+        text = bias_alone(_threshold(gain=gain, low=low), best, "1 (stop)")
+        assert text is not None
+        assert text.startswith("Not shown to recall more than a bias alone, which trains nothing: the baseline's own")
+        assert "on the logit of 1 (stop)" in text
+        assert "a recall of 0.9700 and an accuracy of 0.9100 on test, those of the chosen setting 0.9000 and" in text
+        assert f"(recall {100 * gain:+.2f} [{100 * low:+.2f}, {100 * (2 * gain - low):+.2f}] points)" in text
+        assert "--loss ce --calibrate" in text
+        assert "second look" in text
+    assert bias_alone(_threshold(gain=0.0, bias=0.0), best, "1 (stop)") is None, "no bias has anything to give"
+
+
+def test_where_nothing_is_exported_a_bias_may_do() -> None:
+    text = bias_alone(_threshold(gain=None), None, "1 (stop)")
+    assert text is not None
+    assert "a recall of 0.9700 and an accuracy of 0.9100 on test." in text
+    assert "chosen setting" not in text
+    assert bias_alone(_threshold(gain=None, bias=0.0), None, "1 (stop)") is None, "no bias keeps accuracy"
+
+
 # Who chose, who judged
 
 
@@ -461,6 +494,13 @@ def test_it_is_said_who_chose_who_judged_and_what_is_claimed() -> None:
         assert what in not_claimed
     for what in ("--name", "--seed", "--loss"):
         assert what in not_counted
+
+
+def test_it_is_said_that_the_baseline_was_measured_with_a_bias_too() -> None:
+    best = _best(_difference(1, 1, 5678), _difference(1, 0, 90))
+    for result in (_result(best, kept=1), _result(None, kept=0)):
+        assert "bias" not in provenance(result)[1]
+        assert "with one that validation chose." in provenance(replace(result, threshold=_threshold(gain=None)))[1]
 
 
 def test_the_classes_share_the_doubt_of_what_is_said_of_recall() -> None:

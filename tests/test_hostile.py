@@ -611,6 +611,7 @@ def test_a_database_with_anything_in_it_gets_one_line(config: object, empty_data
         {"verdict": "perhaps"},
         {"sentence": [ESCAPE]},
         {"best": "x"},
+        {"threshold": "x"},
         {"baseline": []},
         {"finalists": {"a": 1}},
         {"images": None},

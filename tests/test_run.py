@@ -16,6 +16,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -26,7 +29,7 @@ from camri_tune.calibration import fit_temperature, probabilities
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
-from camri_tune.evaluation import Entrant, Judge, _hidden
+from camri_tune.evaluation import Entrant, Judge, Shown, _hidden
 from camri_tune.images import Images
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
@@ -121,6 +124,60 @@ def test_every_finished_trial_carries_its_constraint_once(finished: tuple[Path, 
         mode = database.execute("pragma journal_mode").fetchone()[0]
     assert [count for _, count in keys] == [1] * (3 + 2)
     assert mode == "wal"
+
+
+def test_what_a_bias_alone_makes_of_the_baseline_stands_beside_the_best(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Derived again from the checkpoints: biases that keep accuracy on validation, and what test says of them."""
+    folder, result = finished
+    found, (c,), data = result["threshold"], result["important"], open_dataset(StudyConfig())
+    store = StudyStore.existing(open_storage(f"sqlite:///{folder / 'study.db'}"), "d").at(folder)
+    judge = Judge(data, store, (c,), "compact", torch.device("cpu"))
+    rate = result["baseline"]["params"]["learning_rate"]
+    models = [r for r in store.records("baseline") if r.seed in (0, 1) and r.params["learning_rate"] == rate]
+    assert len(models) == len(found["biases"]) == 2
+    for part, images in (("validation", data.validation), ("test", data.test())):
+        for place, (record, bias) in enumerate(zip(models, found["biases"], strict=True)):
+            logits = judge.logits(record, "ce", images)
+            assert logits is not None
+            plain = (logits.argmax(dim=1) == images.labels).double().mean()
+            logits[:, c] += bias
+            right = logits.argmax(dim=1) == images.labels
+            assert found[part]["accuracy"]["values"][place] == pytest.approx(right.double().mean())
+            assert found[part]["recall"]["values"][place] == pytest.approx(right[images.labels == c].double().mean())
+            if part == "validation":  # with a tolerance of 100 points all of it may go
+                assert right[images.labels == c].all()
+                assert right.double().mean() <= plain
+    for of in ("recall", "accuracy"):
+        both = zip(result["best"]["test"][of]["values"], found["test"][of]["values"], strict=True)
+        assert found["best_less_this"][of]["values"] == pytest.approx([new - old for new, old in both])
+    assert "with a bias" in camri_tune("run", "--out", folder.parent, "--name", "d", *SMALL).stdout
+
+
+@settings(deadline=None)
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(2, 5)), elements=st.integers(-3, 3)),
+    st.floats(-4, 4, width=32) | st.integers(-3, 3),
+    st.data(),
+)
+def test_a_bias_changes_answers_as_it_does_in_the_exported_model(
+    logits: NDArray[np.float32], bias: float, data: st.DataObject
+) -> None:
+    """Ties included, without asking the model again."""
+    c = data.draw(st.integers(0, logits.shape[1] - 1))
+    others = torch.from_numpy(logits.copy())
+    others[:, c] = -math.inf
+    rivals, none = others.max(dim=1), np.zeros(len(logits), np.float32)
+    shown = Shown(logits.argmax(axis=1), none, none, logits[:, c], rivals.values.numpy(), rivals.indices.numpy())
+    whole = torch.from_numpy(logits.copy())
+    whole[:, c] += bias
+    assert shown.biased(c, bias).answers.tolist() == whole.argmax(dim=1).tolist()
+
+
+def test_with_several_important_classes_no_one_bias_is_set_beside_them(tmp_path: Path) -> None:
+    done = camri_tune("run", "--out", tmp_path, "--important", "3,8", *SMALL, "--trials", "1", "--json")
+    result = result_of(done)
+    assert result["best"] is not None
+    assert result["threshold"] is None
 
 
 def test_evaluating_the_bundle_reproduces_the_stored_figures(
@@ -224,7 +281,9 @@ def test_judging_asks_each_model_about_each_test_image_once(
     config = StudyConfig.build({**options, "out": tmp_path, "name": "d"})
     assert pipeline.run(config).best is not None
     assert asked == [359] * 4, "two seeds of the exported setting, two of the baseline"
-    assert again == [287, 359], "the exported model alone, whose probabilities are calibrated on validation"
+    of_exported, of_baseline = again[:2], again[2:]
+    assert of_exported == [287, 359], "the exported model alone, whose probabilities are calibrated on validation"
+    assert of_baseline == [287] * 2, "what a bias alone would do is tuned on validation; test is not asked again"
     asked.clear()
     store = StudyStore.existing(open_storage(f"sqlite:///{mine / 'study.db'}"), "d").at(mine)
     judge = Judge(_Grouped(config), store, (0,), "compact", torch.device("cpu"))
