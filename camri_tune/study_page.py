@@ -115,7 +115,7 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
         )
     settings = [_setting(result[side]) for side in titles]
     rows.append(f"<tr><td>parameters</td>{''.join(f'<td>{setting}</td>' for setting in settings)}</tr>")
-    note += f" {_bias_alone(threshold)}" if threshold else ""
+    note += f" {_bias_alone(threshold, result['tolerance'])}" if threshold else ""
     heads = "".join(f"<th>{escape(title)}, mean ± sd of {result['seeds']} seed(s)</th>" for title in titles.values())
     table = f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
     return f'<div class="cards">{"".join(cards)}</div>{table}<p class="note">{note}</p>'
@@ -127,16 +127,19 @@ def _setting(side: Mapping[str, Any]) -> str:
     return _params(side["params"])
 
 
-def _bias_alone(threshold: Mapping[str, Any]) -> str:
+def _bias_alone(threshold: Mapping[str, Any], tolerance: float) -> str:
     """What the column of the baseline with a bias is, and how the best setting stands beside it."""
+    less = f", less {tolerance:g} points," if tolerance else ""
     text = (
-        "With a bias: the baseline's own models, with one added to the important class's logit that is tuned on "
-        "validation to keep accuracy there (threshold tuning). It trains nothing, and is the method to beat"
+        f"With a bias: the baseline's own models, with one added to the important class's logit that is tuned on "
+        f"validation to keep accuracy there{less} (threshold tuning). It trains nothing, and is the method to beat"
     )
     if threshold["best_less_this"] is None:
         return f"{text}."
-    less = threshold["best_less_this"]
-    gains = (f"{100 * less[of]['mean']:+.2f} points of {of}{_points_interval(less[of]['interval'])}" for of in less)
+    gains = (
+        f"{100 * gain['mean']:+.2f} points of {of}{_points_interval(gain['interval'])}"
+        for of, gain in threshold["best_less_this"].items()
+    )
     return f"{text}: beside it the best setting has {' and '.join(gains)} on test."
 
 

@@ -447,7 +447,7 @@ def test_the_note_says_how_the_study_stands(empty_store: StudyStore) -> None:
     for words in (
         "recall of **3** with loss `camri`",
         "at least 90.00%",
-        "Search: 5 of 6 done",
+        "Search: 5 of 8 done",
         f"Trial **{FEASIBLE}**: recall 80.00%, accuracy 92.00%, `learning_rate` 0.01",
         "candidate on validation, not a result",
         "writes `study/best`",
@@ -460,7 +460,7 @@ def test_the_note_says_how_the_study_stands(empty_store: StudyStore) -> None:
 def test_the_note_of_a_running_study_says_how_long_it_takes(store: StudyStore, config: StudyConfig) -> None:
     with store.held():
         publish(read_overview(store), store)
-    assert re.search(r"Search: 5 of 6 done\. About \d+ s to go in all", _note(store))
+    assert re.search(r"Search: 5 of 8 done\. About \d+ s to go in all", _note(store))
 
 
 @pytest.mark.parametrize(

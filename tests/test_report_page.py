@@ -201,6 +201,26 @@ def test_the_verdict_stands_at_the_top(finished: tuple[Path, dict[str, Any]], br
             assert page.get_by_text(line).count() == 1
 
 
+def test_the_baseline_with_a_bias_stands_between_baseline_and_best(
+    finished: tuple[Path, dict[str, Any]], browser: "Browser"
+) -> None:
+    folder, result = finished
+    with _opened(browser, folder / "report.html") as page:
+        rows = page.locator("table").first.locator("tr")
+        cells = [rows.nth(index).locator("th, td").all_inner_texts() for index in range(rows.count())]
+        assert {len(row) for row in cells} == {4}
+        assert [head.split(",")[0] for head in cells[0]] == [
+            "", "cross-entropy baseline", "baseline with a bias", "best: camri"
+        ]  # fmt: skip
+        mean = result["threshold"]["test"]["recall"]["mean"]
+        assert cells[1][0].startswith("recall on test")
+        assert cells[1][2].startswith(f"{100 * mean:.2f} %")
+        gain = result["best"]["test"]["recall"]["mean"] - mean
+        text = " ".join(page.locator("body").inner_text().split())
+        assert "tuned on validation to keep accuracy there, less 100 points, (threshold tuning)" in text
+        assert f"beside it the best setting has {100 * gain:+.2f} points of recall" in text
+
+
 def test_the_images_are_those_that_test_decided(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
     folder, result = finished
     evidence = Evidence.load(folder / EVIDENCE, 10)
@@ -280,6 +300,7 @@ def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Br
         "finalists": [{**f, "kept_accuracy": False, "accuracy_difference": None} for f in result["finalists"]],
         "verdict": "none",
         "best": None,
+        "threshold": {**result["threshold"], "best_less_this": None},
         "accuracy_difference": None,
         "sentence": "No model at all.",
         "provenance": [],
@@ -292,7 +313,8 @@ def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Br
             mean = result["baseline"]["test"]["recall"]["mean"]
             assert page.locator(".card").first.get_by_text(f"{100 * mean:.2f} %").is_visible(), "how bad it is"
             assert page.get_by_text("Every class under the baseline").is_visible()
-            assert page.get_by_text("exported").count() == 0
+            assert page.get_by_text("baseline with a bias").is_visible()
+            assert page.get_by_text("best setting").count() == page.get_by_text("exported").count() == 0
     finally:
         path.write_text(whole)
         assert camri_tune("report", folder).returncode == 0
