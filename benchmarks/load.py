@@ -57,7 +57,6 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune import trials as trials_module
-from camri_tune import worker
 from camri_tune.config import StudyConfig
 from camri_tune.console import Console
 from camri_tune.database import STORAGE_VARIABLE, SqlStorage, open_storage
@@ -458,7 +457,7 @@ class _Study:
 
     def plan_of(self, store: StudyStore) -> Plan:
         """What a worker makes its trials by."""
-        return worker._plan(store, self.data, torch.device("cpu"))
+        return Plan(store.config, self.data, torch.device("cpu")).as_stored(store)
 
     def fill(self, size: int) -> None:
         """Finish what is under way, then add finished trials up to so many; then let more run and wait, as in a run.

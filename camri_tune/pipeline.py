@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from camri_tune import prefork
-from camri_tune.baseline import START_FACTORS, check_important, resolve_important
+from camri_tune.baseline import START_FACTORS, check_important, named_classes, resolve_important
 from camri_tune.bundle import EMBEDDINGS, IMAGES, BundleConfig, write_bundle
 from camri_tune.claims import (
     bias_alone,
@@ -143,24 +143,26 @@ def run(
 def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Baseline, list[str]]:
     """Train the baseline, and settle who is important and on how many folds a trial trains. Also what to notice."""
     config, data, one = stages.config, stages.data, {"": stages}
-    first = 1 if config.folds == "auto" else config.folds
-    if first > 1:
-        crew.on_folds(first, more_baselines=max(0, first - config.seeds))
-    baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(first), one)
-    important = resolve_important(config.important, data.classes, baseline)
-    folds, notice = stages.folds_wanted(important)
-    notices = data.notices()
-    if (text := smoothed_labels(config.label_smoothing)) is not None:
+    stages.important = named_classes(config.important, data.classes) or ()
+    folds, notice = stages.folds_wanted(stages.important)
+    said = [smoothed_labels(config.label_smoothing), notice]
+    for text in filter(None, said):
         console.say(text)
-        notices.append(text)
-    if notice is not None:
-        console.say(notice)
-        notices.append(notice)
-    if folds != first:
-        # The models on fold 0 ranked the classes; those whose seeds belong there stay.
-        crew.on_folds(folds, more_baselines=stages.baselines_on_other_folds(folds))
-        baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
-    stages.adopt(baseline, important)
+    if folds > 1:
+        crew.on_folds(folds, more_baselines=stages.more_baselines(folds))
+    baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
+    if not stages.important:
+        first, stages.important = folds, resolve_important(config.important, data.classes, baseline)
+        folds, notice = stages.folds_wanted(stages.important, ranked=True)
+        if notice is not None:
+            said.append(notice)
+            console.say(notice)
+        if folds != first:
+            # The models on fold 0 ranked the classes; those whose seeds belong there stay.
+            crew.on_folds(folds, more_baselines=stages.more_baselines(folds, ranked=True))
+            baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
+    stages.adopt(baseline, stages.important)
+    notices = [*data.notices(), *filter(None, said)]
     return baseline, notices + _describe(stages, baseline, console)
 
 

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,10 +55,11 @@ MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at
 
 @dataclass(frozen=True)
 class Plan:
-    """What a trial needs to know beyond its own parameters. The floors and the classes come with the baseline.
+    """What a trial needs to know beyond its own parameters.
 
-    There is a floor of accuracy for each fold, and so as many folds as floors; `constraints` are those of recall.
-    `start` has the weights that every training starts from, by their names in the network.
+    The search may begin beside the last models of the baseline, with which the `floors` of accuracy come, one for each
+    of the `folds`, and the `constraints` of recall: a trial needs both when it is trained. `start` has the weights that
+    every training starts from, by their names in the network.
     """
 
     config: StudyConfig
@@ -69,6 +70,22 @@ class Plan:
     baseline_learning_rate: float = 0.0
     constraints: tuple[RecallConstraint, ...] = ()
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    folds: int = 1
+
+    def as_stored(self, store: StudyStore) -> "Plan":
+        """The same with what `store` says by now of the baseline, and of its own study."""
+        found = store.attributes.get("baseline")
+        if found is None:
+            return replace(self, config=store.config)
+        return replace(
+            self,
+            config=store.config,
+            important=tuple(found["important"]),
+            floors=tuple(found.get("floors", ())),
+            baseline_learning_rate=found["learning_rate"],
+            constraints=tuple(map(RecallConstraint.from_json, found.get("constraints", ()))),
+            folds=found["folds"],
+        )
 
     def epochs_of(self, params: Mapping[str, Any]) -> int:
         """The epochs of a training with these parameters."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +49,8 @@ Planned = TypeVar("Planned")
 class Stages:
     """One study's work: what it plans next, and what it has found out so far.
 
-    `important` is given where the study's trials serve other classes than those it was searched for.
+    `important` is given where the study's trials serve other classes than those it was searched for; else it is settled
+    as soon as it is known.
     """
 
     def __init__(self, config: StudyConfig, data: Dataset, store: StudyStore, important: tuple[int, ...] = ()) -> None:
@@ -64,7 +65,9 @@ class Stages:
         """The cross-entropy baseline; None while something of it is missing, which is queued by then.
 
         First its learning rate is tuned, unless the study fixes it, then it is trained on R fresh seeds, which take the
-        folds in turn, and on folds that are left. Raises CamriTuneError where it fails.
+        folds in turn, and on folds that are left. By then `folds` are the search's, too, if it is known who is
+        important: its starting points are queued as well, so that no worker waits for the last seeds. Raises
+        CamriTuneError where it fails.
         """
         optimizer, tuning = self.config.optimizer, self.config.tuning_seed
         default = default_learning_rate(self.config.model, optimizer if isinstance(optimizer, str) else None)
@@ -88,6 +91,9 @@ class Stages:
         for seed, fold in missing:
             self.store.enqueue("baseline", {"learning_rate": best}, seed=seed, fold=fold)
         if missing:
+            if self.important:
+                self.store.set("baseline", self._settled(best, folds))
+                self._queue_search(best, only_known=True)
             return None
         models = tuple(found[key] for key in wanted)
         for record in models:
@@ -109,14 +115,17 @@ class Stages:
         self.store.set(
             "baseline",
             {
-                "important": list(important),
+                **self._settled(baseline.learning_rate, self.folds),
                 "floors": floors,
                 "search_floor": pooled_floor(floors, self.data, range(self.folds)),
-                "learning_rate": baseline.learning_rate,
                 "recall_per_class": list(baseline.recall_per_class),
                 "constraints": [constraint.as_json() for constraint in self.constraints],
             },
         )
+
+    def _settled(self, learning_rate: float, folds: int) -> dict[str, Any]:
+        """What the baseline's learning rate settles for the search (see `Plan.as_stored`)."""
+        return {"important": list(self.important), "folds": folds, "learning_rate": learning_rate}
 
     def _per_class(self, images: Images) -> list[int]:
         """How many images each class has."""
@@ -130,15 +139,21 @@ class Stages:
         will be a finalist whatever the trials that are left come to, so that no worker waits for the last of them.
         """
         records = self.records("search")
-        present, waiting = len(records), sum(r.state == "waiting" for r in records)
-        points = first_points(self.config, self.important, len(self.data.classes), baseline.learning_rate)
-        for index in range(present, min(self.config.trials, present + MOST_WAITING - waiting)):
-            self.store.enqueue("search", points[index] if index < len(points) else {})
-        left = _left(records) + max(0, self.config.trials - present)
+        self._queue_search(baseline.learning_rate)
+        left = _left(records) + max(0, self.config.trials - len(records))
         sure = max(0, self.config.most_finalists - left)  # each that is left may come before one of them
         if sure:
             self._queue_finalists(self._candidates(records, baseline)[:sure], self.records("finalists"))
         return None if left else records
+
+    def _queue_search(self, learning_rate: float, *, only_known: bool = False) -> None:
+        """Queue what the search lacks, as far as `MOST_WAITING` lets it; or no more than its starting points."""
+        records = self.records("search")
+        present, waiting = len(records), sum(r.state == "waiting" for r in records)
+        points = first_points(self.config, self.important, len(self.data.classes), learning_rate)
+        end = min(self.config.trials, len(points) if only_known else present + MOST_WAITING - waiting)
+        for index in range(present, end):
+            self.store.enqueue("search", points[index] if index < len(points) else {})
 
     def check_search(self) -> None:
         """Raise CamriTuneError where no trial of the search could be trained."""
@@ -196,8 +211,11 @@ class Stages:
         """The validation accuracy that a setting must keep on each fold."""
         return [accuracy - self.config.tolerance_fraction - ROUNDING for accuracy in baseline.accuracy_by_fold]
 
-    def folds_wanted(self, important: tuple[int, ...]) -> tuple[int, str | None]:
-        """How many folds a trial is to train on, and what to tell of it: several where one validates too little."""
+    def folds_wanted(self, important: tuple[int, ...], *, ranked: bool = False) -> tuple[int, str | None]:
+        """How many folds a trial is to train on, and what to tell of it: several where one validates too little.
+
+        `ranked`: a baseline on one split has said who is important.
+        """
         asked, config = self.config.folds, self.config
         if asked != "auto":
             return asked, None
@@ -206,16 +224,17 @@ class Stages:
             return 1, None
         if not self.data.has_folds:
             return 1, f"{text}: add some, or give no folder for validation, and folds of the training images are used."
-        more = self.baselines_on_other_folds(MOST_FOLDS)
+        more = self.more_baselines(MOST_FOLDS, ranked=ranked)
         return MOST_FOLDS, (
             f"{text}: each trial trains on {MOST_FOLDS} folds instead of one split, at {MOST_FOLDS} times the cost "
             f"({config.trials * MOST_FOLDS} trainings in the search instead of {config.trials}, and {more} more of the "
             f"baseline; --folds 1 for one split)."
         )
 
-    def baselines_on_other_folds(self, folds: int) -> int:
-        """How many models a baseline on so many folds needs beside those on the first, which are there already."""
-        return sum(index % folds > 0 for index in range(max(self.config.seeds, folds)))
+    def more_baselines(self, folds: int, *, ranked: bool = False) -> int:
+        """How many models a baseline on so many folds has beyond its R, which are all on the first if they `ranked`."""
+        count = max(self.config.seeds, folds)
+        return sum(index % folds > 0 for index in range(count)) if ranked else count - self.config.seeds
 
     def too_few_to_rank(self, important: tuple[int, ...]) -> str | None:
         """Which important class has too few validation images or groups to rank trials by, in words; None: none has."""

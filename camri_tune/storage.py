@@ -242,6 +242,10 @@ class StudyStore:
 
         patiently(add, self._storage.url)
 
+    def waits(self, stage: Stage) -> bool:
+        """Whether a trial of a queue waits for a worker."""
+        return bool(self._storage.waiting([self.study_id(stage)]))
+
     def claim(self, stage: Stage, sampler: optuna.samplers.BaseSampler | None = None) -> Trial | None:
         """Take the next waiting trial of a queue for this process alone; None where none waits."""
         claimed = claim([self], [stage])

@@ -115,7 +115,7 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
         )
     settings = [_setting(result[side]) for side in titles]
     rows.append(f"<tr><td>parameters</td>{''.join(f'<td>{setting}</td>' for setting in settings)}</tr>")
-    note += f" {_bias_alone(threshold, result['tolerance'])}" if threshold else ""
+    note += f" {_biased_in_words(threshold, result['tolerance'])}" if threshold else ""
     heads = "".join(f"<th>{escape(title)}, mean ± sd of {result['seeds']} seed(s)</th>" for title in titles.values())
     table = f'<div class="scroll"><table><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
     return f'<div class="cards">{"".join(cards)}</div>{table}<p class="note">{note}</p>'
@@ -127,7 +127,7 @@ def _setting(side: Mapping[str, Any]) -> str:
     return _params(side["params"])
 
 
-def _bias_alone(threshold: Mapping[str, Any], tolerance: float) -> str:
+def _biased_in_words(threshold: Mapping[str, Any], tolerance: float) -> str:
     """What the column of the baseline with a bias is, and how the best setting stands beside it."""
     less = f", less {tolerance:g} points," if tolerance else ""
     text = (

@@ -39,6 +39,7 @@ _SEED_OFFSETS: dict[Stage, int] = {"baseline": 0, "search": 10_000, "finalists":
 # States are saved no more often than every so many seconds, and than costs a fiftieth of the training.
 SAVE_SECONDS, SAVE_SHARE = 2.0, 0.02
 PUBLISH_SECONDS = 1.0  # between two notes of how far a training is, each of which a storage takes its time to write
+LOOK_SECONDS = 0.5  # between two looks at a baseline that is not complete yet
 DOUBT = 3.0  # standard errors of the difference of two accuracies
 _FIRST = "first."  # in a saved state: the weights of the first fold's model, the one that is kept
 
@@ -60,6 +61,10 @@ def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_t
         return
 
 
+class _BaselineFirstError(Exception):
+    """A model of the baseline waits for a worker, and this trial for the baseline."""
+
+
 class _Run:
     """A trial at work, with what it has found out so far."""
 
@@ -79,7 +84,7 @@ class _Run:
         self.asked_to_stop = asked_to_stop
         self.heart = heart
         self.epochs = plan.epochs_of({})
-        self.folds: Sequence[int] = range(len(plan.floors)) if stage == "search" else [trial.user_attrs.get("fold", 0)]
+        self.folds: Sequence[int] = range(plan.folds) if stage == "search" else [trial.user_attrs.get("fold", 0)]
         self.accuracies: dict[str, float] = {}
         self.recalls: dict[str, list[float]] = {}
         self.values: dict[str, float] = {}
@@ -102,6 +107,9 @@ class _Run:
         except StoppedError as stopped:
             self._give_back(stopped.reason)
             raise
+        except _BaselineFirstError:
+            self._give_back("the baseline comes first")
+            return
         except (UpdateFinishedTrialError, StorageError):
             raise
         except OSError as error:  # the settings are not to blame, nor would others do better
@@ -131,9 +139,11 @@ class _Run:
         self.epochs = plan.epochs_of(self.trial.params)
         self._resume()
         for fold in self.folds[len(self.confusions) :]:
-            if len(self.confusions) == 1 and self._misses_by_far():
-                self.trial.set_user_attr(STOPPED, True)
-                break
+            if len(self.confusions) == 1:
+                self._await_floors()
+                if self._misses_by_far():
+                    self.trial.set_user_attr(STOPPED, True)
+                    break
             training, validation = plan.data.fold(fold)
             recipe = recipe_of(
                 plan.config.model,
@@ -168,11 +178,27 @@ class _Run:
                 self.first = {
                     name: tensor.cpu().contiguous() for name, tensor in trained.classifier.state_dict().items()
                 }
+        self._await_floors()
         if len(self.confusions) == len(self.folds):
             self._keep_checkpoint()
         pooled: IntArray = np.sum(self.confusions, axis=0)
         self._keep_confusion(pooled)
         return pooled
+
+    def _await_floors(self) -> None:
+        """Wait for the rest of the baseline, beside which this trial was trained, to say what is to be kept.
+
+        Raises _BaselineFirstError where a model of it is queued, for which there may be no other worker.
+        """
+        started = time.perf_counter()
+        while self.stage != "baseline" and not self.plan.floors:
+            self._on_step()
+            self.plan = self.plan.as_stored(self.store)
+            if not self.plan.floors:
+                if self.store.waits("baseline"):
+                    raise _BaselineFirstError
+                time.sleep(LOOK_SECONDS)
+        self._started += time.perf_counter() - started  # it is no part of a training
 
     def _within_memory(self, train_by: Callable[..., Trained], recipe: Recipe) -> Trained:
         """Where memory runs out, go on once with half the batch at a time: the settings need not be bad."""

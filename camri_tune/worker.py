@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -18,7 +17,6 @@ from types import FrameType
 import torch
 
 from camri_tune.config import Model
-from camri_tune.constraints import RecallConstraint
 from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
@@ -72,7 +70,7 @@ def work(
     _require_same_data(store, data)
     config = config.model_copy(update={"weights": _same_weights(store, weights or config.weights)})
     start = starting_weights(config, channels=data.channels, image_size=data.image_size).weights
-    target = pick_device(device)
+    plan = Plan(config, data, pick_device(device), start=start)
     stores = {name: store}
     samplers = {name: make_sampler(config, seed=config.seed * 1_000 + index)}
     idle, run_seen = 0, time.monotonic()
@@ -85,7 +83,7 @@ def work(
         if claimed is not None:
             serving, stage = claimed.store, claimed.stage
             trial = serving.trial(stage, claimed.trial_id, samplers[serving.name] if stage == "search" else None)
-            run_trial(trial, stage, replace(_plan(serving, data, target), start=start), serving, asked_to_stop)
+            run_trial(trial, stage, plan.as_stored(serving), serving, asked_to_stop)
             idle, run_seen = 0, time.monotonic()
             continue
         if (reason := asked_to_stop()) is not None:
@@ -120,21 +118,6 @@ def _data_here(run_has: Path) -> Path | None:
     """Where this machine's data lie, if not where they are on the run's: what CAMRI_DATA says here."""
     named = os.environ.get("CAMRI_DATA")
     return Path(named) if named and not run_has.is_dir() else None
-
-
-def _plan(store: StudyStore, data: Dataset, device: torch.device) -> Plan:
-    baseline = store.attributes.get("baseline")
-    if baseline is None:
-        return Plan(store.config, data, device)
-    return Plan(
-        store.config,
-        data,
-        device,
-        important=tuple(baseline["important"]),
-        floors=tuple(baseline["floors"]),
-        constraints=tuple(map(RecallConstraint.from_json, baseline.get("constraints", ()))),
-        baseline_learning_rate=baseline["learning_rate"],
-    )
 
 
 def _require_same_program(store: StudyStore) -> None:

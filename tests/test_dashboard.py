@@ -380,7 +380,7 @@ def _run(store: StudyStore, stage: Stage, digits: Dataset, floors: tuple[float, 
     assert trial is not None
     floors = () if stage == "baseline" else floors
     important = () if stage == "baseline" else (3,)
-    plan = Plan(store.config, digits, torch.device("cpu"), important, floors, baseline_learning_rate=0.01)
+    plan = Plan(store.config, digits, torch.device("cpu"), important, floors, 0.01, folds=len(floors))
     run_trial(trial, stage, plan, store)
     return store.optuna_study(stage).get_trials()[trial.number]
 

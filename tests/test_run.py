@@ -33,7 +33,9 @@ from camri_tune.evaluation import Entrant, Judge, Shown, _hidden
 from camri_tune.images import Images
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
+from camri_tune.records import Baseline
 from camri_tune.sources import find_source
+from camri_tune.stages import Stages
 from camri_tune.stats import Hidden, crossed_interval, design_effect, hidden_size, tango_interval
 from camri_tune.storage import Stage, StudyStore
 from camri_tune.training import predict, predict_logits
@@ -132,8 +134,7 @@ def test_what_a_bias_alone_makes_of_the_baseline_stands_beside_the_best(finished
     found, (c,), data = result["threshold"], result["important"], open_dataset(StudyConfig())
     store = StudyStore.existing(open_storage(f"sqlite:///{folder / 'study.db'}"), "d").at(folder)
     judge = Judge(data, store, (c,), "compact", torch.device("cpu"))
-    rate = result["baseline"]["params"]["learning_rate"]
-    models = [r for r in store.records("baseline") if r.seed in (0, 1) and r.params["learning_rate"] == rate]
+    models = [r for r in store.records("baseline") if r.seed in (0, 1)]
     assert len(models) == len(found["biases"]) == 2
     for part, images in (("validation", data.validation), ("test", data.test())):
         for place, (record, bias) in enumerate(zip(models, found["biases"], strict=True)):
@@ -171,6 +172,25 @@ def test_a_bias_changes_answers_as_it_does_in_the_exported_model(
     whole = torch.from_numpy(logits.copy())
     whole[:, c] += bias
     assert shown.biased(c, bias).answers.tolist() == whole.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize(("important", "begins"), [("3", True), ("worst1", False)])
+def test_the_search_begins_beside_the_baselines_seeds_where_the_important_class_is_named(
+    important: str, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[bool] = []
+    plan = Stages.plan_baseline
+
+    def noting(stages: Stages, folds: int = 1) -> Baseline | None:
+        planned = plan(stages, folds)
+        begun.append(planned is None and bool(stages.records("search")))
+        return planned
+
+    monkeypatch.setattr(Stages, "plan_baseline", noting)
+    few = {"trials": 1, "epochs": 1, "seeds": 1, "limit": 100, "tolerance": 100.0, "workers": 1}
+    result = pipeline.run(StudyConfig.build({**few, "important": important, "out": tmp_path}))
+    assert any(begun) == begins
+    assert result.trials == {"complete": 1, "pruned": 0, "failed": 0}
 
 
 def test_with_several_important_classes_no_one_bias_is_set_beside_them(tmp_path: Path) -> None:

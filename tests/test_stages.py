@@ -69,18 +69,14 @@ def _begin_one(stages: Stages, stage: Stage, outcome: Outcome) -> Callable[[], N
     trial = store.claim(stage)
     if trial is None:
         return None
-    base = store.attributes.get("baseline")
-    plan = Plan(store.config, stages.data, CPU)
-    if base is not None:
-        plan = Plan(
-            store.config, stages.data, CPU, tuple(base["important"]), tuple(base["floors"]), base["learning_rate"]
-        )
+    plan = Plan(store.config, stages.data, CPU).as_stored(store)
     suggest(trial, stage, plan)
     return partial(_end, stages, stage, trial, plan, outcome(trial.number, trial.params, trial.user_attrs))
 
 
 def _end(stages: Stages, stage: Stage, trial: optuna.Trial, plan: Plan, scores: Scores) -> None:
     study = stages.store.optuna_study(stage)
+    plan = plan.as_stored(stages.store)
     if scores is None:
         trial.set_user_attr("failure", f"boom {trial.number}")
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -90,7 +86,7 @@ def _end(stages: Stages, stage: Stage, trial: optuna.Trial, plan: Plan, scores: 
     recalls[3], recalls[5] = recall, 1 - recall  # who is good at the one is bad at the other
     for key, value in {"accuracy": accuracy, "recall_per_class": recalls, "checkpoint": "c", "sha256": "s"}.items():
         trial.set_user_attr(key, value)
-    if not plan.floors:
+    if stage == "baseline":
         study.tell(trial, accuracy)
         return
     lowest = min(recalls[c] for c in plan.important)
@@ -369,7 +365,7 @@ def test_digits_need_no_folds(make: Callable[..., Stages]) -> None:
 def test_few_images_or_few_groups_ask_for_folds_and_say_what_they_cost(
     sizes: list[int], count: str, seeds: int
 ) -> None:
-    folds, text = _validated(ENOUGH, sizes, trials=7, seeds=seeds).folds_wanted((1,))
+    folds, text = _validated(ENOUGH, sizes, trials=7, seeds=seeds).folds_wanted((1,), ranked=True)
     assert folds == MOST_FOLDS == 5
     assert text is not None
     assert "\n" not in text
@@ -383,15 +379,25 @@ def test_few_images_or_few_groups_ask_for_folds_and_say_what_they_cost(
         assert part in text
 
 
-@pytest.mark.parametrize(("seeds", "more"), [(1, 4), (5, 4), (6, 4), (10, 8), (12, 9)])
-def test_the_baselines_that_folds_cost_are_counted(seeds: int, more: int, make: Callable[..., Stages]) -> None:
-    """As many as are queued when the baseline goes from one split to five folds."""
-    _, text = _validated(ENOUGH, [1], trials=7, seeds=seeds).folds_wanted((1,))
-    assert f"and {more} more of the baseline" in (text or "")
+@pytest.mark.parametrize(
+    ("seeds", "more", "ranked"), [(1, 4, 4), (3, 2, 4), (5, 0, 4), (6, 0, 4), (10, 0, 8), (12, 0, 9)]
+)
+def test_the_baselines_that_folds_cost_are_counted(
+    seeds: int, more: int, ranked: int, make: Callable[..., Stages]
+) -> None:
+    """Those beyond its R; or as many as are queued when one on one split, which ranked the classes, goes to five."""
+    study = _validated(ENOUGH, [1], trials=7, seeds=seeds)
+    assert f"and {more} more of the baseline" in (study.folds_wanted((1,))[1] or "")
+    assert f"and {ranked} more of the baseline" in (study.folds_wanted((1,), ranked=True)[1] or "")
     stages = make(seeds=seeds)
     _baseline(stages)
     assert stages.plan_baseline(MOST_FOLDS) is None
-    assert len(_waiting(stages, "baseline")) == more
+    assert len(_waiting(stages, "baseline")) == ranked
+    direct = make(seeds=seeds, name="direct")
+    direct.plan_baseline(MOST_FOLDS)
+    _train(direct, "baseline", _equal())
+    direct.plan_baseline(MOST_FOLDS)
+    assert len(_waiting(direct, "baseline")) == seeds + more
 
 
 def test_a_class_called_by_its_number_is_named_once() -> None:
@@ -651,7 +657,8 @@ def test_a_study_within_another_is_not_resumed_under_other_rules(make: Callable[
 class _Hands:
     """Stands in for the worker processes: all take up what waits, one training ends at each look, and it counts.
 
-    It is the longest at work that ends, or any of them by `chance`.
+    It is the longest at work that ends, or any of them by `chance`; one of the search not before the baseline's floors
+    are known.
     """
 
     def __init__(self, stages: Stages, outcome: Outcome, workers: int = 1, chance: random.Random | None = None) -> None:
@@ -672,7 +679,9 @@ class _Hands:
                     self.at_work.append((stage, end))
             assert self.at_work, "it waits for what nobody will do"
             self.idle += self.workers - len(self.at_work)
-            worked, end = self.at_work.pop(self.chance.randrange(len(self.at_work)) if self.chance else 0)
+            known = "floors" in self.stages.store.attributes.get("baseline", {})
+            able = [place for place, (stage, _) in enumerate(self.at_work) if known or stage == "baseline"]
+            worked, end = self.at_work.pop(self.chance.choice(able) if self.chance else able[0])
             end()
             self.trained.append(worked)
             if len(self.trained) >= self.patience:
@@ -687,9 +696,14 @@ class _Hands:
         )
 
 
-def _whole_run(stages: Stages, crew: Crew, folds: int = 1) -> dict[int, list[TrialRecord]]:
+def _whole_run(stages: Stages, crew: Crew, folds: int = 1, *, named: bool = False) -> dict[int, list[TrialRecord]]:
+    """Who is important is `named`, or known after a baseline on one split."""
     one = {"": stages}
-    crew.carry_out("baseline", stages.plan_baseline, one)
+    if named:
+        stages.important = (3,)
+    else:
+        crew.carry_out("baseline", stages.plan_baseline, one)
+        stages.important = (3,)
     baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     stages.adopt(baseline, (3,))
     crew.carry_out("search", lambda: stages.plan_search(baseline), one)
@@ -710,22 +724,29 @@ def test_a_crew_carries_out_every_stage(make: Callable[..., Stages]) -> None:
     assert hands.trained == ["baseline"] * 6 + ["search"] * 6 + ["finalists"] * 8
 
 
-@pytest.mark.parametrize("workers", [2, 3, 16])
-@pytest.mark.parametrize("chance", [None, 1, 2])
+@pytest.mark.parametrize(("workers", "chance"), [(2, None), (2, 1), (3, 2), (16, 1)])
+@pytest.mark.parametrize("named", [True, False])
 def test_several_workers_train_the_same_whichever_of_them_is_faster(
-    workers: int, chance: int | None, make: Callable[..., Stages]
+    named: bool, workers: int, chance: int | None, make: Callable[..., Stages]
 ) -> None:
-    stages = make()
+    stages, alone = make(), make(name="alone")
     hands = _Hands(stages, _by_stage, workers, None if chance is None else random.Random(chance))
-    models = _whole_run(stages, hands.crew())
+    models = _whole_run(stages, hands.crew(), named=named)
     assert list(models) == [4, 1, 3, 0]
     assert not hands.at_work
     assert [hands.trained.count(stage) for stage in STAGES] == [6, 6, 8]
+    _whole_run(alone, _Hands(alone, _by_stage).crew())
+    for stage in STAGES:
+        theirs, ours = ({(r.number, *r.params.values(), r.fold) for r in s.records(stage)} for s in (alone, stages))
+        assert ours == theirs or stage == "finalists", "whose numbers are those of the order in which they were sure"
 
 
-def test_no_worker_waits_for_the_last_trial_of_a_search(make: Callable[..., Stages]) -> None:
-    """It waits while the last of the baseline's three seeds trains, and at the very end: of five trials and two
-    finalists, eleven trainings, the last is alone.
+@pytest.mark.parametrize(("named", "idle"), [(True, 0), (False, 1)])
+def test_no_worker_waits_for_the_last_trial_of_a_search_nor_for_the_last_seed(
+    named: bool, idle: int, make: Callable[..., Stages]
+) -> None:
+    """One waits at the very end, and beside the last of the baseline's three seeds where that has to say who is
+    important: of five trials and two finalists, eleven trainings, the last is alone.
     """
     stages = make(trials=5, seeds=3)
     scores: list[Scores] = [(0.95, 0.6), (0.95, 0.9), (0.95, 0.8), (0.95, 0.7), (0.95, 0.5)]
@@ -734,9 +755,41 @@ def test_no_worker_waits_for_the_last_trial_of_a_search(make: Callable[..., Stag
         return (0.95, 0.5) if "seed" in attributes else scores[number]
 
     hands = _Hands(stages, outcome, workers=2)
-    assert list(_whole_run(stages, hands.crew())) == [1, 2]
+    assert list(_whole_run(stages, hands.crew(), named=named)) == [1, 2]
     assert [hands.trained.count(stage) for stage in STAGES] == [4 + 3, 5, 6]
-    assert hands.idle == 1 + 1 + 1, "and while the baseline's last rate is tried"
+    assert hands.idle == idle + 1 + 1, "and while the baseline's last rate is tried"
+
+
+@pytest.mark.parametrize(("trials", "begun"), [(9, 6), (4, 4)])
+def test_the_searchs_starting_points_are_queued_with_the_baselines_seeds(
+    trials: int, begun: int, make: Callable[..., Stages]
+) -> None:
+    """Where it is known by then who is important, for that is what a trial needs to be trained; a floor it does not."""
+    stages = make(trials=trials)
+    stages.important = (3,)
+    assert stages.plan_baseline(2) is None
+    assert not _waiting(stages, "search"), "its learning rates are about the baseline's"
+    _train(stages, "baseline", _equal())
+    for _ in range(2):
+        assert stages.plan_baseline(2) is None
+        assert _waiting(stages, "search") == starting_points("camri", (3,), 10, RATE)[:begun]
+        assert stages.store.attributes["baseline"] == {"important": [3], "folds": 2, "learning_rate": RATE}
+    plan = Plan(stages.config, stages.data, CPU).as_stored(stages.store)
+    assert (plan.important, plan.folds, plan.baseline_learning_rate, plan.floors) == ((3,), 2, RATE, ())
+
+    _train(stages, "baseline", _equal())
+    baseline = stages.plan_baseline(2)
+    assert baseline is not None
+    stages.adopt(baseline, (3,))
+    assert Plan(stages.config, stages.data, CPU).as_stored(stages.store).floors == pytest.approx((0.9, 0.9))
+    stages.plan_search(baseline)
+    assert _waiting(stages, "search") == [*starting_points("camri", (3,), 10, RATE)[:begun], *[{}] * (trials - begun)]
+
+
+def test_while_nobody_knows_who_is_important_nothing_of_the_search_is_queued(make: Callable[..., Stages]) -> None:
+    stages = make()
+    _baseline(stages)
+    assert not stages.records("search")
 
 
 def test_who_will_be_a_finalist_whatever_is_left_is_queued_before_the_search_ends(make: Callable[..., Stages]) -> None:
@@ -804,26 +857,31 @@ def test_a_dashboards_note_is_written_for_a_small_share_of_the_time(
 
 
 @pytest.mark.parametrize(
-    ("after", "folds"), [(1, 1), (4, 1), (8, 1), (12, 1), (16, 1), (18, 1), (5, 3), (7, 3), (11, 3), (17, 3)]
+    ("after", "folds", "named"),
+    [
+        *((after, 1, False) for after in (1, 4, 8, 12, 16, 18)),
+        *((after, 3, False) for after in (5, 7, 11, 17)),
+        *((5, 1, True), (6, 1, True), (6, 3, True), (12, 3, True)),
+    ],
 )
 def test_a_run_that_is_stopped_anywhere_goes_on_where_it_was(
-    after: int, folds: int, make: Callable[..., Stages]
+    after: int, folds: int, named: bool, make: Callable[..., Stages]
 ) -> None:
-    everything = ["baseline"] * (6 + folds - 1) + ["search"] * 6 + ["finalists"] * 8
+    everything = ["baseline"] * (4 + max(2, folds) if named else 6 + folds - 1) + ["search"] * 6 + ["finalists"] * 8
     first = make()
     hands = _Hands(first, _by_stage)
     hands.patience = after
     with pytest.raises(KeyboardInterrupt):
-        _whole_run(first, hands.crew(), folds)
+        _whole_run(first, hands.crew(), folds, named=named)
     again = make()
     more = _Hands(again, _by_stage)
-    models = _whole_run(again, more.crew(), folds)
+    models = _whole_run(again, more.crew(), folds, named=named)
     assert list(models) == [4, 1, 3, 0]
     assert {tuple((r.seed, r.fold) for r in found) for found in models.values()} == {((0, 0), (1, 1 % folds))}
     assert hands.trained + more.trained == everything
     third = make()
     nothing = _Hands(third, _by_stage)
-    _whole_run(third, nothing.crew(), folds)
+    _whole_run(third, nothing.crew(), folds, named=named)
     assert nothing.trained == []
 
 

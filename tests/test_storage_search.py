@@ -8,8 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +49,7 @@ from camri_tune.search import (
     starting_points,
     suggest,
 )
-from camri_tune.storage import MOST_ATTEMPTS, Stage, StudyStore, storage_url
+from camri_tune.storage import MOST_ATTEMPTS, Stage, StudyStore, claim, storage_url
 from camri_tune.training import HeadSpec, Recipe, predict_logits, recipe_of, train
 from camri_tune.trials import pooled_floor, run_trial
 from tests.conftest import MakeFolder
@@ -592,7 +594,8 @@ def test_a_trial_without_checkpoint_has_none_to_give(store: StudyStore, tmp_path
 
 
 def _plan(config: StudyConfig, digits: Dataset, **values: Any) -> Plan:
-    return Plan(config, digits, CPU, **{"important": (3,), "floors": (0.05,), "baseline_learning_rate": 4e-3, **values})
+    values = {"important": (3,), "floors": (0.05,), "baseline_learning_rate": 4e-3, **values}
+    return Plan(config, digits, CPU, **{"folds": len(values["floors"]), **values})
 
 
 PARAMS = {"learning_rate": 4e-3, "scale": 16.0, "margin": 0.1}
@@ -915,6 +918,86 @@ def test_a_training_that_was_given_back_goes_on_to_the_very_same_model(
     assert (resumed.state, resumed.sha256, resumed.accuracy) == ("complete", whole.sha256, whole.accuracy)
     assert (resumed.curve, resumed.confusion) == (whole.curve, whole.confusion)
     assert not list((config.folder / "artifacts").glob("resume-*"))
+
+
+# --- beside the baseline ----------------------------------------------------------------------------------------------
+
+BEFORE = {"important": [3], "folds": 2, "learning_rate": 4e-3}  # what is known while the baseline's models train
+
+
+@pytest.fixture
+def beside_the_baseline(store: StudyStore, config: StudyConfig, digits: Dataset) -> Plan:
+    """What a trial of the search knows that is begun before the baseline is complete."""
+    store.set("baseline", BEFORE)
+    return Plan(config, digits, CPU).as_stored(store)
+
+
+@pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize("floor", [0.05, 0.99])
+def test_a_trial_that_is_trained_before_its_floors_are_known_is_as_one_that_is_trained_after(
+    floor: float, store: StudyStore, beside_the_baseline: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it misses its first fold's by far, and the other is spared."""
+    looks: list[float] = []
+
+    def settled(seconds: float) -> None:  # in the time between two looks
+        looks.append(seconds)
+        if len(looks) == 3:
+            store.set("baseline", {**BEFORE, "floors": [floor, floor]})
+
+    monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=settled))
+    run_trial(_claimed(store, "search", PARAMS, seed=7), "search", beside_the_baseline, store)
+    assert looks == [trials.LOOK_SECONDS] * 3
+    run_trial(_claimed(store, "search", PARAMS, seed=7), "search", beside_the_baseline.as_stored(store), store)
+    assert len(looks) == 3
+    before, after = store.records("search")
+    assert replace(before, number=1, seconds=None, checkpoint=None) == replace(after, seconds=None, checkpoint=None)
+    assert before.constraint == floor - (before.accuracy or 0.0)
+    assert before.state == ("complete" if floor < 0.5 else "pruned")
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_that_waits_for_its_floors_makes_way_for_the_model_that_they_wait_for(
+    store: StudyStore, beside_the_baseline: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no other worker. What was trained is kept."""
+    trained = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        trained.append(options["seed"])
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(trials, "train", counted)
+    store.enqueue("baseline", {"learning_rate": 4e-3}, seed=1)
+    run_trial(_claimed(store, "search", PARAMS, seed=7), "search", beside_the_baseline, store)
+    assert trained == [7]
+    assert _only(store, "search").state == "waiting"
+    assert store.requeue_interrupted() == 1
+    first = claim([store])
+    assert first is not None
+    assert first.stage == "baseline", "which comes first"
+    run_trial(store.trial("baseline", first.trial_id), "baseline", beside_the_baseline, store)
+    store.set("baseline", {**BEFORE, "floors": [0.05, 0.05]})
+    again = store.claim("search")
+    assert again is not None
+    run_trial(again, "search", beside_the_baseline.as_stored(store), store)
+    assert trained == [7, 1, 7], "the first fold's model is not trained again"
+    assert _only(store, "search").state == "complete"
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_that_waits_for_its_floors_can_be_stopped(store: StudyStore, beside_the_baseline: Plan) -> None:
+    asked: list[bool] = []
+
+    def after_training() -> str | None:
+        asked.append(True)
+        return "SIGTERM" if store.optuna_study("search").trials[0].user_attrs.get("epoch") == 1 else None
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run_trial(_claimed(store, "search", PARAMS, seed=7), "search", beside_the_baseline, store, after_training)
+    assert asked
+    (trial,) = store.optuna_study("search").trials
+    assert trial.user_attrs["resume"]["epochs"] == 1
 
 
 # --- what is searched -------------------------------------------------------------------------------------------------
