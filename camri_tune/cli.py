@@ -3,6 +3,8 @@
 Heavy imports (torch, optuna) wait until a command needs them, so that help and usage errors come at once.
 """
 
+import atexit
+import gc
 import inspect
 import io
 import json
@@ -582,6 +584,7 @@ def _version(package: str) -> str:
 def main() -> NoReturn:
     """Entry point. Errors made on purpose are one line; an interrupt says how to resume."""
     keep_freed_memory()  # a model is judged in three quarters of the time
+    atexit.register(gc.freeze)  # or the interpreter collects, at its end, all that PyTorch is made of: a second or two
     _mend_streams()
     try:
         _require_text()

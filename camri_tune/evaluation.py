@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from camri_tune.bundle import Bundle, load_classifier, read_bundle
@@ -145,11 +146,12 @@ class Judge:
         """
         if record.sha256 not in self._shown:
             classifier, important = self._required(_without_bias(record), loss), list(self._important)
-            weights = classifier.head.class_weights.detach().float().cpu().numpy()
+            weights = F.normalize(classifier.head.class_weights.detach().float().cpu())
             parts, first = [], 0
             for embeddings, logits in predict(classifier, self.test, self._device):
                 labels = self.test.labels[first : first + len(logits)].numpy()
-                found = angles(embeddings.numpy(), weights, labels, important)
+                # Not by NumPy, whose threads and PyTorch's would wait for each other: a pass took 1.4 times as long.
+                found = angles((F.normalize(embeddings) @ weights.T).numpy(), labels, important)
                 others = logits.clone()
                 others[:, important[0]] = -math.inf
                 rivals = others.max(dim=1)

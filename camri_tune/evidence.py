@@ -90,14 +90,13 @@ def kinds_of_images(
 
 
 def angles(
-    embeddings: NDArray[np.float32], weights: NDArray[np.float32], labels: NDArray[np.int64], important: list[int]
+    cosines: NDArray[np.float32], labels: NDArray[np.int64], important: list[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Degrees (N,) from embeddings (N, D) to the important class's weight of (C, D), and to the nearest other one."""
-    unit = [a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12) for a in (embeddings, weights)]
-    degrees = np.degrees(np.arccos(np.clip(unit[0] @ unit[1].T, -1, 1))).astype(np.float32)
+    """Degrees (N,) from embeddings to the important class's weight, and to the nearest other one, by cosines (N, C)."""
+    degrees = np.degrees(np.arccos(np.clip(cosines, -1, 1))).astype(np.float32)
     own = degrees[:, important].min(axis=1)
     mine = np.isin(labels, important)
     own[mine] = degrees[mine, labels[mine]]
-    others = np.setdiff1d(np.arange(len(weights)), important)
+    others = np.setdiff1d(np.arange(degrees.shape[1]), important)
     other = degrees[:, others].min(axis=1) if len(others) else np.full(len(labels), 180, np.float32)
     return own, other

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -87,9 +88,13 @@ def is_data_dir_of(dataset: str, folder: Path) -> bool:
 
 
 def _digits() -> Source:
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - half a second that other data sets need not pay
+    # Found without its library, which takes a second or two to import: only who decodes the file has to.
+    library = find_spec("sklearn")
+    file = Path(library.origin if library and library.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
 
     def read() -> Images:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - as above
+
         bunch = load_digits()
         pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
         return _ungrouped(pixels, torch.from_numpy(bunch.target))
@@ -101,7 +106,7 @@ def _digits() -> Source:
         image_size=8,
         epochs=4,  # more, and cross-entropy leaves no error on validation, nothing to gain (docs/measured.md)
         augmentation=Augmentation(rotate=8, shift=0.06, zoom=0.08, shear=0.08),
-        packed={"train": Packed((), read)},
+        packed={"train": Packed((file,) if file.is_file() else (), read)},
     )
 
 

@@ -305,6 +305,8 @@ class Crew:
                 console.say(f"{again} interrupted training(s) queued again")
             for notice in data.notices():
                 console.say(notice)
+            # Also because what writes it takes a second to import, for which there is time while workers get ready.
+            show(store, console)
             try:
                 with Workers(store=store, launch=launch, places=len(places)) as workers:
                     yield cls(workers, console, store, Schedule(dict(planned), epochs, len(places)), heart)

@@ -33,6 +33,8 @@ from camri_tune.trials import Stop, run_trial
 # Between looks at empty queues, which a database far away should not feel for long.
 IDLE_SECONDS = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 1.0, 2.0)
 
+REST_SECONDS = 0.05  # between two looks at whether to stop
+
 
 def work(
     *,
@@ -93,8 +95,15 @@ def work(
                 run_seen = time.monotonic()
             elif time.monotonic() - run_seen > patience:
                 return
-        time.sleep(IDLE_SECONDS[min(idle, len(IDLE_SECONDS) - 1)])
+        _rest(IDLE_SECONDS[min(idle, len(IDLE_SECONDS) - 1)], asked_to_stop)
         idle += 1
+
+
+def _rest(seconds: float, asked_to_stop: Stop) -> None:
+    """Sleep, but not on once asked to stop: a run waits for its workers to end before it judges."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and asked_to_stop() is None:
+        time.sleep(min(left, REST_SECONDS))
 
 
 def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: Stop) -> StudyStore:

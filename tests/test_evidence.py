@@ -1,6 +1,5 @@
 """What the report is made from: which images changed, where embeddings lie, and the file that keeps both."""
 
-import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -73,19 +72,19 @@ def test_every_changed_image_of_the_important_class_is_of_one_kind(rows: np.ndar
         assert mine == expected
 
 
-def test_angles_are_those_of_the_directions_whatever_the_lengths() -> None:
-    weights = np.array([[1, 0], [0, 2], [-3, 0]], np.float32)
-    embeddings = np.array([[5, 0], [1, 1], [0, -1], [0, 0]], np.float32)
-    own, other = angles(embeddings, weights, np.array([0, 1, 2, 0]), [0])
-    assert own == pytest.approx([0, 45, 90, 90], abs=0.05)
-    assert other == pytest.approx([90, 45, 90, 90], abs=0.05)
+def test_an_image_is_measured_to_the_important_class_and_to_the_nearest_other() -> None:
+    degrees = np.array([[0, 90, 180], [45, 45, 135], [90, 180, 90], [120, 60, 61]], np.float32)
+    own, other = angles(np.cos(np.radians(degrees)), np.array([0, 1, 2, 0]), [0])
+    assert own == pytest.approx([0, 45, 90, 120], abs=0.05)
+    assert other == pytest.approx([90, 45, 90, 60], abs=0.05)
+    rounded = np.array([[1.0000001, -1.0000001]], np.float32)
+    assert [a.tolist() for a in angles(rounded, np.array([0]), [0])] == [[0.0], [180.0]]
 
 
 def test_with_several_important_classes_an_image_is_measured_to_its_own() -> None:
-    weights = np.array([[1, 0], [math.cos(0.1), math.sin(0.1)], [0, 1]], np.float32)
-    embeddings = np.array([[1, 0], [1, 0], [1, 0]], np.float32)
-    own, other = angles(embeddings, weights, np.array([0, 1, 2]), [0, 1])
-    assert own == pytest.approx([0, math.degrees(0.1), 0], abs=0.05)
+    cosines = np.cos(np.radians(np.array([[0, 6, 90]] * 3, np.float32)))
+    own, other = angles(cosines, np.array([0, 1, 2]), [0, 1])
+    assert own == pytest.approx([0, 6, 0], abs=0.05)
     assert other == pytest.approx([90, 90, 90], abs=0.05)
 
 

@@ -30,6 +30,7 @@ from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
 from camri_tune.evaluation import Entrant, Judge, Shown, _hidden
+from camri_tune.evidence import AFTER, Evidence
 from camri_tune.images import Images
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
@@ -152,6 +153,24 @@ def test_what_a_bias_alone_makes_of_the_baseline_stands_beside_the_best(finished
         both = zip(result["best"]["test"][of]["values"], found["test"][of]["values"], strict=True)
         assert found["best_less_this"][of]["values"] == pytest.approx([new - old for new, old in both])
     assert "with a bias" in camri_tune("run", "--out", folder.parent, "--name", "d", *SMALL).stdout
+
+
+def test_the_angles_of_a_report_are_those_of_the_exported_models_embeddings(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    """Whatever the lengths of embeddings and weights."""
+    folder, result = finished
+    evidence = Evidence.load(folder / "evidence.safetensors", 10)
+    assert evidence is not None
+    classifier, (c,) = read_bundle(folder / "best").classifier, result["important"]
+    with torch.no_grad():
+        embeddings = classifier.embed(open_dataset(StudyConfig()).test().pixels).double()
+    weights = classifier.head.class_weights.detach().double()
+    lengths = embeddings.norm(dim=1, keepdim=True) * weights.norm(dim=1)
+    degrees = (embeddings @ weights.T / lengths).clamp(-1, 1).acos().rad2deg()
+    assert evidence.to_important[AFTER] == pytest.approx(degrees[:, c], abs=0.05)
+    degrees[:, c] = 360
+    assert evidence.to_other[AFTER] == pytest.approx(degrees.min(dim=1).values, abs=0.05)
 
 
 @settings(deadline=None)
