@@ -18,7 +18,8 @@ from tests.command import camri_tune
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "deploy" / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # So small that a study takes seconds; whether it finds anything is not what is asked here.
-SMALL = ["--epochs", "1", "--trials", "1", "--seeds", "1", "--tolerance", "100", "--quiet"]
+SMALL = ["--epochs", "1", "--trials", "1", "--seeds", "1", "--limit", "200", "--tolerance", "100", "--quiet"]
+SMALL += ["--learning-rate", "0.004"]  # instead of a search for the baseline's
 # Of these only the options are read: they wait for a browser or other workers, need servers or hours of data, or are
 # patterns with a NAME to be filled in.
 _SHOWN = re.compile(r"…|\b[A-Z]{4,}\b|path/to|labels.csv|scans.npz|gtsrb|cifar10|mnist|awa2|dashboard|worker|figures")
