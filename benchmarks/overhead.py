@@ -14,8 +14,8 @@ processes at once, without study, storage or checkpoints, in turns: what a train
 
 - *training*: epochs that trials trained, at the seconds an epoch takes by itself;
 - *in trials*: what else they take: claim, sampler, reports, saved states, checkpoints, the noise of both measurements;
-- *waiting*: workers without a trial between the first and the last one: while the last of the baseline's rates or
-  seeds trains, or the last model of all;
+- *waiting*: workers without a trial between the first and the last one: while the last of the baseline's rates
+  trains, or the last model of all;
 - *before* the first trial and *after* the last: start, data, the test part, result, report.
 """
 

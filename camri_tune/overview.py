@@ -33,7 +33,7 @@ RESULT, EVIDENCE, REPORT = "result.json", "evidence.safetensors", "report.html"
 
 @dataclass(frozen=True)
 class Overview:
-    """One study as it stands. Who is important and the floor are known once the baseline is trained.
+    """One study as it stands. The floor is known once the baseline is trained, and who is important by then.
 
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on any

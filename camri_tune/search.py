@@ -58,7 +58,7 @@ class Plan:
     """What a trial needs to know beyond its own parameters.
 
     The search may begin beside the last models of the baseline, with which the `floors` of accuracy come, one for each
-    of the `folds`, and the `constraints` of recall: a trial needs both when it is trained. `start` has the weights that
+    of the `folds`, and the `constraints` of recall: a trial needs both once it is trained. `start` has the weights that
     every training starts from, by their names in the network.
     """
 
@@ -77,14 +77,15 @@ class Plan:
         found = store.attributes.get("baseline")
         if found is None:
             return replace(self, config=store.config)
+        floors = tuple(found.get("floors", ()))
         return replace(
             self,
             config=store.config,
             important=tuple(found["important"]),
-            floors=tuple(found.get("floors", ())),
+            floors=floors,
             baseline_learning_rate=found["learning_rate"],
             constraints=tuple(map(RecallConstraint.from_json, found.get("constraints", ()))),
-            folds=found["folds"],
+            folds=found.get("folds", len(floors)),  # an earlier version stored none without floors
         )
 
     def epochs_of(self, params: Mapping[str, Any]) -> int:

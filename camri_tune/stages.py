@@ -1,5 +1,6 @@
 """The stages of a run. Each queues what is missing, so that a resumed run does only what is left."""
 
+import importlib
 import math
 import signal
 import time
@@ -93,7 +94,7 @@ class Stages:
         if missing:
             if self.important:
                 self.store.set("baseline", self._settled(best, folds))
-                self._queue_search(best, only_known=True)
+                self._queue_search(best, self.records("search"), only_known=True)
             return None
         models = tuple(found[key] for key in wanted)
         for record in models:
@@ -139,18 +140,17 @@ class Stages:
         will be a finalist whatever the trials that are left come to, so that no worker waits for the last of them.
         """
         records = self.records("search")
-        self._queue_search(baseline.learning_rate)
+        self._queue_search(baseline.learning_rate, records)
         left = _left(records) + max(0, self.config.trials - len(records))
         sure = max(0, self.config.most_finalists - left)  # each that is left may come before one of them
         if sure:
             self._queue_finalists(self._candidates(records, baseline)[:sure], self.records("finalists"))
         return None if left else records
 
-    def _queue_search(self, learning_rate: float, *, only_known: bool = False) -> None:
+    def _queue_search(self, rate: float, records: Sequence[TrialRecord], *, only_known: bool = False) -> None:
         """Queue what the search lacks, as far as `MOST_WAITING` lets it; or no more than its starting points."""
-        records = self.records("search")
         present, waiting = len(records), sum(r.state == "waiting" for r in records)
-        points = first_points(self.config, self.important, len(self.data.classes), learning_rate)
+        points = first_points(self.config, self.important, len(self.data.classes), rate)
         end = min(self.config.trials, len(points) if only_known else present + MOST_WAITING - waiting)
         for index in range(present, end):
             self.store.enqueue("search", points[index] if index < len(points) else {})
@@ -225,10 +225,11 @@ class Stages:
         if not self.data.has_folds:
             return 1, f"{text}: add some, or give no folder for validation, and folds of the training images are used."
         more = self.more_baselines(MOST_FOLDS, ranked=ranked)
+        baselines = f", and {more} more of the baseline" if more else ""
         return MOST_FOLDS, (
             f"{text}: each trial trains on {MOST_FOLDS} folds instead of one split, at {MOST_FOLDS} times the cost "
-            f"({config.trials * MOST_FOLDS} trainings in the search instead of {config.trials}, and {more} more of the "
-            f"baseline; --folds 1 for one split)."
+            f"({config.trials * MOST_FOLDS} trainings in the search instead of {config.trials}{baselines}; --folds 1 "
+            f"for one split)."
         )
 
     def more_baselines(self, folds: int, *, ranked: bool = False) -> int:
@@ -305,9 +306,9 @@ class Crew:
                 console.say(f"{again} interrupted training(s) queued again")
             for notice in data.notices():
                 console.say(notice)
-            # Also because what writes it takes a second to import, for which there is time while workers get ready.
-            show(store, console)
             try:
+                # What writes the dashboard's note takes a second or two to import: now, while workers get ready.
+                importlib.import_module("optuna_dashboard")
                 with Workers(store=store, launch=launch, places=len(places)) as workers:
                     yield cls(workers, console, store, Schedule(dict(planned), epochs, len(places)), heart)
                     store.set("stage", "done")

@@ -61,8 +61,8 @@ def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_t
         return
 
 
-class _BaselineFirstError(Exception):
-    """A model of the baseline waits for a worker, and this trial for the baseline."""
+class _GiveWayError(Exception):
+    """This trial waits for the baseline, which waits for a worker, or for a run."""
 
 
 class _Run:
@@ -79,7 +79,8 @@ class _Run:
     ) -> None:
         self.trial = trial
         self.stage = stage
-        self.plan = plan
+        # The baseline's models are scored by accuracy, whoever is important and known by then.
+        self.plan = replace(plan, important=(), floors=(), constraints=()) if stage == "baseline" else plan
         self.store = store
         self.asked_to_stop = asked_to_stop
         self.heart = heart
@@ -107,7 +108,7 @@ class _Run:
         except StoppedError as stopped:
             self._give_back(stopped.reason)
             raise
-        except _BaselineFirstError:
+        except _GiveWayError:
             self._give_back("the baseline comes first")
             return
         except (UpdateFinishedTrialError, StorageError):
@@ -188,15 +189,16 @@ class _Run:
     def _await_floors(self) -> None:
         """Wait for the rest of the baseline, beside which this trial was trained, to say what is to be kept.
 
-        Raises _BaselineFirstError where a model of it is queued, for which there may be no other worker.
+        Raises _GiveWayError where a model of it is queued, for which there may be no other worker, and where no run is
+        at work any more, for which a worker need not wait.
         """
         started = time.perf_counter()
         while self.stage != "baseline" and not self.plan.floors:
             self._on_step()
             self.plan = self.plan.as_stored(self.store)
             if not self.plan.floors:
-                if self.store.waits("baseline"):
-                    raise _BaselineFirstError
+                if self.store.waits("baseline") or not self.store.is_held:
+                    raise _GiveWayError
                 time.sleep(LOOK_SECONDS)
         self._started += time.perf_counter() - started  # it is no part of a training
 

@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -101,6 +103,19 @@ def test_digits_have_their_own_pixels_and_labels() -> None:
         expected = (bunch.images[rows] * 255 / 16).round().astype(np.uint8)
         assert np.array_equal(images.pixels[:, 0].numpy(), expected)
         assert images.labels.tolist() == bunch.target[rows].tolist()
+
+
+def test_digits_are_the_same_by_their_library_where_its_file_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by the file alone the library, which takes a second or two, is not imported."""
+    program = (
+        "import sys; from camri_tune.config import StudyConfig; from camri_tune.datasets import open_dataset; "
+        "print(open_dataset(StudyConfig()).fingerprint, 'sklearn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    fingerprint = open_dataset(StudyConfig()).fingerprint
+    assert done.stdout.split() == [fingerprint, "False"]
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    assert open_dataset(StudyConfig()).fingerprint == fingerprint
 
 
 def test_another_seed_draws_another_test_part() -> None:

@@ -387,7 +387,8 @@ def test_the_baselines_that_folds_cost_are_counted(
 ) -> None:
     """Those beyond its R; or as many as are queued when one on one split, which ranked the classes, goes to five."""
     study = _validated(ENOUGH, [1], trials=7, seeds=seeds)
-    assert f"and {more} more of the baseline" in (study.folds_wanted((1,))[1] or "")
+    said = study.folds_wanted((1,))[1] or ""
+    assert f"instead of 7{f', and {more} more of the baseline' if more else ''}; --folds 1" in said
     assert f"and {ranked} more of the baseline" in (study.folds_wanted((1,), ranked=True)[1] or "")
     stages = make(seeds=seeds)
     _baseline(stages)

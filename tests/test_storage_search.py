@@ -932,7 +932,13 @@ def beside_the_baseline(store: StudyStore, config: StudyConfig, digits: Dataset)
     return Plan(config, digits, CPU).as_stored(store)
 
 
-@pytest.mark.usefixtures("no_threads_more")
+@pytest.fixture
+def run_at_work(store: StudyStore) -> Iterator[None]:
+    with store.held():
+        yield
+
+
+@pytest.mark.usefixtures("no_threads_more", "run_at_work")
 @pytest.mark.parametrize("floor", [0.05, 0.99])
 def test_a_trial_that_is_trained_before_its_floors_are_known_is_as_one_that_is_trained_after(
     floor: float, store: StudyStore, beside_the_baseline: Plan, monkeypatch: pytest.MonkeyPatch
@@ -956,7 +962,7 @@ def test_a_trial_that_is_trained_before_its_floors_are_known_is_as_one_that_is_t
     assert before.state == ("complete" if floor < 0.5 else "pruned")
 
 
-@pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.usefixtures("no_threads_more", "run_at_work")
 def test_a_trial_that_waits_for_its_floors_makes_way_for_the_model_that_they_wait_for(
     store: StudyStore, beside_the_baseline: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -977,6 +983,11 @@ def test_a_trial_that_waits_for_its_floors_makes_way_for_the_model_that_they_wai
     assert first is not None
     assert first.stage == "baseline", "which comes first"
     run_trial(store.trial("baseline", first.trial_id), "baseline", beside_the_baseline, store)
+    record, (frozen,) = _only(store, "baseline"), store.optuna_study("baseline").get_trials()
+    assert frozen.value == record.accuracy, "not the recall of whoever is important"
+    assert [*frozen.intermediate_values.values()] == [record.accuracy]
+    assert record.recall is None
+    assert not frozen.constraints
     store.set("baseline", {**BEFORE, "floors": [0.05, 0.05]})
     again = store.claim("search")
     assert again is not None
@@ -985,19 +996,34 @@ def test_a_trial_that_waits_for_its_floors_makes_way_for_the_model_that_they_wai
     assert _only(store, "search").state == "complete"
 
 
-@pytest.mark.usefixtures("no_threads_more")
-def test_a_trial_that_waits_for_its_floors_can_be_stopped(store: StudyStore, beside_the_baseline: Plan) -> None:
-    asked: list[bool] = []
+@pytest.mark.usefixtures("no_threads_more", "run_at_work")
+def test_a_trial_that_waits_for_its_floors_can_be_stopped(
+    store: StudyStore, beside_the_baseline: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
 
-    def after_training() -> str | None:
-        asked.append(True)
-        return "SIGTERM" if store.optuna_study("search").trials[0].user_attrs.get("epoch") == 1 else None
+    def slept(seconds: float) -> None:
+        assert len(looks) < 3, "it goes on waiting"
+        looks.append(seconds)
 
+    monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=slept))
+    trial = _claimed(store, "search", PARAMS, seed=7)
     with pytest.raises(StoppedError, match="SIGTERM"):
-        run_trial(_claimed(store, "search", PARAMS, seed=7), "search", beside_the_baseline, store, after_training)
-    assert asked
-    (trial,) = store.optuna_study("search").trials
-    assert trial.user_attrs["resume"]["epochs"] == 1
+        run_trial(trial, "search", beside_the_baseline, store, lambda: "SIGTERM" if len(looks) == 2 else None)
+    (frozen,) = store.optuna_study("search").trials
+    assert frozen.user_attrs["resume"]["epochs"] == 1, "what was trained is kept"
+
+
+@pytest.mark.usefixtures("no_threads_more")
+def test_a_trial_does_not_wait_for_floors_that_no_run_is_there_to_settle(
+    store: StudyStore, beside_the_baseline: Plan
+) -> None:
+    """Its worker may be one that joined, and has to leave in the end."""
+    run_trial(_claimed(store, "search", PARAMS, seed=7), "search", beside_the_baseline, store)
+    (frozen,) = store.optuna_study("search").trials
+    assert frozen.state == OptunaState.FAIL
+    assert frozen.user_attrs["resume"]["epochs"] == 1
+    assert _only(store, "search").state == "waiting", "for the next run to queue it again"
 
 
 # --- what is searched -------------------------------------------------------------------------------------------------
