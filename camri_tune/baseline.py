@@ -48,10 +48,12 @@ def resolve_important(tokens: Sequence[str], classes: Sequence[str], baseline: B
     return tuple(dict.fromkeys(c for c in found if c is not None))
 
 
-def named_classes(tokens: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
-    """Class indices of important classes that are all named; None where a baseline has to say who one of them is."""
-    found = [None if rank_of(token, len(classes)) is not None else class_index(token, classes) for token in tokens]
-    return None if None in found else tuple(dict.fromkeys(c for c in found if c is not None))
+def named_classes(tokens: Sequence[str], classes: Sequence[str]) -> tuple[int, ...]:
+    """Class indices of important classes that are all named; none where a baseline has to say who one of them is."""
+    if any(rank_of(token, len(classes)) is not None for token in tokens):
+        return ()
+    found = [class_index(token, classes) for token in tokens]
+    return tuple(dict.fromkeys(c for c in found if c is not None))
 
 
 def resolve_floors(floors: Sequence[str], classes: Sequence[str], baseline: Baseline) -> dict[int, float]:

@@ -143,7 +143,7 @@ def run(
 def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Baseline, list[str]]:
     """Train the baseline, and settle who is important and on how many folds a trial trains. Also what to notice."""
     config, data, one = stages.config, stages.data, {"": stages}
-    stages.important = named_classes(config.important, data.classes) or ()
+    stages.important = named_classes(config.important, data.classes)
     folds, notice = stages.folds_wanted(stages.important)
     said = [smoothed_labels(config.label_smoothing), notice]
     for text in filter(None, said):

@@ -32,7 +32,6 @@ from camri_tune.trials import Stop, run_trial
 
 # Between looks at empty queues, which a database far away should not feel for long.
 IDLE_SECONDS = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 1.0, 2.0)
-
 REST_SECONDS = 0.05  # between two looks at whether to stop
 
 
@@ -119,7 +118,7 @@ def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: St
                 print(f"camri-tune: waiting for study {name!r} in {masked(storage_url)} ({error})", file=sys.stderr)
         if (reason := asked_to_stop()) is not None:
             raise StoppedError(reason)
-        time.sleep(IDLE_SECONDS[-1])
+        _rest(IDLE_SECONDS[-1], asked_to_stop)
     raise AssertionError("the loop above does not end by itself")
 
 
