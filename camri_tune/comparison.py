@@ -36,6 +36,7 @@ from camri_tune.ranges import is_searched, text_of
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
+from camri_tune.sources import require_there
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
@@ -63,6 +64,8 @@ def compare(
     """
     console = console or Console(quiet=True)
     allow(config.model)
+    for dataset in datasets:
+        require_there(dataset)
     folder = (config.out / (config.name or "compare")).resolve()
     if not is_writable_folder(folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")

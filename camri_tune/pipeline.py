@@ -51,6 +51,7 @@ from camri_tune.selection import (
     recall_bounds,
     shared_confidence,
 )
+from camri_tune.sources import require_there
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import EXPORTED, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
@@ -97,6 +98,8 @@ def run(
     allow(config.model)
     config = config.absolute()
     device = device_here(config)
+    if dataset is None:
+        require_there(config.dataset)
     if not is_writable_folder(config.folder):
         raise InputError(f"--out {str(config.out)!r} is not a folder that can be written to; name another with --out")
     prefork.begin_for(config, [config.dataset])

@@ -43,6 +43,7 @@ GTSRB_CLASSES = tuple(
 # they are shuffled, and no file says which belong together.
 GTSRB_TRACK = 30
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_KNOWN = f"a folder of class folders, a .csv or .npz file, or one of {', '.join(BUILT_IN_DATASETS)}"
 # What a data set's files lie in, under --data-dir.
 _FOLDERS = {
     "gtsrb": ("gtsrb",),
@@ -80,6 +81,12 @@ def find_source(config: StudyConfig) -> Source:
             f"another --model"
         )
     return source if config.image_size is None else replace(source, image_size=config.image_size)
+
+
+def require_there(dataset: str) -> None:
+    """Raise DataError where a data set is neither built in nor at that path: before a study makes its folder there."""
+    if dataset not in BUILT_IN_DATASETS and not os.path.exists(dataset):
+        raise DataError(f"unknown data set {dataset!r}: give one of {_KNOWN}")
 
 
 def is_data_dir_of(dataset: str, folder: Path) -> bool:
@@ -334,12 +341,10 @@ def _awa2(data_dir: Path) -> Source:
 
 def _own(dataset: str, group_by: str | None = None) -> Source:
     """A user's own images, by what lies at the path `dataset`."""
+    require_there(dataset)
     path = Path(dataset)
-    known = f"a folder of class folders, a .csv or .npz file, or one of {', '.join(BUILT_IN_DATASETS)}"
-    if not os.path.exists(path):
-        raise DataError(f"unknown data set {dataset!r}: give one of {known}")
     if not os.path.isdir(path) and not (os.path.isfile(path) and is_data_file(path)):  # a pipe would wait for a writer
-        raise DataError(f"data set {dataset!r} is a file of another kind; give {known}")
+        raise DataError(f"data set {dataset!r} is a file of another kind; give {_KNOWN}")
     if not all(map(is_printable, (dataset, str(path.resolve())))):
         raise DataError(f"data set {dataset!r} must have a path in UTF-8 without control characters; rename it")
     if path.suffix.lower() == ".csv" and path.is_file():

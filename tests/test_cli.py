@@ -67,6 +67,14 @@ def test_bad_options_get_one_line(arguments: list[str], parts: list[str], tmp_pa
     assert not list(out.rglob("best"))
 
 
+@pytest.mark.parametrize("command", [["run"], ["compare", "--important", "0"]])
+def test_a_data_set_that_is_not_there_is_refused_before_a_folder_is_made(command: list[str], tmp_path: Path) -> None:
+    """Which could be the one that is missing."""
+    done = camri_tune(*command, "--out", "nowhere", "--dataset", "nowhere", cwd=tmp_path)
+    assert_one_line_error(done, "unknown data set", "'nowhere'")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_password_in_a_storage_url_is_not_shown(tmp_path: Path) -> None:
     url = "postgresql+nodriver://user:hunter2@127.0.0.1:1/db"
     done = camri_tune("run", "--out", tmp_path, "--storage", url)
