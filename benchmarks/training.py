@@ -197,8 +197,8 @@ def plain_parts(
     """Network and schedule as ours has them, and AdamW."""
     body = CompactCNN(images.pixels.shape[1], images.pixels.shape[2])
     classifier = Classifier(body, HeadSpec("ce").build(classes, body.embedding_size))
-    groups = _optimizer(classifier, recipe, torch.device("cpu")).param_groups
-    kept = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+    groups = _optimizer(classifier, recipe, torch.device("cpu")).groups
+    kept = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
     optimizer = torch.optim.AdamW(kept, lr=PLAIN_RATE, betas=recipe.betas)
     factor = _schedule(len(images) // recipe.batch_size * recipe.epochs, recipe)
     return classifier, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

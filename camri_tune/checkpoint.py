@@ -1,7 +1,7 @@
 """The state of a training after an epoch, in memory and as a file, from which it goes on to the same result."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from camri_tune.optimizers import FusedOptimizer
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _ORDER, _GLOBAL, _CUDA = "rng.order", "rng.global", "rng.cuda"
@@ -25,16 +27,11 @@ class TrainingState:
 
     @classmethod
     def of(
-        cls,
-        epoch: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        rng: torch.Generator,
-        device: torch.device,
+        cls, epoch: int, model: nn.Module, optimizer: FusedOptimizer, rng: torch.Generator, device: torch.device
     ) -> Self:
         """A copy of the present state."""
         tensors = {f"{_MODEL}{name}": _copy(tensor) for name, tensor in model.state_dict().items()}
-        for place, parameter in enumerate(_parameters(optimizer)):
+        for place, parameter in enumerate(optimizer.parameters):
             for name, value in optimizer.state[parameter].items():
                 tensors[f"{_OPTIMIZER}{place}.{name}"] = _copy(value)
         tensors |= {_ORDER: rng.get_state(), _GLOBAL: torch.get_rng_state()}
@@ -42,12 +39,10 @@ class TrainingState:
             tensors[_CUDA] = torch.cuda.get_rng_state(device)
         return cls(epoch, tensors)
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator, device: torch.device
-    ) -> None:
+    def restore(self, model: nn.Module, optimizer: FusedOptimizer, rng: torch.Generator, device: torch.device) -> None:
         """Put a new training of the same settings into this state."""
         model.load_state_dict(self.weights)
-        for place, parameter in enumerate(_parameters(optimizer)):
+        for place, parameter in enumerate(optimizer.parameters):
             prefix = f"{_OPTIMIZER}{place}."
             # Moments lie in memory as their weights do (channels_last): the fused step walks through both alike.
             optimizer.state[parameter] = {
@@ -82,11 +77,6 @@ class TrainingState:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
         return state, stored["note"]
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _copy(tensor: Tensor) -> Tensor:

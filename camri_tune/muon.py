@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from camri_tune.optimizers import AdamW, Group
+
 # Short trainings forget fast: with 120 steps in all, 0.95 loses three points of GTSRB's accuracy (docs/measured.md).
 MOMENTUM = 0.8
 # Liu et al. have 0.2, which makes a step as large as AdamW's. Four times that is good at rates that are good for what
@@ -25,44 +27,27 @@ _LEAST = 1e-30  # the least sum of a matrix's squares: float32 still has its inv
 _SMALL = 128
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the parameters of groups with `orthogonal`, AdamW for those of the others.
+class Muon(AdamW):
+    """Muon for the parameters of groups that are `orthogonal`, AdamW for those of the others.
 
     A weight (R, ...) counts as a matrix of R rows.
     """
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here has a closure
-        """Change the parameters by their gradients; those of the orthogonal groups are None afterwards."""
-        for group in self.param_groups:
-            if group.get("orthogonal"):
-                weights = [weight for weight in group["params"] if weight.grad is not None]
-                self._move(weights, [weight.grad for weight in weights], group["lr"], group["weight_decay"])
-                for weight in weights:
-                    weight.grad = None  # so that AdamW passes over it
-        super().step()
-
-    def _move(self, weights: list[Tensor], gradients: list[Tensor], rate: float | Tensor, decay: float) -> None:
+    def _move(self, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         """All at once: on a GPU kernels as small as these cost their launch, not their work."""
-        if not weights:
+        if not group.orthogonal:
+            super()._move(group, parameters, gradients)
             return
-        momenta = [self._momentum(w) for w in weights]
+        momenta = self._kept("momentum", parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         # Nesterov's. In channels_last, which kernels lie in, the order of columns is that of memory: nothing is copied.
         ahead = [a.movedim(1, -1) for a in torch._foreach_lerp(gradients, momenta, MOMENTUM)]
-        flat = orthogonal([a.flatten(1) for a in ahead], least=_SMALL if weights[0].is_cuda else 0)
+        flat = orthogonal([a.flatten(1) for a in ahead], least=_SMALL if parameters[0].is_cuda else 0)
         directions = [d.view(a.shape).movedim(-1, 1) for d, a in zip(flat, ahead, strict=True)]
         torch._foreach_mul_(directions, [SIZE * math.sqrt(max(matrix.shape)) for matrix in flat])
-        torch._foreach_mul_(directions, rate)
-        torch._foreach_mul_(weights, 1 - rate * decay)
-        torch._foreach_sub_(weights, directions)
-
-    def _momentum(self, weight: Tensor) -> Tensor:
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        momentum: Tensor = state["momentum"]
-        return momentum
+        torch._foreach_mul_(directions, group.rate)
+        torch._foreach_mul_(parameters, 1 - group.rate * group.weight_decay)
+        torch._foreach_sub_(parameters, directions)
 
 
 def orthogonal(matrices: Sequence[Tensor], least: int = 0) -> list[Tensor]:

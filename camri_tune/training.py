@@ -37,6 +37,7 @@ from camri_tune.losses import (
 from camri_tune.metrics import IntArray, confusion_matrix
 from camri_tune.models import Classifier, build_body, freeze, trunk
 from camri_tune.muon import Muon
+from camri_tune.optimizers import SGD, Adam, AdamW, FusedOptimizer, Group
 from camri_tune.recording import Recorded
 
 EVALUATIONS = 6  # per training: enough for a learning curve
@@ -236,8 +237,8 @@ def train(
             for done, (pixels, labels) in enumerate(batches, (epoch - 1) * steps):
                 if on_step is not None:
                     on_step()
-                for group in optimizer.param_groups:
-                    _set_rate(group, recipe.learning_rate * factor(done) * group["factor"])
+                for group in optimizer.groups:
+                    group.set_rate(recipe.learning_rate * factor(done))
                 do_step(pixels, labels)
                 del pixels, labels
             mean_loss = float(total) / steps
@@ -264,7 +265,7 @@ def train(
                 state = TrainingState.of(epoch, classifier, optimizer, rng, device)
                 on_epoch(Progress(epoch, recipe.epochs, mean_loss, confusion, state))
     assert confusion is not None  # the last epoch always evaluates
-    optimizer.zero_grad(set_to_none=True)  # the gradients' memory is not the trained model's to keep
+    optimizer.clear_gradients()  # the gradients' memory is not the trained model's to keep
     return Trained(
         classifier, confusion, (logits.argmax(dim=1) == validation.labels).numpy(), time.perf_counter() - started
     )
@@ -290,7 +291,7 @@ def _batches(
 
 def _step(
     classifier: Classifier,
-    optimizer: torch.optim.Optimizer,
+    optimizer: FusedOptimizer,
     recipe: Recipe,
     batch_size: int,
     total: Tensor,
@@ -299,7 +300,7 @@ def _step(
     """What each step does with pixels (B, C, H, W) and labels (B,); it adds the loss to `total` ()."""
 
     def step(pixels: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.clear_gradients()
         parts = zip(pixels.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
         for some, their_labels in parts:
             with _fast_precision(device, recipe.precision):
@@ -443,43 +444,23 @@ def _fast_precision(device: torch.device, precision: Precision) -> torch.autocas
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    on_gpu = device.type == "cuda"
-    groups = []
+def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> FusedOptimizer:
+    on_gpu, groups = device.type == "cuda", []
     for part, factor in ((classifier.body, recipe.backbone_lr), (classifier.head, 1.0)):
         trained = [p for p in part.parameters() if p.requires_grad]
         weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         # Norms and biases are not decayed: shrinking them only fights the normalisation.
         for parameters, decay in ((weights, recipe.weight_decay), (others, 0.0)):
-            # On a GPU the rate lies in its memory, where a recorded step reads it.
-            rate = torch.tensor(recipe.learning_rate, device=device) if on_gpu else recipe.learning_rate
+            rate = recipe.learning_rate * factor
             # A class's own weights are no hidden layer's: Muon leaves them, and all vectors, to AdamW.
             orthogonal = part is classifier.body and parameters is weights
             if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "weight_decay": decay,
-                        "factor": factor,
-                        "lr": rate,
-                        "orthogonal": orthogonal,
-                    }
-                )
+                place = torch.tensor(rate, device=device) if on_gpu else rate
+                groups.append(Group(parameters, place, factor, decay, orthogonal))
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
-    kinds: dict[Optimizer, type[torch.optim.Adam]] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "muon": Muon,
-    }
-    return kinds[recipe.optimizer](groups, betas=recipe.betas, fused=True, capturable=on_gpu)
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+        return SGD(groups)
+    kinds: dict[Optimizer, type[Adam]] = {"adam": Adam, "adamw": AdamW, "muon": Muon}
+    return kinds[recipe.optimizer](groups, recipe.betas)
 
 
 def _schedule(total: int, recipe: Recipe) -> Callable[[int], float]:

@@ -3,7 +3,6 @@
 Workers hold no state of their own. `run` starts some (workers.py); `camri-tune worker` joins from any machine.
 """
 
-import importlib
 import os
 import signal
 import sys
@@ -220,5 +219,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(main(sys.argv[1:]))
-    importlib.import_module("torch._dynamo")  # which each worker's first optimizer would, and takes a second
     sys.exit(serve(main))

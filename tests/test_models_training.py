@@ -29,6 +29,7 @@ from camri_tune.losses import (
 )
 from camri_tune.metrics import accuracy
 from camri_tune.models import Classifier, CompactCNN, ContrastNormalisation, PaperCNN, build_body
+from camri_tune.optimizers import AdamW
 from camri_tune.training import (
     HeadSpec,
     Progress,
@@ -852,33 +853,6 @@ def test_a_cosine_falls_as_one(total: int, warmup: float) -> None:
             assert rate <= straight + 1e-12
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_an_optimizer_is_the_one_that_is_named(name: Optimizer) -> None:
-    """Step for step on the same gradients, with weight decay as each has it, on weights alone."""
-    ours, theirs = (Classifier(CompactCNN(1, 8), CrossEntropyLoss(10, 128)) for _ in range(2))
-    theirs.load_state_dict(ours.state_dict())
-    optimizer = _optimizer(ours, Recipe(1, 1e-2, weight_decay=0.1, optimizer=name), CPU)
-    groups = [
-        {"params": [p for p in theirs.parameters() if (p.ndim > 1) == decayed], "weight_decay": 0.1 * decayed}
-        for decayed in (True, False)
-    ]
-    other: torch.optim.Optimizer
-    if name == "sgd":
-        other = torch.optim.SGD(groups, lr=1e-2, momentum=0.9, nesterov=True)
-    else:
-        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        other = kind(groups, lr=1e-2, betas=(0.9, 0.99))
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
-            mine.grad = torch.randn(mine.shape, generator=rng)
-            its.grad = mine.grad.clone()
-        optimizer.step()
-        other.step()
-    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_a_training_with_momentum_goes_on_to_the_same_weights(digits: Dataset, optimizer: Optimizer) -> None:
     recipe = Recipe(2, 1e-2, digits.augmentation, batch_size=32, optimizer=optimizer, schedule="cosine")
@@ -1026,7 +1000,7 @@ def test_the_papers_network_learns_by_the_papers_recipe(digits: Dataset, monkeyp
     batches: list[Tensor] = []
     rates: list[float] = []
     heard: list[Progress] = []
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
     def seen(batch: Tensor, how: Augmentation, drawn: Tensor) -> Tensor:
         batches.append(batch)
@@ -1034,12 +1008,12 @@ def test_the_papers_network_learns_by_the_papers_recipe(digits: Dataset, monkeyp
         assert torch.equal(changed, batch.float())
         return changed
 
-    def counted(optimizer: torch.optim.AdamW) -> None:
-        rates.extend(group["lr"] for group in optimizer.param_groups)
+    def counted(optimizer: AdamW) -> None:
+        rates.extend(float(group.rate) for group in optimizer.groups)
         step(optimizer)
 
     monkeypatch.setattr("camri_tune.training.augment", seen)
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    monkeypatch.setattr(AdamW, "step", counted)
     trained = train(
         "paper-cnn",
         CAMRI,

@@ -255,16 +255,14 @@ def test_the_network_learns_at_a_fraction_of_the_heads_rate() -> None:
     body = build_body(MODEL, channels=1, image_size=SIDE)
     classifier = Classifier(body, HeadSpec("ce").build(10, body.embedding_size))
     optimizer = _optimizer(classifier, Recipe(1, 1e-3, backbone_lr=0.1), CPU)
-    factors = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
+    factors = {id(p): group.factor for group in optimizer.groups for p in group.parameters}
     assert all(factors[id(p)] == 0.1 for p in classifier.body.parameters())
     assert all(factors[id(p)] == 1.0 for p in classifier.head.parameters())
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {id(p) for group in optimizer.groups if group.weight_decay for p in group.parameters}
     assert decayed == {id(p) for p in classifier.parameters() if p.ndim > 1}
     freeze(body, "head")
     optimizer = _optimizer(classifier, Recipe(1, 1e-3), CPU)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
-        id(p) for p in classifier.head.parameters()
-    }
+    assert {id(p) for p in optimizer.parameters} == {id(p) for p in classifier.head.parameters()}
 
 
 def test_a_slower_network_moves_less(digits: Dataset, start: Start) -> None:
