@@ -1,6 +1,5 @@
 """The stages of a run. Each queues what is missing, so that a resumed run does only what is left."""
 
-import importlib
 import math
 import signal
 import time
@@ -307,8 +306,6 @@ class Crew:
             for notice in data.notices():
                 console.say(notice)
             try:
-                # What writes the dashboard's note takes a second or two to import: now, while workers get ready.
-                importlib.import_module("optuna_dashboard")
                 with Workers(store=store, launch=launch, places=len(places)) as workers:
                     yield cls(workers, console, store, Schedule(dict(planned), epochs, len(places)), heart)
                     store.set("stage", "done")

@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from camri_tune.config import Model
-from camri_tune.database import STORAGE_VARIABLE, masked, open_storage
+from camri_tune.database import STORAGE_VARIABLE, import_all, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version, sha256
@@ -219,4 +219,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(main(sys.argv[1:]))
+    import_all()
     sys.exit(serve(main))
