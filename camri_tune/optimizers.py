@@ -20,8 +20,8 @@ _EPSILON = 1e-8
 class Group:
     """Parameters that are moved alike.
 
-    `rate` is a tensor on a GPU, where a recorded step reads it (see recording.py); the learning rate at hand times
-    `factor` is set to it. What is `orthogonal` is for Muon to move.
+    `rate` is what a step takes, `factor` times the learning rate; a tensor on a GPU, where a recorded step reads it
+    (see recording.py). What is `orthogonal` is for Muon to move.
     """
 
     parameters: Sequence[Tensor]
@@ -31,7 +31,7 @@ class Group:
     orthogonal: bool = False
 
     def set_rate(self, learning_rate: float) -> None:
-        """Take `factor` times this from now on."""
+        """Take `factor` times this from now on; a tensor keeps its place."""
         if isinstance(self.rate, Tensor):
             self.rate.fill_(learning_rate * self.factor)
         else:
@@ -70,7 +70,9 @@ class FusedOptimizer(ABC):
         """What is kept of each parameter under this name, zeros at first: as large as it is, or one `number`."""
         for p in parameters:
             if name not in self.state[p]:
-                self.state[p][name] = torch.zeros((), device=p.device) if number else torch.zeros_like(p)
+                # On the device, too: a recorded step counts there. The kernels count in float32 alone.
+                kept = torch.zeros((), dtype=torch.float32, device=p.device) if number else torch.zeros_like(p)
+                self.state[p][name] = kept
         return [self.state[p][name] for p in parameters]
 
 
@@ -85,7 +87,7 @@ class SGD(FusedOptimizer):
         sgd(
             parameters,
             gradients,
-            list(self._kept("momentum", parameters)),
+            [*self._kept("momentum", parameters)],  # a list that may hold None, to the checker of types
             lr=group.rate,
             weight_decay=group.weight_decay,
             momentum=self._momentum,
@@ -121,7 +123,6 @@ class Adam(FusedOptimizer):
             decoupled_weight_decay=self.decoupled,
             amsgrad=False,
             maximize=False,
-            capturable=parameters[0].is_cuda,
             fused=True,
         )
 

@@ -351,10 +351,10 @@ class Crew:
 
     def _publish(self, studies: Mapping[str, Stages]) -> None:
         """Write the dashboard's note and figures anew."""
-        started = time.monotonic()
+        first, started = math.isinf(self._publish_at), time.monotonic()
         for study in studies.values():
             show(study.store, self._console)
-        took = time.monotonic() - started
+        took = 0.0 if first else time.monotonic() - started  # the first imports what writes them
         self._publish_at = started + max(PUBLISH_SECONDS * len(studies), took / PUBLISH_SHARE)
 
 

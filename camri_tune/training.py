@@ -455,8 +455,8 @@ def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> 
             # A class's own weights are no hidden layer's: Muon leaves them, and all vectors, to AdamW.
             orthogonal = part is classifier.body and parameters is weights
             if parameters:
-                place = torch.tensor(rate, device=device) if on_gpu else rate
-                groups.append(Group(parameters, place, factor, decay, orthogonal))
+                held = torch.tensor(rate, device=device) if on_gpu else rate
+                groups.append(Group(parameters, held, factor, decay, orthogonal))
     if recipe.optimizer == "sgd":
         return SGD(groups)
     kinds: dict[Optimizer, type[Adam]] = {"adam": Adam, "adamw": AdamW, "muon": Muon}

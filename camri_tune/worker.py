@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 
 from camri_tune.config import Model
-from camri_tune.database import STORAGE_VARIABLE, import_all, masked, open_storage
+from camri_tune.database import STORAGE_VARIABLE, import_sql, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version, sha256
@@ -51,8 +51,9 @@ def work(
 
     `model` is the user's own network that may be imported here. `index` sets this worker's sampler apart from the
     others'. With `patience`, so many seconds are waited for the study to be there, and for a run to hold it while
-    nothing is queued; None waits for ever. Raises StoppedError once `asked_to_stop` says why, the training at hand
-    saved and given back; StudyMismatchError where this machine's data, program or files are not the study's.
+    nothing is queued; None expects the study to be there, and waits for its run for ever. Raises StoppedError once
+    `asked_to_stop` says why, the training at hand saved and given back; StudyMismatchError where this machine's data,
+    program or files are not the study's.
     """
     store = _find(storage_url, name, patience, asked_to_stop)
     config = store.config
@@ -115,9 +116,9 @@ def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: St
                 raise
             if tries == 0:
                 print(f"camri-tune: waiting for study {name!r} in {masked(storage_url)} ({error})", file=sys.stderr)
+        _rest(IDLE_SECONDS[-1], asked_to_stop)
         if (reason := asked_to_stop()) is not None:
             raise StoppedError(reason)
-        _rest(IDLE_SECONDS[-1], asked_to_stop)
     raise AssertionError("the loop above does not end by itself")
 
 
@@ -219,5 +220,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:]:
         sys.exit(main(sys.argv[1:]))
-    import_all()
+    import_sql()
     sys.exit(serve(main))

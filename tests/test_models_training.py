@@ -29,7 +29,8 @@ from camri_tune.losses import (
 )
 from camri_tune.metrics import accuracy
 from camri_tune.models import Classifier, CompactCNN, ContrastNormalisation, PaperCNN, build_body
-from camri_tune.optimizers import AdamW
+from camri_tune.muon import Muon
+from camri_tune.optimizers import SGD, Adam, AdamW
 from camri_tune.training import (
     HeadSpec,
     Progress,
@@ -851,6 +852,18 @@ def test_a_cosine_falls_as_one(total: int, warmup: float) -> None:
             assert rate == pytest.approx(math.sin(math.pi / 2 * straight) ** 2)
         else:
             assert rate <= straight + 1e-12
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer))
+def test_an_optimizer_is_the_one_that_is_named(name: Optimizer) -> None:
+    """On all parameters, of which weights alone are decayed."""
+    classifier = Classifier(CompactCNN(1, 8), CrossEntropyLoss(10, 128))
+    optimizer = _optimizer(classifier, Recipe(1, 1e-2, weight_decay=0.1, optimizer=name), CPU)
+    assert type(optimizer) is {"muon": Muon, "adamw": AdamW, "adam": Adam, "sgd": SGD}[name]
+    assert {id(p) for p in optimizer.parameters} == {id(p) for p in classifier.parameters()}
+    for group in optimizer.groups:
+        assert group.rate == 1e-2
+        assert {p.ndim > 1 for p in group.parameters} == {group.weight_decay == 0.1}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])

@@ -123,7 +123,7 @@ def test_one_is_at_hand_once_and_then_no_more() -> None:
 def test_a_process_with_no_other_threads_is_forked() -> None:
     """Else one of them could hold a lock that nobody gives back in the forked process."""
     code = (
-        f"import os, torch, {prefork.MODULE}, torch._dynamo; "
+        f"import os, torch; from {prefork.MODULE} import import_sql; import_sql(); "
         "print(len(os.listdir('/proc/self/task')) + torch.cuda.is_initialized())"
     )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
