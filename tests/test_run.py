@@ -785,18 +785,8 @@ def test_every_loss_can_be_tuned(loss: str, tmp_path: Path) -> None:
 
 def test_real_traffic_signs_end_to_end(gtsrb_dir: Path, tmp_path: Path) -> None:
     """Real GTSRB, whole tracks: the model beats chance by far, and its files alone reproduce its test figures."""
-    options = [
-        "--dataset",
-        "gtsrb",
-        "--data-dir",
-        gtsrb_dir,
-        "--important",
-        "Stop",
-        "--limit",
-        "4000",
-        "--out",
-        tmp_path,
-    ]
+    options = ["--dataset", "gtsrb", "--data-dir", gtsrb_dir, "--important", "Stop", "--limit", "4000"]
+    options += ["--learning-rate", "0.008", "--out", tmp_path]
     done = camri_tune("run", *options, *SMALL, "--trials", "2", "--seeds", "1", "--json")
     assert done.returncode == 0, done.stderr
     result = result_of(done)
