@@ -1,5 +1,6 @@
 """The stages of a run. Each queues what is missing, so that a resumed run does only what is left."""
 
+import importlib
 import math
 import signal
 import time
@@ -351,10 +352,11 @@ class Crew:
 
     def _publish(self, studies: Mapping[str, Stages]) -> None:
         """Write the dashboard's note and figures anew."""
-        first, started = math.isinf(self._publish_at), time.monotonic()
+        importlib.import_module("optuna_dashboard")  # once, a second or two that are not the note's
+        started = time.monotonic()
         for study in studies.values():
             show(study.store, self._console)
-        took = 0.0 if first else time.monotonic() - started  # the first imports what writes them
+        took = time.monotonic() - started
         self._publish_at = started + max(PUBLISH_SECONDS * len(studies), took / PUBLISH_SHARE)
 
 

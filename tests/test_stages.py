@@ -834,7 +834,7 @@ def test_a_failed_seed_is_shown_before_the_run_ends_with_it(
 def test_a_dashboards_note_is_written_for_a_small_share_of_the_time(
     make: Callable[..., Stages], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes longer the more trials there are. Of that the first, which imports what writes it, tells nothing."""
+    """It takes longer the more trials there are."""
     clock, written = [0.0], []
 
     def look(_store: StudyStore, _console: Console) -> None:
@@ -854,7 +854,7 @@ def test_a_dashboards_note_is_written_for_a_small_share_of_the_time(
 
     monkeypatch.setattr(crew, "_workers", SimpleNamespace(wait=wait))
     crew.carry_out("search", lambda: True, {"": stages})
-    assert written == [0.0, 20.0, 80.0, clock[0] - 3.0], "a twentieth of the time, and once more at the end"
+    assert written == [0.0, 60.0, 120.0, clock[0] - 3.0], "every twentieth of the time, and at the end"
 
 
 @pytest.mark.parametrize(
