@@ -73,6 +73,16 @@ SETUPS = {
         optimizer="adamw",
         rates=(0.002, 0.004, 0.008),
     ),
+    "mnist": Setup(
+        "mnist",
+        {"limit": 200},
+        important=8,
+        validation=2_000,
+        truth=4_000,
+        epochs=6,
+        batch=32,
+        rates=(0.002, 0.004, 0.008),
+    ),
     # All images, for a GPU.
     "gtsrb-all": Setup("gtsrb", {}, important=30, validation=3_000, truth=4_800, epochs=8),
     "cifar10-all": Setup("cifar10", {}, important=3, validation=3_000, truth=7_000, epochs=20),

@@ -109,7 +109,7 @@ def slices(overview: Overview) -> go.Figure | None:
     trials = [t for t in overview.search if t.recall is not None and t.state in ("complete", "pruned")]
     if not trials:
         return None
-    space = search_space(overview.config, overview.important, base=1.0)  # whatever it is: the scale is asked for
+    space = search_space(overview.config, overview.important, len(overview.classes), base=1.0)  # for its scales
     names = [name for name in space if all(name in t.params for t in trials)]
     figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.02)
     for column, name in enumerate(names, start=1):

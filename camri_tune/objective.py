@@ -74,7 +74,7 @@ class ConstrainedObjective:
 
     def __call__(self, trial: Trial) -> float:
         """Train, and tell Optuna the constraint. Returns the recall; the rest is kept as user attributes."""
-        params = suggest_params(trial, self._config, self.important, self._learning_rate)
+        params = suggest_params(trial, self._config, self.important, self._num_classes, self._learning_rate)
         confusion = self._confusion(*self._measure(trial, params))
         trial.set_user_attr("accuracy", accuracy(confusion))
         trial.set_user_attr("recall_per_class", without_nan(recall_per_class(confusion).tolist()))
@@ -82,7 +82,7 @@ class ConstrainedObjective:
         return important_recall(confusion, list(self.important))
 
     def enqueue(self, study: Study) -> None:
-        """Have the study try first what was good elsewhere: scales about 8 and 16, margins of a few pi/64."""
+        """Have the study try first what is likely to be good: `camri_tune.search.starting_points`."""
         for point in first_points(self._config, self.important, self._num_classes, self._learning_rate):
             study.enqueue_trial(point)
 

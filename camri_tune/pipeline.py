@@ -233,7 +233,8 @@ def _judge(
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
-        notices += worth_widening(config, stages.important, baseline.learning_rate, best.params)
+        classes, rate = len(stages.data.classes), baseline.learning_rate
+        notices += worth_widening(config, stages.important, classes, rate, best.params)
         best = replace(best, calibration=judge.calibration(entrants[best.trial].chosen, config.loss))
     finals = _finalists(retrained, order, found, stages)
     threshold = judge.threshold(old, None if best is None else entrants[best.trial], config.tolerance_fraction)

@@ -1,6 +1,5 @@
 """What is searched, and by whom: spaces, starting points, the sampler."""
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,10 @@ from camri_tune.training import HeadSpec
 
 
 class Range(NamedTuple):
-    """What a parameter of a loss may be, and whether each important class has one of its own."""
+    """What a parameter of a loss may be, and whether each important class has one of its own.
+
+    Scales are in units of `adacos_scale`.
+    """
 
     low: float
     high: float
@@ -35,7 +37,7 @@ class Range(NamedTuple):
     per_class: bool
 
 
-SCALE = Range(4.0, 64.0, log=True, per_class=False)
+SCALE = Range(1.0, 8.0, log=True, per_class=False)
 MARGIN = Range(0.0, 0.6, log=False, per_class=True)
 WEIGHT = Range(1.0, 32.0, log=True, per_class=True)
 W_FP = Range(0.03, 8.0, log=True, per_class=True)
@@ -128,18 +130,20 @@ def head_spec(loss: Loss, params: Mapping[str, float], important: Sequence[int])
 def starting_points(
     loss: Loss, important: Sequence[int], num_classes: int, learning_rate: float
 ) -> list[dict[str, float]]:
-    """Points to try first: scales about the authors' 8 and 16 and AdaCos's, margins of a few pi/64, weights of a few.
+    """Points to try first, the most careful of them first.
 
-    Not all at the baseline's learning rate: what suits cross-entropy need not suit another loss.
+    What scale a cosine softmax needs grows with its classes: 1.5, 2 and 3 times AdaCos's fixed one, which for ten is
+    4.7 to 9.3 (the authors took 8 and 16, for 300 epochs of a constant rate). Margins are spread over what is searched,
+    for accuracy hangs on them less than on scale and rate (`benchmarks/grid.py`). Not all points are at the baseline's
+    learning rate: what suits cross-entropy need not suit another loss.
     """
-    step = math.pi / 64
-    adacos = min(max(adacos_scale(num_classes), SCALE.low), SCALE.high)
-    rates = (1.0, 1.0, 2.0, 0.5, 2.0, 2.0)
+    adacos = adacos_scale(num_classes)
+    rates = (1.0, 2.0, 1.0, 2.0, 1.0, 0.5)
     values = {
-        "scale": (16.0, 8.0, 12.0, adacos, 12.0, 16.0),
-        "margin": (4 * step, 4 * step, 4 * step, 2 * step, 2 * step, 6 * step),
-        "weight": (2.0, 4.0, 2.0, 1.4, 4.0, 1.4),
-        "w_fn": (2.0, 4.0, 2.0, 1.4, 4.0, 1.4),
+        "scale": [_short(times * adacos) for times in (2.0, 1.5, 2.0, 3.0, 1.5, 2.0)],
+        "margin": (0.2, 0.4, 0.6, 0.3, 0.5, 0.1),
+        "weight": (2.0, 4.0, 1.4, 2.0, 4.0, 1.4),
+        "w_fn": (2.0, 4.0, 1.4, 2.0, 4.0, 1.4),
         "w_fp": (0.1, 0.3, 0.1, 0.1, 0.3, 0.3),
     }
     names = parameter_names(loss, important)
@@ -152,17 +156,25 @@ def starting_points(
     return [point for place, point in enumerate(points) if point not in points[:place]]
 
 
+def _short(value: float) -> float:
+    """The same to two digits, as people write scales."""
+    return float(f"{value:.2g}")
+
+
 def suggest(trial: Trial, stage: Stage, plan: Plan) -> tuple[HeadSpec, float]:
     """A trial's head and learning rate: from the sampler, or as enqueued."""
     if stage == "baseline":
         return HeadSpec("ce"), trial.suggest_float("learning_rate", 1e-5, 1.0, log=True)
-    params = suggest_params(trial, plan.config, plan.important, plan.baseline_learning_rate)
+    classes, rate = len(plan.data.classes), plan.baseline_learning_rate
+    params = suggest_params(trial, plan.config, plan.important, classes, rate)
     return head_spec(plan.config.loss, params, plan.important), params["learning_rate"]
 
 
-def suggest_params(trial: Trial, config: StudyConfig, important: Sequence[int], baseline_rate: float) -> dict[str, Any]:
+def suggest_params(
+    trial: Trial, config: StudyConfig, important: Sequence[int], num_classes: int, base: float
+) -> dict[str, Any]:
     """A value for every parameter of `search_space`."""
-    space = search_space(config, important, baseline_rate)
+    space = search_space(config, important, num_classes, base)
     return {name: _suggested(trial, name, allowed) for name, allowed in space.items()}
 
 
@@ -179,7 +191,7 @@ def _suggested(trial: Trial, name: str, allowed: Choice) -> float | str:
     return trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)
 
 
-def search_space(config: StudyConfig, important: Sequence[int], base: float) -> dict[str, Choice]:
+def search_space(config: StudyConfig, important: Sequence[int], num_classes: int, base: float) -> dict[str, Choice]:
     """Every parameter of a trial with what it may be. `base` is the baseline's learning rate.
 
     Of the recipe only what is searched is a parameter: the rest is the same in all trials, and in the baseline.
@@ -189,8 +201,10 @@ def search_space(config: StudyConfig, important: Sequence[int], base: float) -> 
         space["learning_rate"] = config.learning_rate
     for name, kind in parameter_names(config.loss, important).items():
         low, high, log, _ = SPACES[config.loss][kind]
+        unit = adacos_scale(num_classes) if kind == "scale" else 1.0
         given: Searchable | None = getattr(config, kind)
-        space[name] = SearchRange(low=low, high=high, log=log) if given is None else given
+        usual = SearchRange(low=_short(low * unit), high=_short(high * unit), log=log)
+        space[name] = usual if given is None else given
     recipe = (*RECIPE_FIELDS, "epochs")
     return space | {name: value for name in recipe if is_searched(value := getattr(config, name))}
 
@@ -211,7 +225,7 @@ def first_points(
     config: StudyConfig, important: Sequence[int], num_classes: int, base: float
 ) -> list[dict[str, float]]:
     """The starting points as far as the study's own numbers and ranges let them be; the rest is the sampler's."""
-    space = search_space(config, important, base)
+    space = search_space(config, important, num_classes, base)
     points = [
         {name: nearest(value, space[name]) for name, value in point.items()}
         for point in starting_points(config.loss, important, num_classes, base)
@@ -219,11 +233,13 @@ def first_points(
     return [point for place, point in enumerate(points) if point not in points[:place]]
 
 
-def worth_widening(config: StudyConfig, important: Sequence[int], base: float, params: Mapping[str, Any]) -> list[str]:
+def worth_widening(
+    config: StudyConfig, important: Sequence[int], num_classes: int, base: float, params: Mapping[str, Any]
+) -> list[str]:
     """A plain notice of each parameter that came out at an end of the range that was searched."""
     kinds = parameter_names(config.loss, important)
     lines = []
-    for name, searched in search_space(config, important, base).items():
+    for name, searched in search_space(config, important, num_classes, base).items():
         if not isinstance(searched, SearchRange):
             continue
         kind = kinds.get(name, name)

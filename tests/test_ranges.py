@@ -207,14 +207,14 @@ def test_trials_stay_within_what_the_study_says(
         head, rate = suggest(trial, "search", _plan(config, digits, important))
         assert 1e-4 <= rate <= 1e-2
         assert head.margins == dict.fromkeys(important, 0.25)
-        assert 4 <= head.scale <= 64
+        assert 3.1 <= head.scale <= 25
         choices = recipe_choices(config, trial.params)
         assert choices["batch_size"] in (32, 64)
         assert isinstance(choices["batch_size"], int)
         assert 0 <= choices["weight_decay"] <= 0.1
         assert choices["label_smoothing"] == 0.1
         assert "label_smoothing" not in trial.params, "it is the same in all trials"
-        assert set(trial.params) == set(search_space(config, important, 4e-3))
+        assert set(trial.params) == set(search_space(config, important, 10, 4e-3))
 
 
 def test_the_baseline_shares_what_is_fixed_and_has_its_own_where_something_is_searched(
@@ -232,7 +232,7 @@ def test_the_baseline_shares_what_is_fixed_and_has_its_own_where_something_is_se
 def test_a_study_that_says_nothing_searches_what_it_always_did(digits: Dataset) -> None:
     config = StudyConfig()
     assert not [name for name, value in recipe_choices(config, {}).items() if value != getattr(config, name)]
-    assert list(search_space(config, [3], 4e-3)) == ["learning_rate", "scale", "margin"]
+    assert list(search_space(config, [3], 10, 4e-3)) == ["learning_rate", "scale", "margin"]
     assert first_points(config, [3], 10, 4e-3) == starting_points("camri", [3], 10, 4e-3)
 
 
@@ -241,7 +241,7 @@ def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: 
     assert len(points) >= 4
     assert {point["margin"] for point in points} == {0.25}
     assert {point["learning_rate"] for point in points} == {4e-3, 8e-3, 1e-2}
-    assert [point["scale"] for point in points[:2]] == [16.0, 8.0]
+    assert [point["scale"] for point in points[:2]] == [6.2, 4.7]
     study = optuna.create_study()
     for point in points:
         study.enqueue_trial(point)
@@ -258,20 +258,20 @@ def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: 
 def test_a_notice_names_what_came_out_at_an_end_and_the_option_that_looks_beyond(config: StudyConfig) -> None:
     params = {
         "learning_rate": 1e-2,
-        "scale": 64.0,
+        "scale": 25.0,
         "margin_3": 0.25,  # fixed
         "margin_5": 0.25,
         "batch_size": 64,  # chosen from a list
         "weight_decay": 0.05,
     }
-    assert worth_widening(config, (3, 5), 4e-3, params) == [
+    assert worth_widening(config, (3, 5), 10, 4e-3, params) == [
         "The best learning_rate, 0.01, lies at the end of what was searched, 0.0001..0.01 log: better may lie beyond. "
         "Another study (--name) with --learning-rate '0.001..0.1 log' looks there.",
-        "The best scale, 64, lies at the end of what was searched, 4..64 log: better may lie beyond. "
-        "Another study (--name) with --scale '16..256 log' looks there.",
+        "The best scale, 25, lies at the end of what was searched, 3.1..25 log: better may lie beyond. "
+        "Another study (--name) with --scale '8.8..71 log' looks there.",
     ]
     params = {"learning_rate": 4e-3, "scale": 16.0, "margin_3": 0.0, "margin_5": 0.6}
-    several = worth_widening(StudyConfig(), (3, 5), 4e-3, params)
+    several = worth_widening(StudyConfig(), (3, 5), 10, 4e-3, params)
     assert [("best margin_5" in line, "--margin '0.3..0.9'" in line) for line in several] == [(True, True)]
 
 
@@ -291,8 +291,8 @@ def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str,
     config = StudyConfig.build({"loss": loss, key: 1})
     if not owners:
         require_searchable(config)
-        assert search_space(config, [3], 1e-3)[key] == 1
-        assert set(search_space(config, [3, 5], 1e-3)) & {key, f"{key}_3"}
+        assert search_space(config, [3], 10, 1e-3)[key] == 1
+        assert set(search_space(config, [3, 5], 10, 1e-3)) & {key, f"{key}_3"}
         return
     option = key.replace("_", "-")
     with pytest.raises(InputError, match=rf"^--{option} is no parameter of --loss {loss}, but of {owners}: leave"):

@@ -35,9 +35,10 @@ from camri_tune.errors import InputError, StoppedError, StudyMismatchError, Work
 from camri_tune.files import sha256
 from camri_tune.heartbeat import worker_id
 from camri_tune.images import Images
-from camri_tune.losses import CrossEntropyLoss, NormFaceLoss, adacos_scale
+from camri_tune.losses import CrossEntropyLoss, NormFaceLoss
 from camri_tune.metrics import confusion_matrix
 from camri_tune.models import Classifier, build_body
+from camri_tune.ranges import SearchRange, nearest
 from camri_tune.records import ACCURACY_CURVE, TrialRecord
 from camri_tune.search import (
     SPACES,
@@ -46,6 +47,7 @@ from camri_tune.search import (
     make_sampler,
     model_spec,
     parameter_names,
+    search_space,
     starting_points,
     suggest,
 )
@@ -1032,7 +1034,8 @@ LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 MODELS = ("compact", "wide", "paper-cnn")  # that take images
-SCALE, MARGIN = (4.0, 64.0, True), (0.0, 0.6, False)  # lowest, highest, whether on a logarithmic scale
+# Lowest, highest, whether on a logarithmic scale; for ten classes.
+SCALE, MARGIN = (3.1, 25.0, True), (0.0, 0.6, False)
 WEIGHT, W_FP = (1.0, 32.0, True), (0.03, 8.0, True)
 # What is searched beside the learning rate, with one important class and with classes 3 and 8.
 SEARCHED: dict[Loss, tuple[dict[str, tuple[float, float, bool]], dict[str, tuple[float, float, bool]]]] = {
@@ -1222,29 +1225,43 @@ def test_starting_points_lie_inside_the_ranges(
     loss: Loss, important: list[int], num_classes: int, learning_rate: float
 ) -> None:
     points = starting_points(loss, important, num_classes, learning_rate)
+    space = search_space(StudyConfig(loss=loss), important, num_classes, learning_rate)
     assert len(points) == {"ce": 1, "l2": 5}.get(loss, 6)
     assert points[0]["learning_rate"] == learning_rate, "the baseline's own comes first"
     assert len({tuple(sorted(point.items())) for point in points}) == len(points), "no training twice"
     for point in points:
-        assert learning_rate / 4 <= point.pop("learning_rate") <= 4 * learning_rate, "the range that is searched"
-        assert set(point) == set(parameter_names(loss, important))
+        assert set(point) == set(space)
         for name, value in point.items():
-            low, high, _ = SEARCHED[loss][0][re.sub(r"_\d+$", "", name)]
-            assert low <= value <= high
+            assert isinstance(space[name], SearchRange)
+            assert nearest(value, space[name]) == value, name
 
 
-def test_the_authors_settings_are_tried_first() -> None:
+def test_the_first_trials_are_spread_over_margins_and_begin_with_a_careful_one() -> None:
     points = starting_points("camri", [3], 10, 4e-3)
-    assert [point["scale"] for point in points[:2]] == [16.0, 8.0]
-    assert points[0]["margin"] == pytest.approx(math.pi / 16)
-    assert points[0]["learning_rate"] == 4e-3
+    assert points[0] == {"learning_rate": 4e-3, "scale": 6.2, "margin": 0.2}
+    _, highest, _ = MARGIN
+    assert sorted(point["margin"] for point in points) == pytest.approx([highest * i / 6 for i in range(1, 7)])
+    assert {point["learning_rate"] for point in points} == {2e-3, 4e-3, 8e-3}
 
 
 @pytest.mark.parametrize("loss", ["l2", "arcface", "camri", "cosface-i"])
-def test_the_scale_of_ada_cos_is_among_the_first(loss: Loss) -> None:
-    scales = [point["scale"] for point in starting_points(loss, [3], 200, 4e-3)]
-    assert adacos_scale(200) in scales
-    assert {8.0, 16.0} <= set(scales)
+@pytest.mark.parametrize(
+    ("num_classes", "searched", "first"),
+    [
+        (2, (0.98, 7.8), {1.5, 2.0, 2.9}),
+        (3, (0.98, 7.8), {1.5, 2.0, 2.9}),
+        (10, (3.1, 25), {4.7, 6.2, 9.3}),
+        (43, (5.3, 42), {7.9, 11.0, 16.0}),
+        (1000, (9.8, 78), {15.0, 20.0, 29.0}),
+    ],
+)
+def test_scales_are_of_the_size_that_so_many_classes_need(
+    loss: Loss, num_classes: int, searched: tuple[float, float], first: set[float]
+) -> None:
+    """One to eight times AdaCos's fixed scale, sqrt(2) log(C - 1)."""
+    space = search_space(StudyConfig(loss=loss), [1], num_classes, 4e-3)
+    assert space["scale"] == SearchRange(low=searched[0], high=searched[1], log=True)
+    assert {point["scale"] for point in starting_points(loss, [1], num_classes, 4e-3)} == first
 
 
 def test_every_important_class_starts_alike() -> None:
