@@ -413,7 +413,7 @@ class _Tape:
     @property
     def points(self) -> int:
         """How many trainings of the search are among them: those after the baseline's."""
-        return len(starting_points("camri", (0,), 10, 1.0))
+        return len(starting_points(StudyConfig(), (0,), 10, 1.0))
 
     @contextmanager
     def played(self) -> Iterator[None]:
@@ -450,7 +450,7 @@ class _Study:
             while (baseline := self.stages.plan_baseline()) is None:
                 self._work_off()
             self.stages.adopt(baseline, (0,))
-            for point in starting_points("camri", (0,), len(self.data.classes), baseline.learning_rate):
+            for point in starting_points(StudyConfig(), (0,), len(self.data.classes), baseline.learning_rate):
                 self.store.enqueue("search", point)
             self._work_off()
         self.baseline = baseline

@@ -42,15 +42,16 @@ from scipy import stats
 
 from benchmarks import grid
 from camri_tune.config import StudyConfig
+from camri_tune.ranges import SearchRange
 from camri_tune.records import TrialRecord
-from camri_tune.search import make_sampler, starting_points
-from camri_tune.selection import finalists
+from camri_tune.search import make_sampler, search_space, starting_points
+from camri_tune.selection import finalists, rank_settings
 from camri_tune.stages import ROUNDS_OF_FINALISTS
 
 HERE = Path(__file__).parent
 ROWS, FIGURES = HERE / "search_rows.jsonl", HERE / "search.json"
 BUDGET, SEEDS = 60, 30
-TRIALS, FINALISTS = (10, 30), 5  # of studies on our own tables
+TRIALS = (10, 30)  # of studies on our own tables
 OUTCOMES = [
     f"{biased}{what}, {trials} trials"
     for biased in ("", "biased ")
@@ -58,8 +59,6 @@ OUTCOMES = [
     for what in ("recall", "spare accuracy")
 ]
 BEST = 0.01  # of the feasible settings of a public table
-# So close to the recall of the best feasible setting of ours that so few images cannot tell it from it.
-CLOSE = {"gtsrb": 0.05, "cifar10": 0.05, "mnist": 0.02}
 Params = Mapping[str, Any]
 
 
@@ -106,23 +105,27 @@ class CamriTable:
             _mean(baseline[rate], part, 1) - self._header["tolerance"] * self._header[part]["images"]
             for part in ("validation", "truth")
         )
+        self._floor_share = self.floor / self._header["validation"]["images"]
         self._scatter = float(np.std([row["validation"][1] for row in baseline[rate]], ddof=1))
         self._keys = np.array(list(self._rows))
+        classes = {"gtsrb": 43, "cifar10": 10, "mnist": 10}[grid.SETUPS[dataset].dataset]
+        where = StudyConfig(), [self._header["important"]], classes, rate
         low, high = self._keys.min(axis=0), self._keys.max(axis=0)
+        searched = search_space(*where)["scale"]  # as far as it was recorded
+        assert isinstance(searched, SearchRange)
         self.space: Mapping[str, BaseDistribution] = {
-            "scale": FloatDistribution(low[0], high[0], log=True),
+            "scale": FloatDistribution(max(low[0], searched.low), min(high[0], searched.high), log=True),
             "margin": FloatDistribution(low[1], high[1]),
             "learning_rate": FloatDistribution(low[2], high[2], log=True),
         }
-        classes = {"gtsrb": 43, "cifar10": 10, "mnist": 10}[grid.SETUPS[dataset].dataset]
         self.known: Sequence[Params] = [
             {name: min(max(point[name], low[place]), high[place]) for place, name in enumerate(self.space)}
-            for point in starting_points("camri", [self._header["important"]], classes, rate)
+            for point in starting_points(*where)
         ]
         true = {key: (_mean(found, "truth", 0), _mean(found, "truth", 1)) for key, found in self._rows.items()}
         feasible = {key: recalled for key, (recalled, right) in true.items() if right >= self._true_floor}
         self._recall_of_baseline = _mean(baseline[rate], "truth", 0) / self._header["truth"]["important"]
-        least = max(feasible.values()) - CLOSE[dataset] * self._header["truth"]["important"]
+        least = max(feasible.values()) - grid.SETUPS[dataset].close * self._header["truth"]["important"]
         self._best = {key for key, recalled in feasible.items() if recalled >= least}
         self.about: Mapping[str, float] = {
             "settings": len(true),
@@ -146,12 +149,17 @@ class CamriTable:
         return self._seen(found[rng.integers(len(found))])
 
     def _seen(self, row: Mapping[str, Any]) -> Seen:
+        return Seen(*self._score(row["validation"]), at_floor=self._score(self._at_floor(row)[0]))
+
+    def _score(self, validation: Sequence[int]) -> tuple[float, float]:
+        """Recall, and by how much accuracy misses the floor, of validation's images recalled and right."""
+        recalled, right = validation
         size = self._header["validation"]
-        scores = [
-            (recalled / size["important"], (self.floor - right) / size["images"])
-            for recalled, right in (row["validation"], self._at_floor(row)[0])
-        ]
-        return Seen(*scores[0], at_floor=scores[1])
+        return recalled / size["important"], (self.floor - right) / size["images"]
+
+    def _record(self, number: int, recall: float, constraint: float) -> TrialRecord:
+        found = {"recall": recall, "accuracy": self._floor_share - constraint, "constraint": constraint}
+        return TrialRecord(number, "complete", {}, **found, checkpoint="x", sha256="x")
 
     def _at_floor(self, row: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Validation's and truth's images recalled and right, with the bias of the logit that suits validation best.
@@ -165,28 +173,29 @@ class CamriTable:
         return max(kept) if kept else max(points, key=lambda point: point[0][1])
 
     def chosen(self, trials: Mapping[int, tuple[Params, Seen]], *, biased: bool) -> tuple[float, float]:
-        """What a study would export: its true recall, and by how much its true accuracy is above the floor.
+        """What a study would export, over seeds: its true recall, and by how much its true accuracy is above the floor.
 
-        Of the finalists the one whose mean over all seeds recalls most on validation and keeps the floor there; of the
-        first round in which one does, as `stages.py` does. With `biased` each model has the bias that suits its
-        validation. Cross-entropy's where none keeps the floor.
+        With `biased` each model has the bias that suits its validation. Cross-entropy's where no finalist keeps the
+        floor on validation.
         """
-        size = self._header["truth"]
+        config = StudyConfig(trials=len(trials))
         records = [
-            TrialRecord(number, "complete", {}, recall=score[0], constraint=score[1], checkpoint="x", sha256="x")
+            self._record(number, *(seen.at_floor if biased and seen.at_floor else (seen.value, seen.constraint)))
             for number, (_, seen) in trials.items()
-            if (score := seen.at_floor if biased and seen.at_floor else (seen.value, seen.constraint))
         ]
         slack = self._scatter / self._header["validation"]["images"]
-        order = finalists(records, FINALISTS * ROUNDS_OF_FINALISTS, slack)
-        for start in range(0, len(order), FINALISTS):
-            means = []
-            for record in order[start : start + FINALISTS]:
-                models = self._rows[self._key(trials[record.number][0])]
-                pairs = [self._at_floor(m) if biased else (m["validation"], m["truth"]) for m in models]
-                means.append(np.array(pairs, dtype=float).mean(axis=0).tolist())
-            if kept := [mean for mean in means if mean[0][1] >= self.floor]:
-                recalled, right = max(kept)[1]
+        order = finalists(records, config.most_finalists * ROUNDS_OF_FINALISTS, slack)
+        for start in range(0, len(order), config.most_finalists):
+            models: dict[int, list[TrialRecord]] = {}
+            truth: dict[int, NDArray[np.float64]] = {}
+            for number in (record.number for record in order[start : start + config.most_finalists]):
+                rows = self._rows[self._key(trials[number][0])]
+                pairs = [self._at_floor(row) if biased else (row["validation"], row["truth"]) for row in rows]
+                models[number] = [self._record(seed, *self._score(pair[0])) for seed, pair in enumerate(pairs)]
+                truth[number] = np.mean([pair[1] for pair in pairs], axis=0)
+            if ranked := rank_settings(models):
+                recalled, right = truth[ranked[0]].tolist()
+                size = self._header["truth"]
                 return recalled / size["important"], (right - self._true_floor) / size["images"]
         return self._recall_of_baseline, self._header["tolerance"]
 

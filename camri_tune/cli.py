@@ -110,7 +110,7 @@ RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
         str,
         "A number, or what to search: LOW..HIGH, 'LOW..HIGH log' or A,B,C. So all numbers here.",
     ),
-    "scale": (str, "Scale of a cosine loss (default: searched, over what suits so many classes)."),
+    "scale": (str, "Scale of a cosine loss (default: searched from 1 to 8 times sqrt(2) log(classes - 1))."),
     "margin": (str, "Margin in radians (default: searched from 0 to 0.6)."),
     "weight": (str, "Weight of the important class in wce (default: searched from 1 to 32)."),
     "w_fn": (str, "Weight of what it lacks of its images in crwwce (default: searched from 1 to 32)."),

@@ -321,6 +321,11 @@ class StudyConfig(BaseModel):
         return self.tolerance / 100
 
     @property
+    def embeddings_learn(self) -> bool:
+        """Whether anything of the network is trained beside the head."""
+        return self.model != HEAD and self.trainable != "head"
+
+    @property
     def most_finalists(self) -> int:
         """How many of the best trials are retrained: few of few, because each costs as much as `seeds` trials."""
         return self.finalists or min(MOST_FINALISTS, max(1, self.trials // 4))

@@ -14,7 +14,7 @@ from camri_tune.config import Loss, StudyConfig
 from camri_tune.errors import InputError
 from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, recall_per_class
 from camri_tune.records import without_nan
-from camri_tune.search import first_points, make_sampler, suggest_params
+from camri_tune.search import make_sampler, starting_points, suggest_params
 
 Measure = Callable[[Trial, Mapping[str, float]], tuple[ArrayLike, ArrayLike]]
 
@@ -25,7 +25,8 @@ class ConstrainedObjective:
     `measure(trial, params)` is your own training. `params` holds `learning_rate` and what the loss takes (CAMRI:
     `scale`, and `margin` in radians; with several important classes `margin_14` and so on); more can be asked of
     `trial`. It returns the classes of the validation images and the predicted ones, integers (N,) each, as lists,
-    arrays or tensors on the CPU. `floor` is the accuracy to be kept, a share: your cross-entropy model's on the same
+    arrays or tensors on the CPU. The scale is one for embeddings that learn: where yours do not, ask `trial` for
+    another, from 4 to 64, say. `floor` is the accuracy to be kept, a share: your cross-entropy model's on the same
     images, best as a mean over seeds. `learning_rate` is that model's; a quarter to four times of it is searched.
 
     The value to maximise is the lowest recall of the important classes. A trial that misses the floor is infeasible for
@@ -83,7 +84,7 @@ class ConstrainedObjective:
 
     def enqueue(self, study: Study) -> None:
         """Have the study try first what is likely to be good: `camri_tune.search.starting_points`."""
-        for point in first_points(self._config, self.important, self._num_classes, self._learning_rate):
+        for point in starting_points(self._config, self.important, self._num_classes, self._learning_rate):
             study.enqueue_trial(point)
 
     def sampler(self, seed: int) -> BaseSampler:

@@ -26,10 +26,7 @@ from camri_tune.training import HeadSpec
 
 
 class Range(NamedTuple):
-    """What a parameter of a loss may be, and whether each important class has one of its own.
-
-    Scales are in units of `adacos_scale`.
-    """
+    """What a parameter of a loss may be, and whether each important class has one of its own."""
 
     low: float
     high: float
@@ -37,7 +34,9 @@ class Range(NamedTuple):
     per_class: bool
 
 
-SCALE = Range(1.0, 8.0, log=True, per_class=False)
+# A scale is in units of AdaCos's for so many classes. Embeddings that do not learn keep their wide angles, however few
+# the classes, and need more: theirs is the number itself (benchmarks/cosine_scale.py).
+SCALE, SCALE_OF_FIXED = Range(1.0, 8.0, log=True, per_class=False), Range(4.0, 64.0, log=True, per_class=False)
 MARGIN = Range(0.0, 0.6, log=False, per_class=True)
 WEIGHT = Range(1.0, 32.0, log=True, per_class=True)
 W_FP = Range(0.03, 8.0, log=True, per_class=True)
@@ -51,6 +50,15 @@ SPACES: dict[Loss, dict[str, Range]] = {
     "camri": {"scale": SCALE, "margin": MARGIN},
     "cosface-i": {"scale": SCALE, "margin": MARGIN},
 }
+# Where in its range each parameter of the starting points lies, from 0 to 1; their learning rates, by the baseline's.
+PLACES = {
+    "scale": (1 / 3, 0.2, 1 / 3, 0.53, 0.2, 1 / 3),
+    "margin": (1 / 3, 2 / 3, 1.0, 1 / 2, 5 / 6, 1 / 6),
+    "weight": (0.2, 0.4, 0.1, 0.2, 0.4, 0.1),
+    "w_fn": (0.2, 0.4, 0.1, 0.2, 0.4, 0.1),
+    "w_fp": (0.2, 0.4, 0.2, 0.2, 0.4, 0.4),
+}
+RATES = (1.0, 2.0, 1.0, 2.0, 1.0, 0.5)
 MIN_TRIALS_FOR_IMPORTANCE, MOST_TRIALS_FOR_IMPORTANCE = 5, 400  # its time grows faster than they do: 50 s at 2,000
 MOST_TRIALS_OF_GP = 400  # 0.24 s a choice there, 3.7 s at 1,000 trials, 28 s at 2,000: see docs/many-workers.md
 
@@ -128,36 +136,39 @@ def head_spec(loss: Loss, params: Mapping[str, float], important: Sequence[int])
 
 
 def starting_points(
-    loss: Loss, important: Sequence[int], num_classes: int, learning_rate: float
+    config: StudyConfig, important: Sequence[int], num_classes: int, base: float
 ) -> list[dict[str, float]]:
-    """Points to try first, the most careful of them first.
+    """Points of `search_space` to try first, but for a recipe's; the rest is the sampler's.
 
-    What scale a cosine softmax needs grows with its classes: 1.5, 2 and 3 times AdaCos's fixed one, which for ten is
-    4.7 to 9.3 (the authors took 8 and 16, for 300 epochs of a constant rate). Margins are spread over what is searched,
-    for accuracy hangs on them less than on scale and rate (`benchmarks/grid.py`). Not all points are at the baseline's
-    learning rate: what suits cross-entropy need not suit another loss.
+    With usual ranges scales are 1.5 to 3 times AdaCos's, 4.7 to 9.3 for ten classes (the authors took 8 and 16, for 300
+    epochs of a constant rate), and margins are spread over what is searched: CAMRI's accuracy hangs on them less than
+    on scale and rate (`benchmarks/grid.py`). Not all are at the baseline's learning rate, `base`: what suits
+    cross-entropy need not suit another loss. Other ranges have their points at the same places.
     """
-    adacos = adacos_scale(num_classes)
-    rates = (1.0, 2.0, 1.0, 2.0, 1.0, 0.5)
-    values = {
-        "scale": [_short(times * adacos) for times in (2.0, 1.5, 2.0, 3.0, 1.5, 2.0)],
-        "margin": (0.2, 0.4, 0.6, 0.3, 0.5, 0.1),
-        "weight": (2.0, 4.0, 1.4, 2.0, 4.0, 1.4),
-        "w_fn": (2.0, 4.0, 1.4, 2.0, 4.0, 1.4),
-        "w_fp": (0.1, 0.3, 0.1, 0.1, 0.3, 0.3),
-    }
-    names = parameter_names(loss, important)
-    if not names:
-        return [{"learning_rate": learning_rate}]
+    space = search_space(config, important, num_classes, base)
+    names = parameter_names(config.loss, important)
     points = [
-        {"learning_rate": rate * learning_rate, **{name: values[kind][place] for name, kind in names.items()}}
-        for place, rate in enumerate(rates)
+        {"learning_rate": nearest(factor * base, space["learning_rate"])}
+        | {name: _at(PLACES[kind][index], space[name]) for name, kind in names.items()}
+        for index, factor in enumerate(RATES if names else RATES[:1])
     ]
-    return [point for place, point in enumerate(points) if point not in points[:place]]
+    return [point for index, point in enumerate(points) if point not in points[:index]]
+
+
+def _at(place: float, allowed: Choice) -> float:
+    """What is allowed at a place from 0, the lowest, to 1, the highest."""
+    if isinstance(allowed, SearchRange):
+        low, high = allowed.low, allowed.high
+        value = low * (high / low) ** place if allowed.log else low + place * (high - low)
+        return nearest(_short(value), allowed)
+    if isinstance(allowed, tuple):
+        numbers = sorted(value for value in allowed if not isinstance(value, str))
+        return numbers[min(int(place * len(numbers)), len(numbers) - 1)]
+    return nearest(0.0, allowed)
 
 
 def _short(value: float) -> float:
-    """The same to two digits, as people write scales."""
+    """The same to two digits, as people write scales and margins."""
     return float(f"{value:.2g}")
 
 
@@ -200,13 +211,19 @@ def search_space(config: StudyConfig, important: Sequence[int], num_classes: int
     if config.learning_rate is not None:
         space["learning_rate"] = config.learning_rate
     for name, kind in parameter_names(config.loss, important).items():
-        low, high, log, _ = SPACES[config.loss][kind]
-        unit = adacos_scale(num_classes) if kind == "scale" else 1.0
         given: Searchable | None = getattr(config, kind)
-        usual = SearchRange(low=_short(low * unit), high=_short(high * unit), log=log)
-        space[name] = usual if given is None else given
+        space[name] = _usual_range(config, kind, num_classes) if given is None else given
     recipe = (*RECIPE_FIELDS, "epochs")
     return space | {name: value for name in recipe if is_searched(value := getattr(config, name))}
+
+
+def _usual_range(config: StudyConfig, kind: str, num_classes: int) -> SearchRange:
+    low, high, log, _ = SPACES[config.loss][kind]
+    if kind == "scale" and config.embeddings_learn:
+        low, high = (_short(times * adacos_scale(num_classes)) for times in (low, high))
+    elif kind == "scale":
+        low, high, *_ = SCALE_OF_FIXED
+    return SearchRange(low=low, high=high, log=log)
 
 
 def recipe_choices(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,18 +236,6 @@ def recipe_choices(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, 
     if (size := choices["batch_size"]) is not None:
         choices["batch_size"] = int(size)
     return choices
-
-
-def first_points(
-    config: StudyConfig, important: Sequence[int], num_classes: int, base: float
-) -> list[dict[str, float]]:
-    """The starting points as far as the study's own numbers and ranges let them be; the rest is the sampler's."""
-    space = search_space(config, important, num_classes, base)
-    points = [
-        {name: nearest(value, space[name]) for name, value in point.items()}
-        for point in starting_points(config.loss, important, num_classes, base)
-    ]
-    return [point for place, point in enumerate(points) if point not in points[:place]]
 
 
 def worth_widening(

@@ -30,7 +30,7 @@ from camri_tune.progress import Schedule
 from camri_tune.ranges import is_searched
 from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
-from camri_tune.search import first_points
+from camri_tune.search import starting_points
 from camri_tune.selection import finalists, rank_settings
 from camri_tune.storage import STAGES, Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
@@ -150,7 +150,7 @@ class Stages:
     def _queue_search(self, rate: float, records: Sequence[TrialRecord], *, only_known: bool = False) -> None:
         """Queue what the search lacks, as far as `MOST_WAITING` lets it; or no more than its starting points."""
         present, waiting = len(records), sum(r.state == "waiting" for r in records)
-        points = first_points(self.config, self.important, len(self.data.classes), rate)
+        points = starting_points(self.config, self.important, len(self.data.classes), rate)
         end = min(self.config.trials, len(points) if only_known else present + MOST_WAITING - waiting)
         for index in range(present, end):
             self.store.enqueue("search", points[index] if index < len(points) else {})

@@ -26,7 +26,6 @@ from camri_tune.ranges import (
 )
 from camri_tune.search import (
     Plan,
-    first_points,
     make_sampler,
     recipe_choices,
     require_searchable,
@@ -229,15 +228,14 @@ def test_the_baseline_shares_what_is_fixed_and_has_its_own_where_something_is_se
     assert choices["weight_decay"] is None
 
 
-def test_a_study_that_says_nothing_searches_what_it_always_did(digits: Dataset) -> None:
+def test_a_study_that_says_nothing_searches_what_its_loss_has(digits: Dataset) -> None:
     config = StudyConfig()
     assert not [name for name, value in recipe_choices(config, {}).items() if value != getattr(config, name)]
     assert list(search_space(config, [3], 10, 4e-3)) == ["learning_rate", "scale", "margin"]
-    assert first_points(config, [3], 10, 4e-3) == starting_points("camri", [3], 10, 4e-3)
 
 
 def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: StudyConfig, digits: Dataset) -> None:
-    points = first_points(config, [3], 10, 8e-3)
+    points = starting_points(config, [3], 10, 8e-3)
     assert len(points) >= 4
     assert {point["margin"] for point in points} == {0.25}
     assert {point["learning_rate"] for point in points} == {4e-3, 8e-3, 1e-2}
@@ -253,6 +251,20 @@ def test_the_first_trials_are_the_starting_points_as_far_as_they_may_be(config: 
     trial = again.ask()
     suggest(trial, "search", _plan(config, digits))
     assert trial.params == study.trials[0].params
+
+
+@pytest.mark.parametrize(
+    ("scale", "first"),
+    [
+        ("8..64 log", [16.0, 12.0, 16.0, 24.0, 12.0, 16.0]),
+        ("10..20", [13.0, 12.0, 13.0, 15.0, 12.0, 13.0]),
+        ("32,8,16", [16.0, 8.0, 16.0, 16.0, 8.0, 16.0]),
+        ("16", [16.0] * 6),
+    ],
+)
+def test_the_first_trials_are_spread_over_what_the_study_says(scale: str, first: list[float]) -> None:
+    points = starting_points(StudyConfig.build({"scale": scale}), [3], 3, 4e-3)
+    assert [point["scale"] for point in points] == first
 
 
 def test_a_notice_names_what_came_out_at_an_end_and_the_option_that_looks_beyond(config: StudyConfig) -> None:

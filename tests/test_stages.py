@@ -440,7 +440,7 @@ def test_a_validation_part_that_is_too_small_is_said() -> None:
 
 
 def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) -> None:
-    count = len(starting_points("camri", (3,), 10, RATE))
+    count = len(starting_points(StudyConfig(), (3,), 10, RATE))
     stages = make(trials=count + 2)
     baseline = _baseline(stages)
     stages.adopt(baseline, (3,))
@@ -450,7 +450,7 @@ def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) 
     assert stored["learning_rate"] == baseline.learning_rate
     assert stored["recall_per_class"][3] == 0.5
     stages.plan_search(baseline)
-    points = starting_points("camri", (3,), 10, baseline.learning_rate)
+    points = starting_points(StudyConfig(), (3,), 10, baseline.learning_rate)
     assert _waiting(stages, "search") == [*points, {}, {}]
 
     again = make(trials=count + 4)  # another process, and two more asked for
@@ -773,7 +773,7 @@ def test_the_searchs_starting_points_are_queued_with_the_baselines_seeds(
     _train(stages, "baseline", _equal())
     for _ in range(2):
         assert stages.plan_baseline(2) is None
-        assert _waiting(stages, "search") == starting_points("camri", (3,), 10, RATE)[:begun]
+        assert _waiting(stages, "search") == starting_points(StudyConfig(), (3,), 10, RATE)[:begun]
         assert stages.store.attributes["baseline"] == {"important": [3], "folds": 2, "learning_rate": RATE}
     plan = Plan(stages.config, stages.data, CPU).as_stored(stages.store)
     assert (plan.important, plan.folds, plan.baseline_learning_rate, plan.floors) == ((3,), 2, RATE, ())
@@ -784,7 +784,10 @@ def test_the_searchs_starting_points_are_queued_with_the_baselines_seeds(
     stages.adopt(baseline, (3,))
     assert Plan(stages.config, stages.data, CPU).as_stored(stages.store).floors == pytest.approx((0.9, 0.9))
     stages.plan_search(baseline)
-    assert _waiting(stages, "search") == [*starting_points("camri", (3,), 10, RATE)[:begun], *[{}] * (trials - begun)]
+    assert _waiting(stages, "search") == [
+        *starting_points(StudyConfig(), (3,), 10, RATE)[:begun],
+        *[{}] * (trials - begun),
+    ]
 
 
 def test_while_nobody_knows_who_is_important_nothing_of_the_search_is_queued(make: Callable[..., Stages]) -> None:

@@ -1184,7 +1184,7 @@ def test_a_trial_of_another_loss_and_network_runs_like_any(
     config = config.model_copy(update={"loss": loss, "model": model, "limit": 130})
     few = open_dataset(config)
     store = create(config, few)
-    (params, *_) = starting_points(loss, [3], 10, 1e-3)
+    (params, *_) = starting_points(config, [3], 10, 1e-3)
     run_trial(_claimed(store, "search", params), "search", _plan(config, few, baseline_learning_rate=1e-3), store)
     record = _only(store, "search")
     assert record.state == "complete", record.failure
@@ -1224,8 +1224,9 @@ def test_a_trial_trains_by_the_recipe_of_its_network(
 def test_starting_points_lie_inside_the_ranges(
     loss: Loss, important: list[int], num_classes: int, learning_rate: float
 ) -> None:
-    points = starting_points(loss, important, num_classes, learning_rate)
-    space = search_space(StudyConfig(loss=loss), important, num_classes, learning_rate)
+    config = StudyConfig(loss=loss)
+    points = starting_points(config, important, num_classes, learning_rate)
+    space = search_space(config, important, num_classes, learning_rate)
     assert len(points) == {"ce": 1, "l2": 5}.get(loss, 6)
     assert points[0]["learning_rate"] == learning_rate, "the baseline's own comes first"
     assert len({tuple(sorted(point.items())) for point in points}) == len(points), "no training twice"
@@ -1237,7 +1238,7 @@ def test_starting_points_lie_inside_the_ranges(
 
 
 def test_the_first_trials_are_spread_over_margins_and_begin_with_a_careful_one() -> None:
-    points = starting_points("camri", [3], 10, 4e-3)
+    points = starting_points(StudyConfig(), [3], 10, 4e-3)
     assert points[0] == {"learning_rate": 4e-3, "scale": 6.2, "margin": 0.2}
     _, highest, _ = MARGIN
     assert sorted(point["margin"] for point in points) == pytest.approx([highest * i / 6 for i in range(1, 7)])
@@ -1250,8 +1251,8 @@ def test_the_first_trials_are_spread_over_margins_and_begin_with_a_careful_one()
     [
         (2, (0.98, 7.8), {1.5, 2.0, 2.9}),
         (3, (0.98, 7.8), {1.5, 2.0, 2.9}),
-        (10, (3.1, 25), {4.7, 6.2, 9.3}),
-        (43, (5.3, 42), {7.9, 11.0, 16.0}),
+        (10, (3.1, 25), {4.7, 6.2, 9.4}),
+        (43, (5.3, 42), {8.0, 11.0, 16.0}),
         (1000, (9.8, 78), {15.0, 20.0, 29.0}),
     ],
 )
@@ -1259,15 +1260,33 @@ def test_scales_are_of_the_size_that_so_many_classes_need(
     loss: Loss, num_classes: int, searched: tuple[float, float], first: set[float]
 ) -> None:
     """One to eight times AdaCos's fixed scale, sqrt(2) log(C - 1)."""
-    space = search_space(StudyConfig(loss=loss), [1], num_classes, 4e-3)
+    config = StudyConfig(loss=loss)
+    space = search_space(config, [1], num_classes, 4e-3)
     assert space["scale"] == SearchRange(low=searched[0], high=searched[1], log=True)
-    assert {point["scale"] for point in starting_points(loss, [1], num_classes, 4e-3)} == first
+    assert {point["scale"] for point in starting_points(config, [1], num_classes, 4e-3)} == first
+
+
+@pytest.mark.parametrize("fixed", [{"model": "head"}, {"trainable": "head"}])
+def test_embeddings_that_do_not_learn_need_larger_scales(fixed: dict[str, Any]) -> None:
+    config = StudyConfig.build(fixed)
+    assert search_space(config, [1], 3, 4e-3)["scale"] == SearchRange(low=4.0, high=64.0, log=True)
+    assert {point["scale"] for point in starting_points(config, [1], 3, 4e-3)} == {7.0, 10.0, 17.0}
+    in_part = StudyConfig.build({"trainable": "last:1"})
+    assert search_space(in_part, [1], 3, 4e-3) == search_space(StudyConfig(), [1], 3, 4e-3)
+
+
+def test_a_trial_is_searched_by_the_number_of_its_own_classes() -> None:
+    three = cast(Dataset, SimpleNamespace(classes=("a", "b", "c")))
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    suggest(trial, "search", _plan(StudyConfig(), three, important=(1,)))
+    expected = search_space(StudyConfig(), [1], 3, 4e-3)["scale"]
+    assert isinstance(expected, SearchRange)
+    assert trial.distributions["scale"] == optuna.distributions.FloatDistribution(expected.low, expected.high, log=True)
 
 
 def test_every_important_class_starts_alike() -> None:
-    for one, two in zip(
-        starting_points("crwwce", [3], 10, 1e-3), starting_points("crwwce", [3, 8], 10, 1e-3), strict=True
-    ):
+    config = StudyConfig(loss="crwwce")
+    for one, two in zip(starting_points(config, [3], 10, 1e-3), starting_points(config, [3, 8], 10, 1e-3), strict=True):
         assert two["w_fn_3"] == two["w_fn_8"] == one["w_fn"]
         assert two["w_fp_3"] == two["w_fp_8"] == one["w_fp"]
 
@@ -1277,8 +1296,9 @@ def test_a_search_tries_every_starting_point_as_it_stands(
     loss: Loss, store: StudyStore, digits: Dataset, config: StudyConfig
 ) -> None:
     """A point outside its distribution would be moved or dropped by Optuna."""
-    points = starting_points(loss, [8, 3], 10, 4e-3)
-    plan = _plan(config.model_copy(update={"loss": loss}), digits, important=(8, 3))
+    config = config.model_copy(update={"loss": loss})
+    points = starting_points(config, [8, 3], 10, 4e-3)
+    plan = _plan(config, digits, important=(8, 3))
     for point in points:
         trial = _claimed(store, "search", point)
         suggest(trial, "search", plan)
