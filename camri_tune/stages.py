@@ -119,6 +119,7 @@ class Stages:
                 **self._settled(baseline.learning_rate, self.folds),
                 "floors": floors,
                 "search_floor": pooled_floor(floors, self.data, range(self.folds)),
+                "accuracy_sd": baseline.accuracy_sd,
                 "recall_per_class": list(baseline.recall_per_class),
                 "constraints": [constraint.as_json() for constraint in self.constraints],
             },

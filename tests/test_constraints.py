@@ -422,9 +422,13 @@ def test_why_a_trial_is_infeasible_is_said_of_each_constraint() -> None:
 # --- Optuna and its dashboard -----------------------------------------------------------------------------------------
 
 
-def test_the_sampler_takes_each_constraint_for_itself_in_whatever_order_a_database_has_them(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("baseline", "more"), [(None, 0.0), ({"accuracy_sd": None}, 0.0), ({"accuracy_sd": 0.25}, 0.25)]
+)
+def test_the_sampler_takes_each_constraint_for_itself_and_wants_more_accuracy_than_seeds_move(
+    baseline: dict[str, Any] | None, more: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In whatever order a database has them; and what the database has stays as it is."""
     seen: list[Any] = []
     original = sampler._get_constraint_vals_and_feasibility
 
@@ -434,6 +438,8 @@ def test_the_sampler_takes_each_constraint_for_itself_in_whatever_order_a_databa
 
     monkeypatch.setattr(sampler, "_get_constraint_vals_and_feasibility", spy)
     study = optuna.create_study(direction="maximize", sampler=make_sampler(StudyConfig(), seed=1))
+    if baseline is not None:
+        study.set_user_attr("baseline", baseline)
     space: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 1.0)}
     for place in range(8):
         values = {"accuracy": -1.0 - place, "floor_1": 10.0 + place, "max_drop": 100.0 + place}
@@ -443,8 +449,9 @@ def test_the_sampler_takes_each_constraint_for_itself_in_whatever_order_a_databa
         )
     assert 0 <= study.ask(space).params["x"] <= 1
     (values, feasible), *_ = seen
-    assert values.tolist() == [[-1.0 - n, 10.0 + n, 100.0 + n] for n in range(8)]
+    assert values.tolist() == [[-1.0 - n + more, 10.0 + n, 100.0 + n] for n in range(8)]
     assert not feasible.any()
+    assert [t.constraints["accuracy"] for t in study.trials[:8]] == [-1.0 - n for n in range(8)]
 
 
 def _bound(recall: float, accuracy: float, **constraints: float) -> FrozenTrial:

@@ -449,6 +449,7 @@ def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) 
     assert stored["floors"] == [pytest.approx(0.9)]
     assert stored["learning_rate"] == baseline.learning_rate
     assert stored["recall_per_class"][3] == 0.5
+    assert stored["accuracy_sd"] == baseline.accuracy_sd
     stages.plan_search(baseline)
     points = starting_points(StudyConfig(), (3,), 10, baseline.learning_rate)
     assert _waiting(stages, "search") == [*points, {}, {}]
