@@ -713,8 +713,8 @@ def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
         "12",
         "--folds",
         "1",
-        "--margin",
-        "0..0.01",  # less than any starting point has, which are moved to its end
+        "--learning-rate",
+        "0.001..0.004 log",  # at whose end the baseline's is, and so the first trials'
     ]
     assert_one_line_error(camri_tune(*options, "--quiet"), "torn.png", "--skip-corrupt")
     done = camri_tune(*options, "--skip-corrupt", "--json")
@@ -724,8 +724,9 @@ def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
     assert result["important"] == [1]
     assert sum(result["images"][part] for part in ("train", "validation", "test")) == 120
     assert any("1 corrupt" in notice for notice in result["notices"])
-    assert result["best"]["params"]["margin"] == 0.01
-    assert any("best margin, 0.01, lies at the end" in n and "--margin '0.005..0.015'" in n for n in result["notices"])
+    assert result["best"]["params"]["learning_rate"] == 0.004
+    beyond = "--learning-rate '0.002..0.008 log'"
+    assert any("best learning_rate, 0.004, lies at the end" in n and beyond in n for n in result["notices"])
     assert result["baseline"]["test"]["accuracy"]["mean"] > 0.8
 
     bundle = tmp_path / "runs" / "stripes-camri-Diagonal" / "best"
