@@ -62,7 +62,7 @@ SETUPS = (
 
 
 @cache
-def _parts(setup: Setup) -> tuple[Images, Images, Any]:
+def _parts(setup: Setup) -> tuple[Images, Images, Augmentation]:
     """Images to train on, others, and how the former are changed; once a process."""
     as_a_worker()
     data = open_data(setup.dataset, limit=setup.limit)

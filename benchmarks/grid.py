@@ -45,8 +45,8 @@ class Setup:
     """What to train on, and how. The class is one that cross-entropy misses often there.
 
     `tolerance`: so much accuracy may be given up. CIFAR-10's table was trained by AdamW: in so few steps its cosine
-    softmax is still behind cross-entropy, hence a point. By Muon it is not. `close`: so close to
-    the best recall that so few images of the truth cannot tell it from that.
+    softmax is still behind cross-entropy, hence a point. By Muon it is not. `close`: so close to the best recall that
+    so few images of the truth cannot tell it from that.
     """
 
     dataset: str

@@ -107,7 +107,6 @@ class CamriTable:
             _mean(baseline[rate], part, 1) - self._header["tolerance"] * self._header[part]["images"]
             for part in ("validation", "truth")
         )
-        self._floor_share = self.floor / self._header["validation"]["images"]
         right = [row["validation"][1] for row in baseline[rate]]
         self.scatter = float(np.std(right, ddof=1)) / self._header["validation"]["images"] if len(right) > 1 else 0.0
         self._keys = np.array(list(self._rows))
@@ -161,8 +160,9 @@ class CamriTable:
         return recalled / size["important"], (self.floor - right) / size["images"]
 
     def _record(self, number: int, recall: float, constraint: float) -> TrialRecord:
-        found = {"recall": recall, "accuracy": self._floor_share - constraint, "constraint": constraint}
-        return TrialRecord(number, "complete", {}, **found, checkpoint="x", sha256="x")
+        accuracy = self.floor / self._header["validation"]["images"] - constraint
+        scores = {"recall": recall, "accuracy": accuracy, "constraint": constraint}
+        return TrialRecord(number, "complete", {}, **scores, checkpoint="x", sha256="x")
 
     def _at_floor(self, row: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Validation's and truth's images recalled and right, with the bias of the logit that suits validation best.

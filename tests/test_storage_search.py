@@ -1231,10 +1231,15 @@ def test_starting_points_lie_inside_the_ranges(
     assert points[0]["learning_rate"] == learning_rate, "the baseline's own comes first"
     assert len({tuple(sorted(point.items())) for point in points}) == len(points), "no training twice"
     for point in points:
-        assert set(point) == set(space)
+        assert set(point) == set(space) == {"learning_rate", *parameter_names(loss, important)}
         for name, value in point.items():
             assert isinstance(space[name], SearchRange)
             assert nearest(value, space[name]) == value, name
+        assert learning_rate / 4 <= point.pop("learning_rate") <= 4 * learning_rate, "the range that is searched"
+        for name, value in point.items():
+            kind = re.sub(r"_\d+$", "", name)
+            low, high, _ = SEARCHED[loss][0][kind]
+            assert kind == "scale" or low <= value <= high  # scales by the number of classes: below
 
 
 def test_the_first_trials_are_spread_over_margins_and_begin_with_a_careful_one() -> None:
