@@ -315,7 +315,8 @@ class _CautiousGP(optuna.samplers.GPSampler):
         running_trials: list[FrozenTrial],
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
-        more = study.user_attrs.get("baseline", {}).get("accuracy_sd") or 0.0
+        baseline = study.user_attrs.get("baseline")  # in a study of one's own it may be anything
+        more = (baseline.get("accuracy_sd") if isinstance(baseline, dict) else None) or 0.0
         completed = [_with_stricter_floor(trial, more) for trial in completed_trials]
         return super()._sample_relative_impl(study, completed, running_trials, search_space)
 

@@ -423,10 +423,10 @@ def test_why_a_trial_is_infeasible_is_said_of_each_constraint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("baseline", "more"), [(None, 0.0), ({"accuracy_sd": None}, 0.0), ({"accuracy_sd": 0.25}, 0.25)]
+    ("baseline", "more"), [(None, 0.0), (0.93, 0.0), ({"accuracy_sd": None}, 0.0), ({"accuracy_sd": 0.25}, 0.25)]
 )
 def test_the_sampler_takes_each_constraint_for_itself_and_wants_more_accuracy_than_seeds_move(
-    baseline: dict[str, Any] | None, more: float, monkeypatch: pytest.MonkeyPatch
+    baseline: dict[str, Any] | float | None, more: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever order a database has them; and what the database has stays as it is."""
     seen: list[Any] = []
