@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 import torch
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
@@ -273,12 +273,14 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
     """Share of the variance of recall and of accuracy over the search that each parameter accounts for (fANOVA).
 
     Empty where too few trials are complete, or nothing varies. Of many trials some are drawn, the same each time.
+    Trials that were queued with a value beyond what was searched are left out.
     """
     targets: dict[str, Callable[[FrozenTrial], float]] = {
         "recall": lambda t: float(t.user_attrs["recall"]),
         "accuracy": lambda t: float(t.user_attrs["accuracy"]),
     }
     complete = store.optuna_study("search").get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+    complete = [trial for trial in complete if _was_searched(trial)]
     if len(complete) > MOST_TRIALS_FOR_IMPORTANCE:
         complete = random.Random(0).sample(complete, MOST_TRIALS_FOR_IMPORTANCE)
     study = optuna.create_study(direction="maximize")
@@ -291,6 +293,12 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         found[name] = optuna.importance.get_param_importances(study, evaluator=evaluator, target=target)
     return found
+
+
+def _was_searched(trial: FrozenTrial) -> bool:
+    """Whether a trial's numbers are within its ranges: Optuna queues others, too, and then has no place for them."""
+    ranges = {name: d for name, d in trial.distributions.items() if isinstance(d, FloatDistribution | IntDistribution)}
+    return all(allowed.low <= trial.params[name] <= allowed.high for name, allowed in ranges.items())
 
 
 def make_sampler(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:

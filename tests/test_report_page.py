@@ -332,3 +332,21 @@ def test_importance_needs_trials_that_differ(tmp_path: Path, digits: Dataset, em
         assert sum(shares.values()) == pytest.approx(1)
     assert parameter_importance(stores["few"]) == {}
     assert parameter_importance(stores["same"]) == {}
+
+
+def test_trials_queued_beyond_the_ranges_have_no_part_in_importance(
+    tmp_path: Path, digits: Dataset, empty_database: Path
+) -> None:
+    """Whoever opens the study with Optuna may queue such."""
+    store = hand_made(tmp_path, digits, empty_database, SEARCH, limit=200)
+    before = parameter_importance(store)
+    study = store.optuna_study("search")
+    study.enqueue_trial({"scale": 500.0})
+    queued = study.ask()
+    with pytest.warns(UserWarning, match="out of range"):
+        assert queued.suggest_float("scale", 4.0, 64.0, log=True) == 500.0
+    queued.set_user_attr("recall", 0.1)
+    queued.set_user_attr("accuracy", 0.2)
+    study.tell(queued, 0.1)
+    assert parameter_importance(store) == before != {}
+    assert write_report(store).exists()
