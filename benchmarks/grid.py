@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import product
@@ -46,7 +46,7 @@ class Setup:
 
     `tolerance`: so much accuracy may be given up. CIFAR-10's table was trained by AdamW: in so few steps its cosine
     softmax is still behind cross-entropy, hence a point. By Muon it is not. `close`: so close to the best recall that
-    so few images of the truth cannot tell it from that.
+    so few images of the truth cannot tell it from that. `rare`: only so many training images of the class are kept.
     """
 
     dataset: str
@@ -59,7 +59,9 @@ class Setup:
     batch: int = 256
     optimizer: Optimizer = "muon"
     rates: tuple[float, ...] = (0.008, 0.016, 0.032)
+    scales: tuple[float, ...] = SCALES
     close: float = 0.05
+    rare: int | None = None
 
 
 SETUPS = {
@@ -87,6 +89,31 @@ SETUPS = {
         rates=(0.002, 0.004, 0.008),
         close=0.02,
     ),
+    # Recorded once points, ranges and sampler were as they are, to see what becomes of them elsewhere. Dog is the class
+    # that cross-entropy recalls least there but for the cat, and 25 the most that is searched for ten classes.
+    "cifar10-dog": Setup(
+        "cifar10",
+        {"limit": 1_000},
+        important=5,
+        validation=1_000,
+        truth=4_000,
+        epochs=6,
+        batch=32,
+        rates=(0.004, 0.008, 0.016),
+        scales=SCALES[:-1],
+    ),
+    "mnist-rare": Setup(
+        "mnist",
+        {"limit": 400},
+        important=5,
+        validation=2_000,
+        truth=4_000,
+        epochs=6,
+        batch=32,
+        rates=(0.002, 0.004, 0.008),
+        scales=SCALES[:-1],
+        rare=10,
+    ),
     # All images, for a GPU.
     "gtsrb-all": Setup("gtsrb", {}, important=30, validation=3_000, truth=4_800, epochs=8),
     "cifar10-all": Setup("cifar10", {}, important=3, validation=3_000, truth=7_000, epochs=20),
@@ -108,11 +135,11 @@ def file_of(setup: str) -> Path:
     return HERE / f"grid_{setup}.jsonl"
 
 
-def cells(rates: Sequence[float], seeds: int) -> Iterator[Cell]:
+def cells(setup: Setup, seeds: int) -> Iterator[Cell]:
     """Seed after seed, so that a table which was stopped has all settings of some seeds."""
     for seed in range(seeds):
-        yield from (Cell("ce", 0.0, 0.0, rate, seed) for rate in rates)
-        yield from (Cell("camri", s, m, rate, seed) for s, m, rate in product(SCALES, MARGINS, rates))
+        yield from (Cell("ce", 0.0, 0.0, rate, seed) for rate in setup.rates)
+        yield from (Cell("camri", s, m, rate, seed) for s, m, rate in product(setup.scales, MARGINS, setup.rates))
 
 
 def sweep(gaps: FloatArray, important: IntArray, rival_right: IntArray, biases: FloatArray) -> list[list[int]]:
@@ -134,6 +161,9 @@ class Trainer:
         self.device = device
         self.setup = SETUPS[setup]
         self.data = open_data(self.setup.dataset, **self.setup.subset)
+        of_class = np.flatnonzero(self.data.train.labels.numpy() == self.setup.important)
+        left_out = of_class[self.setup.rare :] if self.setup.rare is not None else []
+        self.train = self.data.train[np.delete(np.arange(len(self.data.train)), left_out)]
         rows = np.random.default_rng(0).permutation(len(self.data.validation))
         self.validation = self.data.validation[rows[: self.setup.validation]]
         self.truth = self.data.validation[rows[self.setup.validation :][: self.setup.truth]]
@@ -145,6 +175,7 @@ class Trainer:
         return {
             "dataset": str(self.data),
             "important": self.setup.important,
+            "rare": self.setup.rare,
             "epochs": self.setup.epochs,
             "batch": self.setup.batch,
             "optimizer": self.setup.optimizer,
@@ -169,7 +200,7 @@ class Trainer:
         trained = train(
             "compact",
             head,
-            self.data.train,
+            self.train,
             self.validation,
             num_classes=len(self.data.classes),
             recipe=Recipe(
@@ -220,7 +251,7 @@ def record(setup: str, seeds: int, device: torch.device, processes: int) -> None
     if other := {name for name, value in rows_of(setup)[0].items() if name != "machine" and value != header.get(name)}:
         sys.exit(f"{file.name} was recorded with another {', '.join(sorted(other))}; move it away to record it anew")
     known = {Cell(**{field.name: row[field.name] for field in fields(Cell)}) for row in rows_of(setup)[1]}
-    missing = [cell for cell in cells(SETUPS[setup].rates, seeds) if cell not in known]
+    missing = [cell for cell in cells(SETUPS[setup], seeds) if cell not in known]
     with multiprocessing.get_context("spawn").Pool(processes) as pool, file.open("a") as out:
         for done, row in enumerate(pool.imap_unordered(partial(_train, setup, device), missing), start=1):
             out.write(json.dumps(row, separators=(",", ":")) + "\n")
