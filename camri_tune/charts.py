@@ -28,7 +28,7 @@ from camri_tune.chart_style import (
 from camri_tune.constraints import why_infeasible
 from camri_tune.overview import Overview
 from camri_tune.ranges import SearchRange
-from camri_tune.records import EpochScores, Figure, TrialRecord, parameters
+from camri_tune.records import EpochScores, Figure, TrialRecord, parameters, recall_of
 from camri_tune.search import search_space
 
 _ARROW: dict[str, Any] = {"showarrow": True, "arrowhead": 0, "ax": 0, "ay": -28, "font": {"size": 12}}
@@ -135,7 +135,7 @@ def slices(overview: Overview) -> go.Figure | None:
 
 
 def importance(values: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """Share of the variance over trials that each parameter accounts for, by what varies."""
+    """How much each parameter moves what varies, as shares of 1 (see `parameter_importance`)."""
     figure = go.Figure()
     styles = {"recall": (BLUE, ""), "accuracy": (VERMILION, "/")}
     for what, shares in values.items():
@@ -147,10 +147,10 @@ def importance(values: Mapping[str, Mapping[str, float]]) -> go.Figure:
             orientation="h",
             name=what,
             marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": "white", "fillmode": "overlay"}},
-            hovertemplate=f"%{{y}}: %{{x:.0f}} % of the variance of {what}<extra></extra>",
+            hovertemplate=f"%{{y}}: %{{x:.0f}} % of what moves {what}<extra></extra>",
         )
     parameters = len(next(iter(values.values())))
-    return dressed(figure, "share of the variance over trials, %", None, height=140 + 50 * parameters)
+    return dressed(figure, "share of what moves it, by fANOVA, %", None, height=140 + 50 * parameters)
 
 
 def learning_curves(overview: Overview, trial: int | None) -> go.Figure | None:
@@ -164,7 +164,7 @@ def learning_curves(overview: Overview, trial: int | None) -> go.Figure | None:
         sides[1] = (f"trial #{overview.best.number}", [overview.best], BLUE, "solid")
     if not any(record.curve for _, records, _, _ in sides for record in records):
         return None
-    figure = make_subplots(cols=2, subplot_titles=("accuracy, %", f"{_recall_of(overview)}, %"))
+    figure = make_subplots(cols=2, subplot_titles=("accuracy, %", f"{recall_of(overview.important)}, %"))
     reads: list[Callable[[EpochScores], float]] = [
         lambda p: p.accuracy,
         lambda p: min(p.recall_per_class[c] for c in overview.important),
@@ -314,11 +314,6 @@ def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
     decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
-
-
-def _recall_of(overview: Overview) -> str:
-    several = len(overview.important) > 1
-    return "lowest recall of the important classes" if several else "recall of the important class"
 
 
 def _parameter(name: str, trial: TrialRecord) -> Any:

@@ -286,6 +286,10 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
         )
     cache = _Cache(source, config.skip_corrupt, None)
     read = [cache.read(part) for part in parts]
+    first = 0
+    for place, part in enumerate(read):  # each numbers its groups from the start, and none stands in two
+        read[place] = replace(part, groups=part.groups + first)
+        first += int(part.groups.max()) + 1
     images = Images(*(torch.cat([getattr(r, name) for r in read]) for name in ("pixels", "labels", "groups")))
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"

@@ -103,8 +103,9 @@ def recall_of_classes(
 ) -> go.Figure:
     """Mean recall of each class on test, before and after, the worst losers first; without `after` the worst first."""
     old, new = ([100 * figure.mean for figure in side] for side in (before, after or before))
-    # The last is drawn on top.
-    order = sorted(range(len(classes)), key=lambda c: old[c] if after is None else new[c] - old[c], reverse=True)
+    # The last is drawn on top. One without images, whose recall is no number, comes last.
+    changes = np.nan_to_num(old if after is None else np.subtract(new, old), nan=np.inf)
+    order = sorted(range(len(classes)), key=lambda c: float(changes[c]), reverse=True)
     labels = [f"<b>{tick(c, classes)}</b>" if c in important else tick(c, classes) for c in order]
     figure = go.Figure()
     for lost, colour, name in ((True, VERMILION, "lost recall"), (False, BLUE, "gained recall, or kept it")):
@@ -140,6 +141,7 @@ def embedding(evidence: Evidence, classes: Sequence[str], important: Sequence[in
         shared_xaxes=True,
         horizontal_spacing=0.03,
     )
+    names = [tick(c, classes) for c in range(len(classes))]
     own = np.isin(evidence.labels, list(important))
     rng = np.random.default_rng(0)
     # Of the others those that come nearest, in either model.
@@ -160,7 +162,7 @@ def embedding(evidence: Evidence, classes: Sequence[str], important: Sequence[in
             ("important class, missed", mine[~right[mine]], {**INFEASIBLE, "size": 10}),
         ]
         for name, rows, marker in kinds:
-            answers = evidence.answers[side][rows]
+            labels, answers = evidence.labels[rows].tolist(), evidence.answers[side][rows].tolist()
             figure.add_scatter(
                 x=evidence.to_important[side][rows].round(2),
                 y=evidence.to_other[side][rows].round(2),
@@ -169,8 +171,8 @@ def embedding(evidence: Evidence, classes: Sequence[str], important: Sequence[in
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
-                customdata=np.stack([evidence.labels[rows], answers], axis=1),
-                hovertemplate="a %{customdata[0]}, taken for %{customdata[1]}<br>"
+                customdata=[[names[label], names[answer]] for label, answer in zip(labels, answers, strict=True)],
+                hovertemplate="%{customdata[0]}, taken for %{customdata[1]}<br>"
                 "%{x:.1f}° from the important class's weight, %{y:.1f}° from the nearest other<extra></extra>",
                 row=1,
                 col=column,

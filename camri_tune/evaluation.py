@@ -363,7 +363,7 @@ class Judge:
             images = self._data.fold(ours.fold)[1]
             right, old_right = self._known(ours, new.loss, images), self._known(theirs, old.loss, images)
             found.append((images, right, old_right))
-        return _Tracks(self._data.hidden_group_size, found, [r.fold for r in new.records], new.place)
+        return _Tracks(self._data.hidden_group_size, found, [r.fold for r in new.records], new.place, old.place)
 
 
 @dataclass(frozen=True)
@@ -371,13 +371,14 @@ class _Tracks:
     """What each seed's pair of models gets right on its fold's validation images, whose groups are known.
 
     `pairs` holds the images, and (N,) of the new model and of the baseline's, for each seed. `place` is the exported
-    one's; its baseline model is the one of the same seed.
+    one's, `old_place` that of the baseline's model it is compared with.
     """
 
     size: int
     pairs: Sequence[tuple[Images, NDArray[np.bool_], NDArray[np.bool_]]]
     folds: Sequence[int]
     place: int
+    old_place: int
 
     def of_exported(self, c: int | None) -> Known:
         """The exported model's right answers, of class `c` or of all."""
@@ -385,8 +386,10 @@ class _Tracks:
         return self._known([(images, right.astype(np.float64))], c)
 
     def of_one(self, c: int | None) -> Known:
-        """The exported model less the baseline's of its seed."""
+        """The exported model less the baseline's that it is compared with; on another fold, the one of its own seed."""
         images, right, old_right = self.pairs[self.place]
+        if self.folds[self.old_place] == self.folds[self.place]:
+            old_right = self.pairs[self.old_place][2]
         return self._known([(images, right.astype(np.float64) - old_right)], c)
 
     def of_all(self, c: int | None) -> Known:

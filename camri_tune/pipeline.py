@@ -153,7 +153,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
         console.say(text)
     if folds > 1:
         crew.on_folds(folds, more_baselines=stages.more_baselines(folds))
-    baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
+    ranked = baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     if not stages.important:
         first, stages.important = folds, resolve_important(config.important, data.classes, baseline)
         folds, notice = stages.folds_wanted(stages.important, ranked=True)
@@ -164,7 +164,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
             # The models on fold 0 ranked the classes; those whose seeds belong there stay.
             crew.on_folds(folds, more_baselines=stages.more_baselines(folds, ranked=True))
             baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
-    stages.adopt(baseline, stages.important)
+    stages.adopt(baseline, stages.important, ranked)
     notices = [*data.notices(), *filter(None, said)]
     return baseline, notices + _describe(stages, baseline, console)
 

@@ -173,7 +173,7 @@ def lines_of(predictions: Predictions, form: Format) -> Iterator[str]:
 def _table(predictions: Predictions, rows: Iterator[Prediction]) -> Iterator[str]:
     config, classes = predictions.config, predictions.config.spec.classes
     number = number_name(config.spec)
-    heads = [f"{number} of {c}" for c in config.important]
+    heads = [f"{number} of {named(c, classes)}" for c in config.important]
     width = max(len("class"), *(len(named(c, classes)) for c in range(len(classes))))
     yield "  ".join([f"{'class':{width}}", number, *heads, "important", "image"])
     for row in rows:

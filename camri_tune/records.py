@@ -209,6 +209,23 @@ def named(c: int, classes: Sequence[str] | Mapping[int, str]) -> str:
     return str(c) if classes[c] == str(c) else f"{c} ({classes[c]})"
 
 
+def recall_of(important: Sequence[int]) -> str:
+    """Whose recall is told in one figure: with several important classes it is each model's lowest of theirs."""
+    return "recall of the important class" if len(important) == 1 else "lowest recall of the important classes"
+
+
+def figure_head(name: str, part: str, images: Mapping[str, int], important: Sequence[int], folds: int) -> str:
+    """What a row's figures over seeds are, and of how many images: 'recall on test, n = 450'.
+
+    `images` are those of `result.json`. On folds each seed's model has a validation part of its own.
+    """
+    several = name == "recall" and len(important) > 1
+    count = f"n = {images[f'{part}_important' if name == 'recall' else part]:,}{' in all' if several else ''}"
+    if part == "validation" and folds > 1:
+        count = "each seed's fold"
+    return f"{recall_of(important) if several else name} on {part}, {count}"
+
+
 def parameters(params: Mapping[str, Any]) -> str:
     """A trial's parameters in a line."""
     return ", ".join(f"{name} {value_text(value)}" for name, value in sorted(params.items()))

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from camri_tune.evidence import Evidence
 from camri_tune.files import write_text
 from camri_tune.overview import EVIDENCE, REPORT, read_overview
 from camri_tune.pages import comparison_page
-from camri_tune.records import Figure, biases_of, csv_cell, named, value_text, without_nan
+from camri_tune.records import Figure, biases_of, csv_cell, named, recall_of, value_text, without_nan
 from camri_tune.result import Result
 from camri_tune.search import parameter_importance
 from camri_tune.storage import StudyStore
@@ -113,9 +113,9 @@ Against the baseline model of seed {best.baseline_seed}, on the same test images
 ## Over {result.seeds} seeds
 | mean ± sd | baseline (cross-entropy) | this setting ({result.loss}: {params}) |
 |---|---|---|
-| recall, test | {_text(result.baseline.test.recall)} | {_text(best.side.test.recall)} |
+| {recall_of(result.important)}, test | {_text(result.baseline.test.recall)} | {_text(best.side.test.recall)} |
 | accuracy, test | {_text(result.baseline.test.accuracy)} | {_text(best.side.test.accuracy)} |
-| recall, validation | {_text(result.baseline.validation.recall)} | {_text(best.side.validation.recall)} |
+| {recall_of(result.important)}, validation | {_text(result.baseline.validation.recall)} | {_text(best.side.validation.recall)} |
 | accuracy, validation | {_text(result.baseline.validation.accuracy)} | {_text(best.side.validation.accuracy)} |
 
 All seeds, beside the baseline's, with other images in mind as well (95 % interval over seeds and images):
@@ -138,7 +138,7 @@ All seeds, beside the baseline's, with other images in mind as well (95 % interv
 {_asked_as_well(result)}## How it was judged
 {claims}
 - Margin of the certificate {result.epsilon:g} points (Tango's paired score bound; {_counts(accuracy)}).
-{_bias_line(best.params, result.tolerance)}
+{_bias_line(best.params, result.tolerance, classes)}
 ## Input, and how to use it
 Takes {escaped(bundle.input)}. Here: {taken}.
 
@@ -203,8 +203,8 @@ def _asked_as_well(result: Result) -> str:
     rows = constraint_table(without_nan(result.as_json()["constraints"]), result.classes)
     if not rows:
         return ""
-    lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *rows]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', _PIPE) for cell in line)} |" for line in lines)
+    lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *(map(escaped, row) for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"## Asked as well\n{table}\n\nWhat is kept but not shown may not hold for other images.\n\n"
 
 
@@ -233,10 +233,10 @@ def _counts(difference: PairedDifference) -> str:
     return f"images in groups, resampled whole, count as {difference.effective_n:,.0f}"
 
 
-def _bias_line(params: Mapping[str, float], tolerance: float) -> str:
-    """What `--calibrate` did to the model, if anything."""
+def _bias_line(params: Mapping[str, float], tolerance: float, classes: Sequence[str]) -> str:
+    """What `--calibrate` did to the model, if anything, with the classes' escaped names."""
     lines = [
-        f"- Rule of decision: {value:+.4g} is added to the logit of class {c}, tuned on validation so that "
+        f"- Rule of decision: {value:+.4g} is added to the logit of class {named(c, classes)}, tuned on validation so that "
         f"accuracy there stays {floor_in_words(tolerance)}.\n"
         for c, value in biases_of(params).items()
     ]

@@ -270,10 +270,10 @@ def require_searchable(config: StudyConfig) -> None:
 
 
 def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
-    """Share of the variance of recall and of accuracy over the search that each parameter accounts for (fANOVA).
+    """How much each parameter moves recall and accuracy over the search (fANOVA), as shares of 1.
 
-    Empty where too few trials are complete, or nothing varies. Of many trials some are drawn, the same each time.
-    Trials that were queued with a value beyond what was searched are left out.
+    Empty where too few trials are complete, or fewer than two parameters vary. Of many trials some are drawn, the same
+    each time. Trials that were queued with a value beyond what was searched are left out.
     """
     targets: dict[str, Callable[[FrozenTrial], float]] = {
         "recall": lambda t: float(t.user_attrs["recall"]),
@@ -283,6 +283,9 @@ def parameter_importance(store: StudyStore) -> dict[str, dict[str, float]]:
     complete = [trial for trial in complete if _was_searched(trial)]
     if len(complete) > MOST_TRIALS_FOR_IMPORTANCE:
         complete = random.Random(0).sample(complete, MOST_TRIALS_FOR_IMPORTANCE)
+    names = {name for trial in complete for name in trial.params}
+    if sum(len({trial.params.get(name) for trial in complete}) > 1 for name in names) < 2:
+        return {}
     study = optuna.create_study(direction="maximize")
     study.add_trials(complete)
     found = {}

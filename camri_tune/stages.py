@@ -102,12 +102,15 @@ class Stages:
                 raise CamriTuneError(f"the baseline's training with seed {record.seed} failed: {record.failure}")
         return Baseline(best, models[: self.config.seeds], models[self.config.seeds :])
 
-    def adopt(self, baseline: Baseline, important: tuple[int, ...]) -> None:
-        """Settle who is important and what must be kept on each fold, for this study's trials."""
+    def adopt(self, baseline: Baseline, important: tuple[int, ...], ranked: Baseline | None = None) -> None:
+        """Settle who is important and what must be kept on each fold, for this study's trials.
+
+        `ranked` is the baseline that ranked the classes, where it was another: worst1 is one class wherever it is said.
+        """
         self.important = important
         self.folds = len(baseline.accuracy_by_fold)
         self.constraints = recall_constraints(
-            resolve_floors(self.config.floor, self.data.classes, baseline),
+            resolve_floors(self.config.floor, self.data.classes, ranked or baseline),
             self.config.max_drop,
             baseline.recall_by_fold,
             [self._per_class(self.data.fold(fold)[1]) for fold in range(self.folds)],

@@ -33,13 +33,13 @@ def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Student's t interval for the mean over seeds; None with fewer than two, and where all are equal.
+    """Student's t interval for the mean over seeds; None with fewer than two, where all are equal, or one is no number.
 
     It speaks of seeds alone: with the same images, another seed gives a mean like this. Two or three seeds that happen
     to agree are no certainty that the next one will.
     """
     n = len(values)
-    if n < 2 or min(values) == max(values):
+    if n < 2 or min(values) == max(values) or math.isnan(sum(values)):
         return None
     mean = sum(values) / n
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))

@@ -17,7 +17,7 @@ from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
 from camri_tune.progress import STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, TrialRecord, named, parameters
+from camri_tune.records import Figure, TrialRecord, figure_head, named, parameters, recall_of
 
 VERDICTS = {
     "certified": ("✓", "Certified", "good"),
@@ -90,15 +90,15 @@ def _side_by_side(result: Mapping[str, Any]) -> str:
     biased = {"threshold": "baseline with a bias"} if threshold else {}
     titles = {"baseline": compared["baseline"], **biased, **compared}
     cards, rows = [], []
-    for name, of_what in (("recall", "Recall of the important class"), ("accuracy", "Accuracy")):
+    for name, of_what in (("recall", recall_of(result["important"]).capitalize()), ("accuracy", "Accuracy")):
         means = {title: _figure(result[side]["test"][name]).mean for side, title in compared.items()}
         pair = "".join(f"<div><small>{escape(title)}</small>{_percent(mean)}</div>" for title, mean in means.items())
         gains = f"<p>{_gains(result, name)}</p>" if best is not None else ""
         cards.append(f'<div class="card"><h3>{of_what} on test</h3><div class="pair">{pair}</div>{gains}</div>')
         for part in ("test", "validation"):
-            key = f"{part}_important" if name == "recall" else part
+            head = figure_head(name, part, result["images"], result["important"], result["folds"])
             cells = "".join(f"<td>{_with_interval(_figure(result[side][part][name]))}</td>" for side in titles)
-            rows.append(f"<tr><td>{name} on {part}, n = {result['images'][key]:,}</td>{cells}</tr>")
+            rows.append(f"<tr><td>{head}</td>{cells}</tr>")
     note = "In brackets 95 % intervals over seeds."
     if best is not None:
         exported = best["exported"]["test"]
@@ -197,7 +197,8 @@ def _search(overview: Overview, importance: Mapping[str, Mapping[str, float]]) -
     if importance:
         parts += [
             "<h3>Which parameter matters</h3>",
-            '<p class="note">fANOVA over the complete trials: with few trials a rough guide.</p>',
+            '<p class="note">fANOVA: how much each parameter by itself moves what a random forest has learnt from the complete '
+            "trials, as shares of 100 %. A forest learns the noise of seeds, too: with few trials this is a rough guide.</p>",
             picture(charts.importance(importance), "importance"),
         ]
     return parts
@@ -274,7 +275,8 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         drawn = picture(error_charts.recall_of_classes(before, None, classes, important), "classes")
         return ["<h2>Every class under the baseline</h2>", f'<p class="note">{over}</p>', drawn]
     after = [_figure(f) for f in result["best"]["test"]["recall_per_class"]]
-    changes = sorted((100 * (new.mean - old.mean), c) for c, (new, old) in enumerate(zip(after, before, strict=True)))
+    gains = [100 * (new.mean - old.mean) for new, old in zip(after, before, strict=True)]
+    changes = sorted((gain, c) for c, gain in enumerate(gains) if not math.isnan(gain))  # some may have no images
     losers = [f"{named(c, classes)} ({change:+.2f} points)" for change, c in changes[:3] if change < 0]
     note = f"Most was lost by {', '.join(losers)}." if losers else "No class lost recall."
     parts = [

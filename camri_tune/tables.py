@@ -7,7 +7,7 @@ from rich.text import Text
 
 from camri_tune.overview import Overview
 from camri_tune.progress import STAGE_TITLES, done, duration, total
-from camri_tune.records import Figure, named, parameters
+from camri_tune.records import Figure, figure_head, named, parameters
 from camri_tune.result import Result, Side
 from camri_tune.table1 import TITLES, Outcome, below, best_of
 from camri_tune.table1 import Table as Comparison
@@ -86,11 +86,7 @@ def result_table(result: Result) -> Table:
     for part in ("test", "validation"):
         for name in ("recall", "accuracy"):
             cells = [_cell(_figure(side, part, name)) for side in sides]
-            # On folds each seed's model has a validation part of its own.
-            count = (
-                f"n = {_images(result, part, name):,}" if part == "test" or result.folds == 1 else "each seed's fold"
-            )
-            table.add_row(f"{name} on {part}, {count}", *cells)
+            table.add_row(figure_head(name, part, result.images, result.important, result.folds), *cells)
     if best is not None:
         gains = {f"recall of {named(c, result.classes)}": found for c, found in best.recall_over_seeds.items()}
         if threshold is not None and threshold.recall_difference is not None:
@@ -98,7 +94,11 @@ def result_table(result: Result) -> Table:
         for name, difference in {**gains, "accuracy": best.accuracy_over_seeds}.items():
             table.add_row(f"gain in {name} on test, points", *before, " ".join(difference.in_points()).rstrip())
         for c, share in best.exported_recall.items():
-            table.add_row(f"exported model: recall of {c} on test", *before, _share(share.value, share.interval))
+            table.add_row(
+                f"exported model: recall of {named(c, result.classes)} on test",
+                *before,
+                _share(share.value, share.interval),
+            )
         table.add_row(
             "exported model: accuracy on test",
             *before,
@@ -151,10 +151,6 @@ def _figure(side: Side | None, part: str, name: str) -> Figure | None:
         return None
     measured = side.test if part == "test" else side.validation
     return measured.recall if name == "recall" else measured.accuracy
-
-
-def _images(result: Result, part: str, name: str) -> int:
-    return result.images[f"{part}_important" if name == "recall" else part]
 
 
 def _cell(figure: Figure | None) -> str:

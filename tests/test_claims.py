@@ -22,8 +22,9 @@ from camri_tune.claims import (
     sentence_of,
 )
 from camri_tune.config import is_printable, printable
+from camri_tune.constraints import ClassOnTest, OnTest, recall_constraints
 from camri_tune.differences import PairedDifference, SeedDifference, Share
-from camri_tune.records import Measured
+from camri_tune.records import Measured, figure_head, named
 from camri_tune.report import Facts, escaped, model_card
 from camri_tune.result import Best, Finalist, Result, Side, Threshold, Verdict
 from camri_tune.stats import Hidden, Interval, tango_interval
@@ -663,6 +664,38 @@ def test_names_from_elsewhere_are_no_markup_in_the_card() -> None:
     # A cell of a table ends at each bar that is not escaped: all rows of a table have as many.
     for row in re.findall(r"^\| recall of .*, test \|.*$", model_card(hostile, bundle, FACTS), re.MULTILINE):
         assert len(re.findall(r"(?<!\\)\|", row)) == 5
+
+
+def test_nor_in_its_table_of_what_was_asked_as_well() -> None:
+    (floor,) = recall_constraints({0: 0.9}, None, [[0.9] * 2], [[10] * 2])
+    shown = OnTest(floor, (ClassOnTest(0, 0.9, Share(95, 100, 100, None, 0.95)),))
+    best = _best(_difference(6, 6, 1000), _difference(3, 0, 100), _difference(3, 0, 100))
+    evil = ("<script>x</script>|a*b*", "b")
+    names = {"classes": evil, "constraints": (floor,), "versions": {"camri-tune": "1"}}
+    hostile = replace(_result(replace(best, constraints=(shown,)), kept=1), important=(0, 1), **names)  # type: ignore[arg-type]
+    spec = ModelSpec(model="compact", channels=3, image_size=32, classes=("a", "b"), head="dense")
+    bundle = BundleConfig(
+        schema=1, spec=spec, important=(0,), dataset="d", dataset_fingerprint="f", seed=0, skip_corrupt=False
+    )
+    (section,) = re.findall(r"## Asked as well\n(.*?)\n\n", model_card(hostile, bundle, FACTS), re.DOTALL)
+    assert "<script" not in section.replace("\\<script", "")
+    assert "\\|a\\*b\\*" in section
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in section.splitlines()}) == 1
+
+
+def test_a_figure_says_whose_it_is_and_of_how_many_images() -> None:
+    images = {"validation": 50, "test": 1000, "validation_important": 5, "test_important": 100}
+    assert figure_head("recall", "test", images, (3,), 1) == "recall on test, n = 100"
+    assert figure_head("recall", "validation", images, (3,), 1) == "recall on validation, n = 5"
+    assert figure_head("recall", "validation", images, (3,), 5) == "recall on validation, each seed's fold"
+    assert figure_head("accuracy", "test", images, (3, 4), 5) == "accuracy on test, n = 1,000"
+    lowest = "lowest recall of the important classes on test, n = 100 in all"
+    assert figure_head("recall", "test", images, (3, 4), 5) == lowest
+
+
+def test_a_bias_is_added_to_a_class_that_is_named() -> None:
+    best = replace(_best(_difference(6, 6, 1000), _difference(3, 0, 100)), params={"bias_0": 0.5})
+    assert f"+0.5 is added to the logit of class {named(0, NAMES)}, tuned" in _card(best)
 
 
 @settings(deadline=None)

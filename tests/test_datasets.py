@@ -1092,6 +1092,7 @@ def test_all_images_of_a_foreign_folder_are_all_of_them(image_folder: MakeFolder
     )
     assert "all images" in text
     assert _shown(images) == _colours(foreign)
+    assert len(torch.unique(images.groups)) == len(images) == 10, "each shows something else"
 
 
 def test_a_class_that_the_model_does_not_know_is_named(image_folder: MakeFolder) -> None:

@@ -321,9 +321,11 @@ def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Br
 
 
 def test_importance_needs_trials_that_differ(tmp_path: Path, digits: Dataset, empty_database: Path) -> None:
+    one = [trial(0.8 + n / 100, 0.93, params={"learning_rate": 0.001 * (n + 1)}) for n in range(6)]
+    searches = {"several": SEARCH, "few": SEARCH[:4], "same": [trial(0.8, 0.93)] * 6, "one": one}
     stores = {
         name: hand_made(tmp_path, digits, empty_database, search, limit=200, name=name)
-        for name, search in {"several": SEARCH, "few": SEARCH[:4], "same": [trial(0.8, 0.93)] * 6}.items()
+        for name, search in searches.items()
     }
     found = parameter_importance(stores["several"])
     assert set(found) == {"recall", "accuracy"}
@@ -332,6 +334,7 @@ def test_importance_needs_trials_that_differ(tmp_path: Path, digits: Dataset, em
         assert sum(shares.values()) == pytest.approx(1)
     assert parameter_importance(stores["few"]) == {}
     assert parameter_importance(stores["same"]) == {}
+    assert parameter_importance(stores["one"]) == {}, "of one parameter it is always all"
 
 
 def test_trials_queued_beyond_the_ranges_have_no_part_in_importance(

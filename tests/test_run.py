@@ -29,7 +29,7 @@ from camri_tune.calibration import fit_temperature, probabilities
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
-from camri_tune.evaluation import Entrant, Judge, Shown, _hidden
+from camri_tune.evaluation import Entrant, Judge, Shown, _hidden, _Tracks
 from camri_tune.evidence import AFTER, Evidence
 from camri_tune.images import Images
 from camri_tune.models import Classifier
@@ -360,7 +360,7 @@ def test_test_images_of_unnamed_tracks_count_as_fewer_in_every_claim(
         ((test.labels == c).numpy(), (validation.labels == c).numpy(), result.best.recall_difference[c],
          result.best.recall_over_seeds[c], result.best.exported_recall[c]),
     ):  # fmt: skip
-        one = known[place, here].astype(float) - known_old[place, here]
+        one = known[place, here].astype(float) - known_old[rival, here]
         effect = design_effect(one, tracks[here], 9)
         assert paired.hidden is not None
         assert paired.hidden.size == 9
@@ -379,6 +379,22 @@ def test_test_images_of_unnamed_tracks_count_as_fewer_in_every_claim(
     assert "359 images of about 40 unnamed tracks, which count as " in result.sentence
     assert "unnamed tracks, which count as" in (mine / "best" / "README.md").read_text()
     assert result.test_reads == plain["test_reads"] == 1, "the same models"
+
+
+@pytest.mark.parametrize(("folds", "expected"), [((0, 0, 0), 6.0), ((0, 1, 2), 1.0)])
+def test_validation_is_asked_about_the_two_models_that_test_compares(folds: tuple[int, ...], expected: float) -> None:
+    """Their difference may go by whole tracks where that of two models of one seed does not.
+
+    On another fold the baseline's was asked about other images.
+    """
+    groups = torch.arange(120) // 6
+    validation = Images(torch.zeros(120, 1, 1, 1, dtype=torch.uint8), torch.zeros(120, dtype=torch.int64), groups)
+    right = np.ones(120, bool)
+    whole, single = (groups.numpy() % 4 > 0), np.arange(120) % 6 > 0  # a quarter of all tracks; one frame of each
+    pairs = [(validation, right, old) for old in (whole, single, single)]
+    tracks = _Tracks(6, pairs, folds, place=1, old_place=0)
+    assert tracks.of_one(None).hidden.effect == pytest.approx(expected, abs=0.4)
+    assert tracks.of_one(0).hidden == tracks.of_one(None).hidden
 
 
 def test_a_model_is_evaluated_as_it_was_judged_where_tracks_are_unnamed() -> None:

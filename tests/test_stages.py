@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -437,6 +438,19 @@ def test_a_validation_part_that_is_too_small_is_said() -> None:
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_who_a_floor_is_of_is_told_by_the_baseline_that_ranked_the_classes(make: Callable[..., Stages]) -> None:
+    """Another one, where a small class was first ranked on one split and is now asked about on folds."""
+    stages = make(floor=("worst1>=0.2",))
+    baseline = _baseline(stages)
+    recalls = [0.5] * 10
+    recalls[7] = 0.1
+    ranked = replace(baseline, records=tuple(replace(r, recall_per_class=tuple(recalls)) for r in baseline.records))
+    stages.adopt(baseline, (7,), ranked)
+    assert [constraint.classes for constraint in stages.constraints] == [(7,)]
+    stages.adopt(baseline, (3,))
+    assert stages.constraints[0].classes != (7,)
 
 
 def test_the_search_is_filled_up_good_points_first(make: Callable[..., Stages]) -> None:

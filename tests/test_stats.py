@@ -177,6 +177,11 @@ def test_the_interval_over_two_seeds_is_wide() -> None:
     assert seed_interval([0.49, 0.51]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
 
 
+def test_what_is_no_number_has_no_interval() -> None:
+    """As the recall of a class without images."""
+    assert seed_interval([math.nan, math.nan]) is seed_interval([0.5, math.nan, 0.6]) is None
+
+
 @given(values=st.lists(st.floats(0.2, 0.8), min_size=2, max_size=12), confidence=st.floats(0.5, 0.99))
 def test_the_interval_over_seeds_is_scipys(values: list[float], confidence: float) -> None:
     sd = float(np.std(values, ddof=1))
