@@ -11,26 +11,32 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 HEARTBEAT_SECONDS = 60.0
 GRACE_SECONDS = 300.0  # without a heartbeat; machines' clocks must agree to within less
 CLAIM_SECONDS = 30.0  # from taking a trial to saying who took it: milliseconds, unless whoever took it died
+ZONES_SECONDS = 900.0  # time zones are whole quarters of an hour apart
 WORKER, HEARTBEAT = "worker", "heartbeat"  # attributes of a trial
 
 
 def worker_id(pid: int | None = None) -> str:
-    """Which process works on a trial, this one by default: host, set of process ids (containers have their own), id."""
+    """Which process works on a trial, this one by default: machine, set of process ids (containers have theirs), id."""
     return f"{_place()}:{os.getpid() if pid is None else pid}"
 
 
+@cache
 def _place() -> str:
+    """Of machines of one name, as copies of a virtual one are, each has started by itself."""
     try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # not Linux
-        namespace = 0
-    return f"{socket.gethostname()}:{namespace}"
+        start, namespace = "", 0
+    return f"{socket.gethostname()}:{start}:{namespace}"
 
 
 def is_gone(attributes: Mapping[str, Any], started: datetime | None) -> bool:
@@ -38,14 +44,22 @@ def is_gone(attributes: Mapping[str, Any], started: datetime | None) -> bool:
 
     On this machine that is known at once, of others after `GRACE_SECONDS` without a sign of life.
     """
-    since = started.timestamp() if started else 0.0
-    worker, beat = attributes.get(WORKER), float(attributes.get(HEARTBEAT, since))
+    worker = attributes.get(WORKER)
     if worker is None:
-        return time.time() - since > CLAIM_SECONDS
+        return started is None or _seconds_since(started) > CLAIM_SECONDS
+    beat = float(attributes.get(HEARTBEAT, started.timestamp() if started else 0.0))
     place, _, pid = worker.rpartition(":")
     if place == _place() and not lives(int(pid)):
         return True
     return time.time() - beat > GRACE_SECONDS
+
+
+def _seconds_since(taken: datetime) -> float:
+    """Since a trial was taken, whole quarters of an hour left out.
+
+    Optuna writes the local time of whoever took it, and not in which time zone that is. Clocks may differ as well.
+    """
+    return (time.time() - taken.timestamp() + CLAIM_SECONDS) % ZONES_SECONDS - CLAIM_SECONDS
 
 
 def seconds_silent(attributes: Mapping[str, Any]) -> float:

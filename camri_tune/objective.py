@@ -1,6 +1,7 @@
 """CAMRI in an Optuna study of one's own: what to search, the objective with its constraint, the best feasible trial."""
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,16 @@ class ConstrainedObjective:
         self,
         measure: Measure,
         *,
-        important: int | Sequence[int],
+        important: ArrayLike,
         floor: float,
         num_classes: int,
         learning_rate: float,
         loss: Loss = "camri",
     ) -> None:
-        self.important = (important,) if isinstance(important, int) else tuple(dict.fromkeys(important))
+        try:
+            self.important = tuple(dict.fromkeys(map(operator.index, np.atleast_1d(np.asarray(important)).tolist())))
+        except TypeError:
+            raise InputError(f"important is {important!r}, but must be a class's index, or several") from None
         self.floor = floor
         self._measure = measure
         self._config = StudyConfig(loss=loss)

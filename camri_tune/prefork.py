@@ -27,6 +27,16 @@ POLL_SECONDS = 0.05
 CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not bear it
 
 
+def python_of(module: str) -> list[str]:
+    """The command that runs a module of ours, and no file of the folder that it is run in.
+
+    In a checkout that nobody installed the package is found from here.
+    """
+    home = str(Path(__file__).parent.parent)
+    code = f"import runpy, sys; sys.path.append({home!r}); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-P", "-c", code]
+
+
 class Process(Protocol):
     """A started process, as `subprocess.Popen` shows one."""
 
@@ -44,7 +54,7 @@ class Forker:
 
     def __init__(self, module: str = MODULE) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            python_of(module),
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a process that forks must have no other threads
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -178,7 +188,7 @@ def start(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -
         return _forker.start([*arguments, str(_forker.pid)], environment, log)
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", MODULE, *arguments, str(os.getpid())],
+            [*python_of(MODULE), *arguments, str(os.getpid())],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from sqlalchemy.engine import make_url
 from camri_tune.config import StudyConfig, printable
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.own_networks import allowed
+from camri_tune.prefork import python_of
 from camri_tune.ray_foreman import END_SECONDS
 
 if TYPE_CHECKING:  # the foreman is up at once, and has no need of torch
@@ -198,7 +198,7 @@ class _Foreman:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "camri_tune.ray_foreman"],
+                python_of("camri_tune.ray_foreman"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -144,6 +144,9 @@ class Stages:
         will be a finalist whatever the trials that are left come to, so that no worker waits for the last of them.
         """
         records = self.records("search")
+        if len(records) > self.config.trials and any(r.state == "waiting" for r in records):
+            self.store.withdraw("search", len(records) - self.config.trials)  # an earlier run was asked for more
+            records = self.records("search")
         self._queue_search(baseline.learning_rate, records)
         left = _left(records) + max(0, self.config.trials - len(records))
         sure = max(0, self.config.most_finalists - left)  # each that is left may come before one of them
@@ -300,7 +303,7 @@ class Crew:
             store.sign()
             store.artifacts.sweep()
             store.set("stage", "running")
-            again = store.requeue_interrupted()
+            again, once_more = store.requeue_interrupted(), store.requeue_out_of_memory()
             where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device
             epochs = config.most_epochs(data.epochs)
             most = "up to " if is_searched(config.epochs) else ""
@@ -308,6 +311,8 @@ class Crew:
             console.say(f"{config.study_name}: {data}; {most}{epochs} epochs, {at_hand}; files in {config.folder}")
             if again:
                 console.say(f"{again} interrupted training(s) queued again")
+            if once_more:
+                console.say(f"{once_more} training(s) that ran out of memory queued again")
             for notice in data.notices():
                 console.say(notice)
             try:

@@ -45,7 +45,7 @@ _STATES: dict[OptunaState, TrialState] = {
     OptunaState.FAIL: "failed",
 }
 MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
-RESUME, INTERRUPTED = "resume", "interrupted"
+RESUME, INTERRUPTED, WITHDRAWN, OUT_OF_MEMORY = "resume", "interrupted", "withdrawn", "out_of_memory"
 EXPORTED = "exported"  # among a study's attributes: what writes its exported model again
 # What a trial that is queued again keeps. Not its scores, its constraint, or the ids of its files: they are another's.
 _KEPT = ("source_trial", "seed", "fold", "accumulation", RESUME)
@@ -211,21 +211,23 @@ class StudyStore:
     def records(self, stage: Stage) -> list[TrialRecord]:
         """Every trial of a queue that counts, in order of its number.
 
-        An interrupted one lives on in its successor. Until that is queued it waits itself: whoever counts must not take
-        it for missing, or it would be replaced and queued again as well.
+        One that is queued again lives on in its successor. An interrupted one waits itself until that is queued:
+        whoever counts must not take it for missing, or it would be replaced and queued again as well.
         """
         ended, found = self._ended[stage], []
         trials = self.optuna_study(stage).get_trials(deepcopy=False)
-        replaced = {t.user_attrs.get("retry_of") for t in trials}
+        left_out = _replaced(trials) | {t.number for t in trials if WITHDRAWN in t.user_attrs}
         for trial in trials:
+            if trial.number in left_out:
+                continue
             if (record := ended.get(trial.number)) is not None:
                 found.append(record)
-            elif not _interrupted(trial):
+            elif _interrupted(trial):
+                found.append(_waiting_again(_record(trial)))
+            else:
                 found.append(_record(trial))
                 if trial.state.is_finished():
                     ended[trial.number] = found[-1]
-            elif trial.number not in replaced:
-                found.append(_waiting_again(_record(trial)))
         return found
 
     def enqueue(self, stage: Stage, params: Mapping[str, float], **attributes: Any) -> None:
@@ -265,6 +267,31 @@ class StudyStore:
         self._storage.set_trial_user_attr(trial_id, INTERRUPTED, True)
         self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
 
+    def withdraw(self, stage: Stage, count: int) -> None:
+        """Take so many trials that still wait out of a queue, the last first: they count no more."""
+        waiting = self.optuna_study(stage).get_trials(deepcopy=False, states=(OptunaState.WAITING,))
+        for trial in waiting[-count:] if count > 0 else []:
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken and has ended by now
+                self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)
+                self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
+
+    def requeue_out_of_memory(self) -> int:
+        """Queue again what failed for want of memory; return how many. For a run that starts: it may have more."""
+        count = 0
+        for stage in STAGES:
+            trials = self.optuna_study(stage).get_trials(deepcopy=False)
+            replaced = _replaced(trials)
+            for trial in trials:
+                if OUT_OF_MEMORY in trial.user_attrs and trial.number not in replaced:
+                    kept = {
+                        key: trial.user_attrs[key]
+                        for key in ("source_trial", "seed", "fold")
+                        if key in trial.user_attrs
+                    }
+                    self.enqueue(stage, trial.params, retry_of=trial.number, **kept)
+                    count += 1
+        return count + sum(self.cell(name).requeue_out_of_memory() for name in self.attributes.get("cells", []))
+
     def requeue_interrupted(self, dead: str | None = None) -> int:
         """Give up trials whose worker is gone, and queue again what was interrupted; return how many.
 
@@ -282,7 +309,7 @@ class StudyStore:
             self._give_up(trial)
         if lost:
             trials = self.optuna_study(stage).get_trials(deepcopy=False)
-        replaced = {t.user_attrs.get("retry_of") for t in trials}
+        replaced = _replaced(trials)
         open_ends = [t for t in trials if _interrupted(t) and t.number not in replaced]
         for trial in open_ends:
             fixed = trial.system_attrs.get("fixed_params", {})
@@ -406,6 +433,11 @@ class StudyStore:
         except ArtifactNotFound:
             return False
         return sha256(path) == digest
+
+
+def _replaced(trials: Sequence[FrozenTrial]) -> set[int]:
+    """The numbers of those that were queued again."""
+    return {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
 
 
 def _interrupted(trial: FrozenTrial) -> bool:

@@ -31,7 +31,7 @@ from camri_tune.heartbeat import Heart
 from camri_tune.metrics import IntArray, accuracy, important_recall, pack, recall_per_class
 from camri_tune.records import ACCURACY, ACCURACY_CURVE, RECALL_CURVE, STOPPED
 from camri_tune.search import Plan, recipe_choices, suggest
-from camri_tune.storage import Stage, StudyStore
+from camri_tune.storage import OUT_OF_MEMORY, Stage, StudyStore
 from camri_tune.training import Progress, Recipe, Trained, is_out_of_memory, recipe_of, train, with_choices
 
 # The seeds of each use are apart: what chose a setting is never what it is judged with.
@@ -120,6 +120,8 @@ class _Run:
             ended = OptunaState.FAIL
             told = isinstance(error, TrainingDivergedError | OutOfMemoryError)
             trial.set_user_attr("failure", str(error) if told else _reason(error))
+            if isinstance(error, OutOfMemoryError):
+                trial.set_user_attr(OUT_OF_MEMORY, True)
             if self._done > trial.user_attrs.get("epoch", 0):
                 self._publish()
         trial.set_user_attr("seconds", time.perf_counter() - self._started)

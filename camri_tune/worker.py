@@ -107,10 +107,11 @@ def _rest(seconds: float, asked_to_stop: Stop) -> None:
 
 def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: Stop) -> StudyStore:
     """The study, once it is there."""
-    started = time.monotonic()
+    started, storage = time.monotonic(), None
     for tries in count():
         try:
-            return StudyStore.existing(open_storage(storage_url), name)
+            storage = storage or open_storage(storage_url, existing=True)
+            return StudyStore.existing(storage, name)
         except InputError as error:
             if time.monotonic() - started >= (patience or 0.0):
                 raise

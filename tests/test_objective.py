@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 from optuna.trial import Trial, TrialState
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from camri_tune.losses import CAMRILoss
 Answers = tuple[Sequence[int], Sequence[int]]
 
 
-def _objective(measure: Any, important: int | Sequence[int] = 1, floor: float = 0.0) -> ConstrainedObjective:
+def _objective(measure: Any, important: ArrayLike = 1, floor: float = 0.0) -> ConstrainedObjective:
     return ConstrainedObjective(measure, important=important, floor=floor, num_classes=3, learning_rate=1e-3)
 
 
@@ -43,6 +44,16 @@ def _study(objective: ConstrainedObjective, trials: int) -> optuna.Study:
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
     study.optimize(objective, n_trials=trials)
     return study
+
+
+def test_classes_may_be_numpys_numbers_and_nothing_else_than_numbers() -> None:
+    right: list[Any] = [np.int64(1), np.array(1), [np.int64(1), 1], np.array([1])]
+    for important in right:
+        assert _objective(lambda *_: ([], []), important).important == (1,)
+    others: list[Any] = ["1", 1.0, [0, "b"], None, np.array([0.5])]
+    for wrong in others:
+        with pytest.raises(InputError, match="must be a class's index, or several"):
+            _objective(lambda *_: ([], []), wrong)
 
 
 def test_a_trial_carries_recall_accuracy_and_its_constraint() -> None:

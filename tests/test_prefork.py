@@ -11,7 +11,7 @@ import pytest
 
 from camri_tune import prefork
 from camri_tune.heartbeat import lives
-from camri_tune.prefork import Forked, Forker
+from camri_tune.prefork import Forked, Forker, python_of
 from tests.patience import wait_for
 
 pytestmark = pytest.mark.skipif(not prefork.CAN_FORK, reason="workers are not forked on this system")
@@ -41,6 +41,20 @@ def test_a_forked_process_is_one_of_its_own(forker: Forker, tmp_path: Path, monk
     assert int(own) == int(group) == process.pid != forker.pid
     assert Path(folder) == tmp_path
     assert mark == "ü = 1"
+
+
+def test_no_file_of_the_current_folder_stands_in_for_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a folder may be a data set that somebody sent."""
+    for name in ("tomllib", "csv", "queue", "random", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this is not yours to run')\n")
+    monkeypatch.chdir(tmp_path)
+    forker = Forker("tests.forked")
+    try:
+        assert _start(forker, tmp_path / "log", 3).wait(60) == 3
+    finally:
+        forker.close()
+    done = subprocess.run([*python_of(prefork.MODULE)], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_nothing_of_the_environment_is_left_over(

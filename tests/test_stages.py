@@ -440,6 +440,28 @@ def test_a_validation_part_that_is_too_small_is_said() -> None:
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_asks_for_fewer_trials_than_the_last_one_trains_no_more(make: Callable[..., Stages]) -> None:
+    stages = make(trials=30)
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    stages.plan_search(baseline)
+    for _ in range(4):
+        _train_one(stages, "search", _equal())
+    fewer = make(trials=7)
+    fewer.adopt(baseline, (3,))
+    assert fewer.plan_search(baseline) is None
+    points = starting_points(StudyConfig(), (3,), 10, baseline.learning_rate)
+    assert _waiting(fewer, "search") == [*points[4:], {}]
+    assert _train(fewer, "search", _equal()) == 3
+    trials = fewer.plan_search(baseline)
+    assert trials is not None
+    assert [record.state for record in trials] == ["complete"] * 7
+    more = make(trials=9)
+    more.adopt(baseline, (3,))
+    assert more.plan_search(baseline) is None
+    assert _train(more, "search", _equal()) == 2
+
+
 def test_who_a_floor_is_of_is_told_by_the_baseline_that_ranked_the_classes(make: Callable[..., Stages]) -> None:
     """Another one, where a small class was first ranked on one split and is now asked about on folds."""
     stages = make(floor=("worst1>=0.2",))

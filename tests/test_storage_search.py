@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +28,14 @@ from optuna.trial import Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune import trials
+from camri_tune import worker as worker_module
 from camri_tune.bundle import load_classifier, save_weights
 from camri_tune.config import Loss, Model, StudyConfig
 from camri_tune.database import masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError, StoppedError, StudyMismatchError, WorkerError
 from camri_tune.files import sha256
-from camri_tune.heartbeat import worker_id
+from camri_tune.heartbeat import GRACE_SECONDS, HEARTBEAT, WORKER, is_gone, worker_id
 from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, NormFaceLoss
 from camri_tune.metrics import confusion_matrix
@@ -503,6 +505,81 @@ def test_whatever_ends_the_run_while_it_queues_again_the_next_does_the_rest(
     assert _only(again, "search").state == "waiting"
 
 
+@pytest.mark.parametrize("hours", [-14, -5.5, -1, 0, 1, 5.75, 14])
+def test_a_trial_that_was_just_taken_is_not_given_up_in_another_time_zone(hours: float) -> None:
+    """Optuna writes the time on the wall of whoever took it."""
+    there = datetime.now() + timedelta(hours=hours)
+    for seconds, gone in ((0, False), (25, False), (-5, False), (35, True), (300, True), (840, True)):
+        assert is_gone({}, there - timedelta(seconds=seconds)) == gone
+    assert is_gone({}, None)
+
+
+def test_a_worker_on_a_machine_of_the_same_name_lives_as_long_as_it_says_so() -> None:
+    """As copies of a virtual machine have one, whose first process ids are all in a set of the same number."""
+    name, _, namespace, _ = DEAD.rsplit(":", 3)
+    other = f"{name}:0a1b2c3d:{namespace}:{2**30}"
+    assert is_gone({WORKER: DEAD, HEARTBEAT: time.time()}, None)
+    assert not is_gone({WORKER: other, HEARTBEAT: time.time()}, None)
+    assert is_gone({WORKER: other, HEARTBEAT: time.time() - GRACE_SECONDS - 1}, None)
+
+
+def test_a_worker_that_waits_for_its_study_opens_the_database_once(
+    config: StudyConfig, store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try would leave a connection behind, of which a server has some dozens."""
+    opened: list[str] = []
+
+    def counted(url: str, **options: Any) -> Any:
+        opened.append(url)
+        return open_storage(url, **options)
+
+    monkeypatch.setattr(worker_module, "open_storage", counted)
+    monkeypatch.setattr(worker_module, "IDLE_SECONDS", (0.01,))
+    with pytest.raises(InputError, match="study 'later' is not in this storage"):
+        worker_module._find(storage_url(config), "later", 0.2, lambda: None)
+    assert len(opened) == 1
+    missing = config.folder / "none.db"
+    with pytest.raises(InputError, match="there is no such file"):
+        worker_module._find(f"sqlite:///{missing}", "later", None, lambda: None)
+    assert not missing.exists()
+
+
+def test_what_ran_out_of_memory_is_queued_again_by_the_next_run(store: StudyStore) -> None:
+    """Which may have fewer workers; what failed otherwise would fail again."""
+    for failure in ("memory", "other"):
+        trial = _claimed(store, "search", PARAMS, seed=5)
+        trial.suggest_float("margin", 0.0, 0.6)
+        trial.set_user_attr("accumulation", 2)
+        if failure == "memory":
+            trial.set_user_attr("out_of_memory", True)
+        store.optuna_study("search").tell(trial, state=OptunaState.FAIL)
+    assert [record.state for record in store.records("search")] == ["failed", "failed"]
+    assert store.requeue_interrupted() == 0, "not while it runs: that would go on for ever"
+    chosen = store.records("search")[0].params
+    assert store.requeue_out_of_memory() == 1
+    assert [(record.number, record.state) for record in store.records("search")] == [(1, "failed"), (2, "waiting")]
+    assert store.requeue_out_of_memory() == 0
+    queued = store.optuna_study("search").get_trials(deepcopy=False)[2]
+    assert queued.system_attrs["fixed_params"] == chosen
+    assert (queued.user_attrs["seed"], "accumulation" in queued.user_attrs) == (5, False)
+
+
+def test_what_is_withdrawn_is_nobodys_and_counts_no_more(store: StudyStore) -> None:
+    running = _claimed(store, "search", PARAMS)
+    for scale in (8.0, 9.0, 10.0):
+        store.enqueue("search", {"scale": scale})
+    store.withdraw("search", 2)
+    assert [(record.number, record.state) for record in store.records("search")] == [(0, "running"), (1, "waiting")]
+    assert store.requeue_interrupted() == 0
+    claimed = store.claim("search")
+    assert claimed is not None
+    assert claimed.number == 1
+    assert store.claim("search") is None
+    store.withdraw("search", 5)
+    assert len(store.records("search")) == 2, "who is at work stays there"
+    store.optuna_study("search").tell(running, 0.5)
+
+
 def test_a_trial_that_ends_its_worker_again_and_again_fails_with_that_reason(store: StudyStore) -> None:
     store.enqueue("search", {"scale": 8.0})
     for _ in range(MOST_ATTEMPTS):
@@ -827,6 +904,7 @@ def test_where_memory_runs_out_half_the_batch_is_tried_once(
         assert record.failure
         assert record.failure.startswith("out of memory on cpu, also with half the batch at a time (RuntimeError: ")
         assert record.failure.endswith("fewer workers there, or a smaller --image-size")
+        assert store.requeue_out_of_memory() == 1
 
 
 @pytest.mark.usefixtures("no_threads_more")
