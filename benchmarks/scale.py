@@ -67,8 +67,8 @@ def _work(path: Path, side: int, barrier: Barrier, results: Any) -> None:
     before, opening = memory_of(), time.perf_counter()
     stored = _stored(path)
     assert stored is not None
-    order = np.random.default_rng(0).permutation(len(stored[1]))
-    training, validation = stored[1][order[len(order) // 5 :]], stored[1][order[:BATCH]]
+    order = np.random.default_rng(0).permutation(len(stored.listed))
+    training, validation = stored.listed[order[len(order) // 5 :]], stored.listed[order[:BATCH]]
     opened = time.perf_counter() - opening
     taken, started, steps = 0, 0.0, STEPS[side]
 

@@ -90,9 +90,9 @@ class Layout(NamedTuple):
         return found.view(count, *stored).permute(0, *(axis + 1 for axis in self.axes))
 
 
-def default_side(height: int, width: int) -> int:
+def own_side(height: int, width: int) -> int | None:
     """The side that images are trained at where the study does not say: their own where they are small squares."""
-    return height if height == width and FEWEST_PIXELS <= height <= LARGEST_OWN_SIDE else 32
+    return height if height == width and FEWEST_PIXELS <= height <= LARGEST_OWN_SIDE else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +197,8 @@ def array_source(path: Path, called: str = "") -> Source:
             what = f"embeddings of {few} numbers" if kind == "f" else f"images of {few} channel"
             raise DataError(f"{where} has {what} in one part and of {many} in another; give all the same")
     layout = trained_on.layout
-    usual: dict[str, Any] = {"image_size": default_side(layout.height, layout.width)}
+    side = own_side(layout.height, layout.width)
+    usual: dict[str, Any] = {} if side is None else {"image_size": side, "own_size": True}
     if layout.dtype.kind == "f":
         usual = {"image_size": 1, "augmentation": Augmentation()}
     return own_data(

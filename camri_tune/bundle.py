@@ -33,7 +33,19 @@ WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.js
 MOST_JSON = 2**26  # bytes; figures of 1,000 classes over 10 seeds take 8 million
 MOST_CHANNELS = 64  # of images
 MOST_HEADER = 2**20  # bytes of the list of tensors; ours take 4,000
-_DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+# Of parameters float32 alone; whoever writes a network may keep other things beside them.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 IMAGES = (
     "uint8 RGB (or one channel) images, whole image resized to image_size x image_size with bilinear antialiasing; "
     "normalisation is part of the model"
@@ -148,7 +160,11 @@ class Bundle:
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a classifier's `state_dict` alone. There is no margin in it."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    # Copies: modules may share a parameter, and safetensors takes none that share memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
+    save_file(copies, path)
 
 
 def load_classifier(path: Path, spec: ModelSpec) -> Classifier:

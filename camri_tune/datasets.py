@@ -96,7 +96,7 @@ class Dataset:
         if count == 1 or self._own_validation is not None:
             return self.validation
         rows = np.unique(np.concatenate([split.held_out for split in self._splits(count)]))
-        return self._pool[rows]
+        return self._readable(self._pool[rows])
 
     def _splits(self, count: int) -> list[Split]:
         return folds(
@@ -112,10 +112,10 @@ class Dataset:
     def _split(self, index: int) -> tuple[Images, Images]:
         seed, config = self._seed, self._config
         if self._own_validation is not None:
-            train, validation = self._pool, self._own_validation
+            train, validation = self._readable(self._pool), self._own_validation
         else:
             split = self._splits(index + 1)[index]
-            train, validation = self._pool[split.kept], self._pool[split.held_out]
+            train, validation = (self._readable(self._pool[rows]) for rows in (split.kept, split.held_out))
         # After the split: fewer images to judge on would save little and decide badly.
         if config.per_group is not None:
             labels, groups = train.labels.numpy(), train.groups.numpy()
@@ -199,13 +199,24 @@ class Dataset:
         """The test part. Only the final judgement may have a model answer it."""
         if self._has_test:
             return self._cache.read("test")
-        images = self._cache.read("train")
-        return images[self._test_split(images).held_out]
+        images = self._cache.decoded("train").listed
+        return self._readable(images[self._test_split(images).held_out])
 
     def _read_pool(self) -> Images:
-        """What training and validation are drawn from: everything that is not test."""
-        images = self._cache.read("train")
+        """What training and validation are drawn from: everything that is not test, whether it could be decoded or not.
+
+        What cannot be decoded is left out of what is drawn: it may differ from one time or machine to the next, and
+        nobody's split may change by it.
+        """
+        images = self._cache.decoded("train").listed
         return images if self._has_test else images[self._test_split(images).kept]
+
+    def _readable(self, images: Images) -> Images:
+        """Those of the training part's images that could be decoded."""
+        good = self._cache.decoded("train").good
+        if good.all():
+            return images
+        return images[np.flatnonzero(good if images.rows is None else good[images.rows.numpy()])]
 
     def _test_split(self, images: Images) -> Split:
         return hold_out_groups(
@@ -287,9 +298,11 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
     cache = _Cache(source, config.skip_corrupt, None)
     read = [cache.read(part) for part in parts]
     first = 0
+    if not any(map(len, read)):
+        raise DataError(f"no image of {str(source.root or source.name)!r} can be read; name other images with --data")
     for place, part in enumerate(read):  # each numbers its groups from the start, and none stands in two
         read[place] = replace(part, groups=part.groups + first)
-        first += int(part.groups.max()) + 1
+        first += int(part.groups.max()) + 1 if len(part) else 0
     images = Images(*(torch.cat([getattr(r, name) for r in read]) for name in ("pixels", "labels", "groups")))
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"
@@ -313,10 +326,10 @@ _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which t
 
 
 class _Decoded(NamedTuple):
-    """A part, how many of its files were left out, and both hashes (M,) of every row of its store."""
+    """All listed images of a part, and of every row of its store (M,) whether it could be decoded, and both hashes."""
 
-    skipped: int
-    images: Images
+    listed: Images
+    good: NDArray[np.bool_]
     exact: NDArray[np.int64]
     near: NDArray[np.int64]
 
@@ -333,10 +346,12 @@ class _Cache:
 
     @property
     def skipped(self) -> int:
-        return sum(decoded.skipped for decoded in self._decoded.values())
+        return sum(int((~decoded.good).sum()) for decoded in self._decoded.values())
 
     def read(self, part: Part) -> Images:
-        return self.decoded(part).images
+        """The images of a part that could be decoded."""
+        listed, good, *_ = self.decoded(part)
+        return listed if good.all() else listed[np.flatnonzero(good)]
 
     def decoded(self, part: Part) -> _Decoded:
         if part not in self._decoded:
@@ -447,11 +462,8 @@ def _stored(path: Path) -> _Decoded | None:
 
 
 def _unpack(tensors: Mapping[str, torch.Tensor]) -> _Decoded:
-    good = tensors["good"]
-    images = Images(tensors["pixels"], tensors["labels"], tensors["groups"])
-    if not bool(good.all()):
-        images = images[np.flatnonzero(good.numpy())]
-    return _Decoded(int((~good).sum()), images, tensors["exact"].numpy(), tensors["near"].numpy())
+    listed = Images(tensors["pixels"], tensors["labels"], tensors["groups"])
+    return _Decoded(listed, *(tensors[name].numpy() for name in ("good", "exact", "near")))
 
 
 def _cache_folder() -> Path:

@@ -22,6 +22,7 @@ PART_NAMES: dict[Part, tuple[str, ...]] = {  # what users call them
     "test": ("test", "testing"),
 }
 PARTS: dict[str, Part] = {name: part for part, names in PART_NAMES.items() for name in names}
+USUAL_SIDE = 32  # of images that nobody here knows
 CACHE_FORMAT = 3  # raise when decoding changes, so that old caches are not read
 
 
@@ -73,7 +74,7 @@ class Source:
     Where a part is missing, it is split from the training part. The images of the test part come in groups of about
     `hidden_group_size` that nobody names: frames of one object without the object's number. 1: each stands alone.
     `groups_by` says how a user may name groups, '' where there is no way; `notices` what is to be known of the files.
-    Embeddings are images of a single pixel (see Images).
+    Embeddings are images of a single pixel (see Images). `image_size` is usual, or the images' `own_size`.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Source:
     parts: dict[Part, list[Item]] = field(default_factory=dict)
     packed: Mapping[Part, Together] = field(default_factory=dict)
     ignored: int = 0
+    own_size: bool = False
     hidden_group_size: int = 1
     groups_by: str = ""
     notices: tuple[str, ...] = ()
@@ -126,13 +128,19 @@ class Source:
         digest = hashlib.sha256(f"{CACHE_FORMAT}\0{self.fingerprint()}".encode())
         for part, items in sorted(self.parts.items()):
             for item, found in zip(items, self._found[part], strict=True):
-                digest.update(f"{item.path}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+                # A folder that is renamed has the same files in it, and one from an archive may have one time for all.
+                known = f"{found.st_ino}\0{found.st_mtime_ns}\0{found.st_ctime_ns}"
+                digest.update(f"{os.path.abspath(item.path)}\0{known}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:20]
 
 
 def own_data(name: str, root: Path, classes: tuple[str, ...], **values: Any) -> Source:
     """A source of images that nobody here knows: small, and changed as is safe with what may not be mirrored."""
-    usual = {"image_size": 32, "epochs": 20, "augmentation": Augmentation(rotate=8, shift=0.1, zoom=0.1, light=0.1)}
+    usual = {
+        "image_size": USUAL_SIDE,
+        "epochs": 20,
+        "augmentation": Augmentation(rotate=8, shift=0.1, zoom=0.1, light=0.1),
+    }
     return Source(name=name, root=root, classes=classes, **{**usual, **values})
 
 

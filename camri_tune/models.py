@@ -161,7 +161,8 @@ class PaperCNN(nn.Module):
 class Standardised(nn.Module):
     """No network: embeddings (N, D), or (N, D, 1, 1), each of their numbers centred and scaled over the training part.
 
-    A learning rate, a scale and a margin then mean the same whatever network the embeddings are of.
+    A learning rate, a scale and a margin then mean the same whatever network the embeddings are of. A number that is
+    the same in all of the training part counts nowhere: any other value of it would be thousands of deviations off.
     """
 
     repeats_itself = False  # the host computes what a batch weighs among the statistics
@@ -174,7 +175,12 @@ class Standardised(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         standardised: Tensor = self.normalise(embeddings.float().flatten(1))
-        return standardised
+        if self.training:
+            return standardised
+        mean, variance = self.normalise.running_mean, self.normalise.running_var
+        assert mean is not None
+        assert variance is not None
+        return standardised * (variance > 1e-12 * mean.square())  # float32 tells no smaller part of a number
 
 
 Body = CompactCNN | WideCNN | PaperCNN | Standardised | Backbone

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from camri_tune.selection import (
     recall_bounds,
     shared_confidence,
 )
-from camri_tune.sources import require_there
+from camri_tune.sources import require_there, side_of
 from camri_tune.stages import Crew, Stages, only_run, show
 from camri_tune.storage import EXPORTED, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
@@ -106,7 +107,7 @@ def run(
     with prefork.at_hand(), only_run(config.folder), console:
         if arrays is not None:
             parts = {part: data for part, data in given.items() if data is not None}
-            write_arrays(arrays, parts, classes=classes, side=config.image_size, on_progress=console.reading)
+            write_arrays(arrays, parts, classes=classes, side=partial(side_of, config), on_progress=console.reading)
             config = config.model_copy(update={"dataset": str(arrays.resolve())})
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)

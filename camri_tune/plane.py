@@ -28,6 +28,7 @@ PLANE_SCALE = 4.0  # of the cosine losses: at 16 the tie is in the same place, a
 CIRCLE = np.radians(np.arange(0, 360, 0.1))
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, BETAS = 128, 5e-3, 0.02, (0.9, 0.99)
+RISE = 0.2  # of all steps, in which the learning rate rises; then it falls
 
 
 def plane_specs(margin: float) -> dict[str, HeadSpec]:
@@ -167,8 +168,9 @@ def train_plane(
         optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
         batch = min(BATCH, len(images))
         steps = len(images) // batch
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, LEARNING_RATE, steps * epochs, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+        rise = max(1.0, RISE * steps * epochs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / rise, (steps * epochs - step) / max(1.0, steps * epochs - rise))
         )
         for epoch in range(1, epochs + 1):
             for rows in torch.randperm(len(images))[: steps * batch].view(steps, batch):

@@ -91,7 +91,8 @@ def _matched(stored: Mapping[str, Tensor], network: nn.Module, config: StudyConf
     def fitting(prefix: str) -> list[str]:
         return [n for n, shape in wanted.items() if f"{prefix}{n}" in stored and stored[f"{prefix}{n}"].shape == shape]
 
-    prefix = max(sorted(prefixes, key=len), key=lambda some: len(fitting(some)), default="")
+    # Of several that fit as well, as of a network and its moving mean, always the same.
+    prefix = max(sorted(prefixes, key=lambda some: (len(some), some)), key=lambda some: len(fitting(some)), default="")
     found = fitting(prefix)
     parameters = dict(network.named_parameters())
     if not any(name in parameters for name in found):
@@ -102,7 +103,8 @@ def _matched(stored: Mapping[str, Tensor], network: nn.Module, config: StudyConf
     # Counters of batches are missing from old files, and nothing depends on them.
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
     left_out = stored.keys() - {f"{prefix}{name}" for name in found}
-    text = f"Starts from {config.weights}: {len(found)} of the network's {len(wanted)} tensors are in it"
+    below = f" ({prefix}*)" if prefix else ""
+    text = f"Starts from {config.weights}{below}: {len(found)} of the network's {len(wanted)} tensors are in it"
     if missing:
         text += f"; not in it, or of another shape, and so random: {_some(missing)}"
     if left_out:

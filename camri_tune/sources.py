@@ -16,12 +16,12 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from camri_tune.arrays import array_source, holds_arrays
+from camri_tune.arrays import array_source, holds_arrays, own_side
 from camri_tune.augmentation import Augmentation
 from camri_tune.backbones import default_image_size
 from camri_tune.config import BUILT_IN_DATASETS, HEAD, StudyConfig, is_data_file, is_printable
 from camri_tune.errors import DataError
-from camri_tune.folders import Packed, Part, Source, class_folders, image_files, is_class_name
+from camri_tune.folders import USUAL_SIDE, Packed, Part, Source, class_folders, image_files, is_class_name
 from camri_tune.grouping import Item, NotGroupedError
 from camri_tune.images import Images
 from camri_tune.listed import listed_files
@@ -66,7 +66,7 @@ def find_source(config: StudyConfig) -> Source:
         else:
             source = _own(config.dataset, config.group_by)
             # Photographs have no size of their own; small arrays do.
-            if config.image_size is None and not source.packed and (side := default_image_size(config.model)):
+            if config.image_size is None and not source.own_size and (side := default_image_size(config.model)):
                 source = replace(source, image_size=side)
     except OSError as error:
         where = f"{error.strerror}: {error.filename!r}"
@@ -81,6 +81,11 @@ def find_source(config: StudyConfig) -> Source:
             f"another --model"
         )
     return source if config.image_size is None else replace(source, image_size=config.image_size)
+
+
+def side_of(config: StudyConfig, height: int, width: int) -> int:
+    """The side that a study trains images at, those of a data set from Python by the first one's height and width."""
+    return config.image_size or own_side(height, width) or default_image_size(config.model) or USUAL_SIDE
 
 
 def require_there(dataset: str) -> None:

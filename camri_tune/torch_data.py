@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from camri_tune.arrays import array_source, default_side
+from camri_tune.arrays import array_source
 from camri_tune.config import StudyConfig, printable, shown
 from camri_tune.errors import DataError, InputError, StudyMismatchError
 from camri_tune.folders import Part
@@ -46,12 +46,12 @@ def write_arrays(
     parts: Mapping[Part, "Dataset[Any]"],
     *,
     classes: Sequence[str] | None,
-    side: int | None,
+    side: Callable[[int, int], int],
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Write data sets of (image, label) or (image, label, group) as a file of arrays at `path`, whole or not at all.
 
-    In the place of images, embeddings (D,). Images are resized to `side`, or to what `default_side` says of the first.
+    In the place of images, embeddings (D,). Images are resized to what `side` says of the first one's height and width.
     A file that is there must hold the same: raises StudyMismatchError where it does not, and DataError, naming the
     item, for what is no image or no label.
     """
@@ -73,15 +73,15 @@ def _write(
     path: Path,
     parts: Mapping[Part, "Dataset[Any]"],
     classes: Sequence[str] | None,
-    side: int | None,
+    side_of: Callable[[int, int], int],
     on_progress: Callable[[int, int], None],
 ) -> None:
     sizes = {part: _length(data, part) for part, data in parts.items()}
     total = sum(sizes.values())
     first, *_ = _item(parts["train"], "train", 0)
-    array, kind, shape = "embeddings", "<f4", tuple(first.shape)
+    array, kind, shape, side = "embeddings", "<f4", tuple(first.shape), 1
     if first.ndim == 3:
-        side = side or default_side(*first.shape[1:])
+        side = side_of(*first.shape[1:])
         array, kind, shape = "images", "|u1", (len(first), side, side)
     labels: list[int | str] = []
     groups: list[str] = []
@@ -98,7 +98,7 @@ def _write(
                             f"unlike the first, with {_kind(first)} and {shown((labels or [label])[0])}; give all "
                             f"images one number of channels, or all embeddings one length, and all labels one kind"
                         )
-                    row = pixels if side is None or pixels.ndim == 1 else squeezed(pixels[None], side)
+                    row = pixels if pixels.ndim == 1 else squeezed(pixels[None], side)
                     file.write(row.numpy().tobytes())
                     labels.append(label)
                     groups.append(group)
@@ -146,8 +146,9 @@ def _item(data: "Dataset[Any]", part: Part, index: int) -> tuple[torch.Tensor, i
 def _pixels(image: Any, where: str) -> torch.Tensor:
     if isinstance(image, Image.Image):
         try:
-            return torch.from_numpy(np.asarray(to_rgb(image, None)).transpose(2, 0, 1).copy())
-        except (OSError, ValueError) as error:
+            upright = ImageOps.exif_transpose(image)  # as files are read, and by `predict`, too
+            return torch.from_numpy(np.asarray(to_rgb(upright, None)).transpose(2, 0, 1).copy())
+        except Exception as error:  # as of files
             raise DataError(f"the image of {where} cannot be read ({printable(str(error))}); mend it") from None
     if isinstance(image, torch.Tensor) and image.ndim == 1 and image.is_floating_point() and len(image) > 1:
         numbers = image.detach().cpu().float()

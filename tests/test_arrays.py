@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from camri_tune import arrays
 from camri_tune.arrays import array_source
-from camri_tune.config import StudyConfig, is_printable
+from camri_tune.config import Model, StudyConfig, is_printable
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import DataError, InputError
 from camri_tune.images import Images, resized
-from camri_tune.sources import find_source
+from camri_tune.sources import find_source, side_of
 from tests.opening import message_of
 from tests.patience import ending_within
 
@@ -370,3 +370,22 @@ def test_a_damaged_file_is_read_as_it_was_or_refused(
         assert is_printable(refusal)
     else:
         assert torch.equal(pixels, torch.from_numpy(_images())), "for its checksum says so"
+
+
+@pytest.mark.parametrize(
+    ("side", "width", "model", "expected"),
+    [
+        (24, 24, "torchvision:squeezenet1_1", 24),
+        (64, 64, "torchvision:squeezenet1_1", 64),
+        (65, 65, "torchvision:squeezenet1_1", 224),
+        (24, 30, "torchvision:squeezenet1_1", 224),
+        (24, 30, "compact", 32),
+        (96, 96, "compact", 32),
+    ],
+)
+def test_large_arrays_are_as_photographs_are(side: int, width: int, model: Model, expected: int, save: Save) -> None:
+    """Small squares have a size of their own; others that which the network was made for, in a file and from Python."""
+    path = save(images=_images(24, side, 3, width), labels=_labels())
+    config = StudyConfig(dataset=str(path), model=model)
+    assert find_source(config).image_size == side_of(config, side, width) == expected
+    assert side_of(config.model_copy(update={"image_size": 40}), side, width) == 40

@@ -469,6 +469,71 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(name: str, image_fold
         open_data(root)
 
 
+@pytest.mark.parametrize("folds", [1, 5])
+def test_an_image_that_can_no_longer_be_read_moves_no_other_to_another_part(
+    folds: int, image_folder: MakeFolder
+) -> None:
+    """Of the same size, so that the data set is still the same: what was learned from must not come to be test."""
+    root = image_folder({"a": 40, "b": 40})
+    before = open_data(root)
+    parts = [before.test(), *(images for fold in range(folds) for images in before.fold(fold))]
+    shown = [_shown(images) for images in parts]
+    victims = [sorted(root.rglob("*.png"))[place] for place in (3, 30, 55)]
+    lost = {tuple(read_image(path, SIDE)[:, 0, 0].tolist()) for path in victims}
+    for path in victims:
+        path.write_bytes(bytes(path.stat().st_size))
+    after = open_data(root, skip_corrupt=True)
+    assert after.fingerprint == before.fingerprint
+    parts = [after.test(), *(images for fold in range(folds) for images in after.fold(fold))]
+    assert [_shown(images) for images in parts] == [colours - lost for colours in shown]
+    assert _shown(after.validation_of(folds)) == _shown(before.validation_of(folds)) - lost
+    config = build_config(root).model_copy(update={"skip_corrupt": True})
+    unseen = open_test_images(None, trained_on=config, fingerprint=before.fingerprint, classes=before.classes)
+    assert unseen.own
+    assert _shown(unseen.images) <= shown[0]
+
+
+def test_where_no_image_can_be_read_it_is_said(image_folder: MakeFolder) -> None:
+    config = build_config(image_folder({"a": 5, "b": 5}))
+    data = open_dataset(config)
+    foreign = image_folder({"a": 2, "b": 3})
+    for path in foreign.rglob("*.png"):
+        path.write_bytes(b"no image")
+    skipping = config.model_copy(update={"skip_corrupt": True})
+    with pytest.raises(DataError, match=r"no image of .* can be read"):
+        open_test_images(str(foreign), trained_on=skipping, fingerprint=data.fingerprint, classes=data.classes)
+
+
+def test_folders_that_change_names_have_their_images_read_again(image_folder: MakeFolder, own_cache: Path) -> None:
+    """Whatever time their files have: an archive gives all of them one."""
+    root = image_folder({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(4_000, b"\0"))
+        os.utime(path, (1e9, 1e9))
+    before = open_data(root).test()
+    for source, target in (("a", "x"), ("b", "a"), ("x", "b")):
+        (root / "test" / source).rename(root / "test" / target)
+    after = open_data(root).test()
+    assert torch.equal(after.pixels, before.pixels[[2, 3, 0, 1]])
+
+
+def test_one_name_seen_from_two_folders_is_two_data_sets(
+    image_folder: MakeFolder, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for place, root in enumerate((image_folder({"a": 6, "b": 6}), image_folder({"a": 6, "b": 6}))):
+        home = tmp_path / f"home{place}"
+        home.mkdir()
+        shutil.copytree(root, home / "images")
+        for path in home.rglob("*.png"):
+            path.write_bytes(path.read_bytes().ljust(4_000, b"\0"))
+            os.utime(path, (1e9, 1e9))
+        monkeypatch.chdir(home)
+        found.append(open_data(Path("images")))
+    assert found[0].fingerprint == found[1].fingerprint
+    assert not torch.equal(found[0].train.pixels, found[1].train.pixels)
+
+
 def test_the_reason_says_what_is_wrong(tmp_path: Path) -> None:
     for name, reason in {
         "empty.png": "is empty",

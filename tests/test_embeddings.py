@@ -198,6 +198,21 @@ def test_each_number_is_centred_and_scaled_over_all_of_training() -> None:
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("constant", [0.0, 5.0, -3e4])
+def test_a_number_that_never_varied_in_training_decides_nothing(constant: float) -> None:
+    """As one of a sparse embedding: by its own deviation of nothing, any value would outweigh all others."""
+    numbers = torch.randn(63, 3, generator=torch.Generator().manual_seed(0))
+    numbers[:, 1] = constant
+    body = Standardised(3, 1).train()
+    for batch in numbers.view(3, 21, 3):
+        assert not body(batch)[:, 1].any()
+    found = body.eval()(numbers)
+    changed = numbers.clone()
+    changed[:, 1] += 2.0
+    assert torch.equal(body(changed), found)
+    assert not found[:, 1].any()
+
+
 @pytest.mark.parametrize(
     ("model", "channels", "side"),
     [(HEAD, 16, 8), ("compact", 3, 1), ("compact", 65, 8), (HEAD, 0, 1), (HEAD, 2**16 + 1, 1)],

@@ -141,6 +141,15 @@ def test_the_same_seed_gives_the_same_network() -> None:
     assert not np.array_equal(features(2), first)
 
 
+@pytest.mark.parametrize("epochs", [1, 4, 5, 6, 10])
+def test_any_number_of_steps_trains(epochs: int) -> None:
+    """One step an epoch: PyTorch's own schedule divides by none of them in its first part, of five."""
+    pixels = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(8) % 4, torch.arange(8))
+    body, _ = train_plane(HeadSpec("l2"), images, num_classes=4, epochs=epochs, seed=0, device=torch.device("cpu"))
+    assert all(parameter.isfinite().all() for parameter in body.parameters())
+
+
 def written(out: Path, which: str, data_dir: Path, **values: Any) -> list[Path]:
     common: dict[str, Any] = {"margin": 0.4, "scale": 16.0, "epochs": 1, "seed": 0, "device": "cpu", "limit": 600}
     return write_figures(which.split(","), out=out, data_dir=data_dir, **{**common, **values})

@@ -14,11 +14,13 @@ from torch import nn
 import camri_tune
 from camri_tune import own_networks
 from camri_tune.backbones import build_backbone, default_image_size
-from camri_tune.bundle import read_bundle
+from camri_tune.bundle import ModelSpec, load_classifier, read_bundle, save_weights
 from camri_tune.config import StudyConfig, is_own_model, package_of, read_study_file, require_model_name
 from camri_tune.database import open_storage
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import BundleError, InputError, StudyMismatchError
+from camri_tune.losses import CrossEntropyLoss
+from camri_tune.models import Classifier, build_body
 from camri_tune.own_networks import allow, allowed, factory_of, identified
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.worker import work
@@ -121,6 +123,24 @@ def test_a_network_may_bring_weights_of_its_own(write: Write) -> None:
     allow(name)
     network = build_backbone(name, channels=3, image_size=16)
     assert (dict(network.named_parameters())["network.0.weight"] == 2).all()
+
+
+def test_layers_may_share_parameters_and_keep_numbers_of_any_kind(write: Write, tmp_path: Path) -> None:
+    """What is trained can be stored and read again: a study would notice only after all of its trainings."""
+    body = """
+    act = nn.PReLU()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Conv2d(8, 8, 3), act, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for kind in (torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.bool):
+        net.register_buffer(f"kept_{str(kind).removeprefix('torch.')}", torch.ones(3, dtype=kind))
+    return net
+"""
+    name = write(body)
+    allow(name)
+    spec = ModelSpec(model=name, channels=3, image_size=16, classes=("a", "b"), head="dense")
+    classifier = Classifier(build_body(name, channels=3, image_size=16), CrossEntropyLoss(2, 8)).eval()
+    save_weights(classifier.state_dict(), tmp_path / "w.safetensors")
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(load_classifier(tmp_path / "w.safetensors", spec)(images), classifier(images))
 
 
 def test_layers_may_take_their_size_from_their_input(write: Write) -> None:

@@ -86,6 +86,18 @@ def test_weights_are_found_below_whatever_they_are_wrapped_in(
     assert "random" not in start.text
 
 
+@pytest.mark.parametrize("names", [("student", "teacher"), ("encoder_q", "encoder_k"), ("b", "a")])
+def test_of_two_networks_in_a_file_it_is_always_the_same(names: tuple[str, str], tmp_path: Path) -> None:
+    """Not the one that a set of texts happens to have first, which changes from process to process."""
+    state = dict(_network().state_dict())
+    two = {f"{name}.{key}": tensor + place for place, name in enumerate(names) for key, tensor in state.items()}
+    torch.save(two, tmp_path / "weights.pth")
+    start = _start(tmp_path / "weights.pth")
+    first = min(names)
+    assert f"weights.pth ({first}.*): " in start.text
+    assert all(torch.equal(tensor, two[f"{first}.{name}"]) for name, tensor in start.weights.items())
+
+
 def test_safetensors_and_an_exported_model_of_ours_are_read(tmp_path: Path) -> None:
     body = build_body("compact", channels=1, image_size=SIDE)
     save_file(

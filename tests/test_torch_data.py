@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from camri_tune import StudyConfig, pipeline, run
+from camri_tune.arrays import own_side
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import DataError, InputError, StudyMismatchError
 from camri_tune.images import read_image
@@ -41,7 +42,13 @@ def _write(
     path: Path, train: Dataset[Any], classes: Sequence[str] | None = None, side: int | None = None, **more: Dataset[Any]
 ) -> Path:
     parts: Any = {"train": train, **more}
-    write_arrays(path, parts, classes=classes, side=side, on_progress=lambda done, total: None)
+    write_arrays(
+        path,
+        parts,
+        classes=classes,
+        side=lambda height, width: side or own_side(height, width) or 32,
+        on_progress=lambda done, total: None,
+    )
     return path
 
 
@@ -82,6 +89,21 @@ def test_a_pil_image_is_what_a_file_of_it_is(tmp_path: Path) -> None:
     image.save(tmp_path / "file" / "1.png")
     stored = _stored(_write(tmp_path / "x.npz", Items(lambda index: (image, index % 2))))
     assert np.array_equal(stored["images"][5], read_image(tmp_path / "file" / "1.png", 8))
+
+
+def test_a_photograph_is_turned_as_its_file_would_be(tmp_path: Path) -> None:
+    """A camera that was held upright says so beside the pixels, and `predict` heeds it."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:2] = 255
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / "1.png", exif=tag)
+    with Image.open(tmp_path / "1.png") as opened:
+        image = opened.convert("RGB")
+    stored = _stored(_write(tmp_path / "x.npz", Items(lambda index: (image, index % 2))))
+    expected = read_image(tmp_path / "1.png", 8)
+    assert np.array_equal(stored["images"][5], expected)
+    assert not np.array_equal(expected, picture.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(
