@@ -162,7 +162,7 @@ class Trainer:
         self.setup = SETUPS[setup]
         self.data = open_data(self.setup.dataset, **self.setup.subset)
         of_class = np.flatnonzero(self.data.train.labels.numpy() == self.setup.important)
-        left_out = of_class[self.setup.rare :] if self.setup.rare is not None else []
+        left_out = of_class[len(of_class) if self.setup.rare is None else self.setup.rare :]
         self.train = self.data.train[np.delete(np.arange(len(self.data.train)), left_out)]
         rows = np.random.default_rng(0).permutation(len(self.data.validation))
         self.validation = self.data.validation[rows[: self.setup.validation]]
