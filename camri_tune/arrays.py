@@ -200,7 +200,7 @@ def array_source(path: Path, called: str = "") -> Source:
     side = own_side(layout.height, layout.width)
     usual: dict[str, Any] = {} if side is None else {"image_size": side, "own_size": True}
     if layout.dtype.kind == "f":
-        usual = {"image_size": 1, "augmentation": Augmentation()}
+        usual = {"image_size": 1, "own_size": True, "augmentation": Augmentation()}
     return own_data(
         path.resolve().stem if path.is_file() else path.resolve().name,
         path,

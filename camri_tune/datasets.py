@@ -4,6 +4,7 @@ The cache, keyed by the source's files, holds one file per part, so that a secon
 pages, and workers never open the test part.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -52,7 +53,6 @@ class Dataset:
         self.image_size = source.image_size
         self.epochs = source.epochs
         self.augmentation = source.augmentation
-        self.fingerprint = source.fingerprint()
         self.ignored_files = source.ignored
         # A test part that is drawn from the training part has its groups, which are known.
         self.hidden_group_size = source.hidden_group_size if source.has("test") else 1
@@ -65,6 +65,7 @@ class Dataset:
         self._concerns: list[str] = []
         self._pool = self._read_pool()
         self._own_validation = self._cache.read("validation") if source.has("validation") else None
+        self.fingerprint = source.fingerprint() + self._cache.left_out()
         if config.folds not in ("auto", 1) and not self.has_folds:
             raise DataError(
                 f"--folds {config.folds} needs a validation part that can change, but data set {self.name!r} brings "
@@ -96,7 +97,7 @@ class Dataset:
         if count == 1 or self._own_validation is not None:
             return self.validation
         rows = np.unique(np.concatenate([split.held_out for split in self._splits(count)]))
-        return self._readable(self._pool[rows])
+        return self._pool[rows]
 
     def _splits(self, count: int) -> list[Split]:
         return folds(
@@ -112,10 +113,10 @@ class Dataset:
     def _split(self, index: int) -> tuple[Images, Images]:
         seed, config = self._seed, self._config
         if self._own_validation is not None:
-            train, validation = self._readable(self._pool), self._own_validation
+            train, validation = self._pool, self._own_validation
         else:
             split = self._splits(index + 1)[index]
-            train, validation = (self._readable(self._pool[rows]) for rows in (split.kept, split.held_out))
+            train, validation = self._pool[split.kept], self._pool[split.held_out]
         # After the split: fewer images to judge on would save little and decide badly.
         if config.per_group is not None:
             labels, groups = train.labels.numpy(), train.groups.numpy()
@@ -199,24 +200,13 @@ class Dataset:
         """The test part. Only the final judgement may have a model answer it."""
         if self._has_test:
             return self._cache.read("test")
-        images = self._cache.decoded("train").listed
-        return self._readable(images[self._test_split(images).held_out])
+        images = self._cache.read("train")
+        return images[self._test_split(images).held_out]
 
     def _read_pool(self) -> Images:
-        """What training and validation are drawn from: everything that is not test, whether it could be decoded or not.
-
-        What cannot be decoded is left out of what is drawn: it may differ from one time or machine to the next, and
-        nobody's split may change by it.
-        """
-        images = self._cache.decoded("train").listed
+        """What training and validation are drawn from: everything that is not test."""
+        images = self._cache.read("train")
         return images if self._has_test else images[self._test_split(images).kept]
-
-    def _readable(self, images: Images) -> Images:
-        """Those of the training part's images that could be decoded."""
-        good = self._cache.decoded("train").good
-        if good.all():
-            return images
-        return images[np.flatnonzero(good if images.rows is None else good[images.rows.numpy()])]
 
     def _test_split(self, images: Images) -> Split:
         return hold_out_groups(
@@ -278,10 +268,16 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
         source = find_source(config)
     except NotGroupedError:  # the groups of training are named in other images' paths
         source = find_source(config.model_copy(update={"group_by": None}))
-    if source.fingerprint() == fingerprint:
-        text = f"the test part of {source.name}, which neither trained nor chose the model"
+    changed = DataError(
+        f"data set {str(source.root or source.name)!r} has changed since the model was trained on it, so what it "
+        f"learned from cannot be told from the rest: restore the folder, or name other images with --data"
+    )
+    if source.fingerprint() == fingerprint.partition("-")[0]:
         data = Dataset(source, config)
-        return Unseen(data.test(), text, data.hidden_group_size, own=True)
+        if data.fingerprint != fingerprint and not source.has("test"):  # other files than then could be decoded
+            raise changed
+        text = f"the test part of {source.name}, which neither trained nor chose the model"
+        return Unseen(_some_of(data.test(), source), text, data.hidden_group_size, own=True)
     foreign = sorted(set(source.classes) - set(classes))
     if foreign:
         known = ", ".join(map(repr, classes[:5])) + (", …" if len(classes) > 5 else "")
@@ -291,24 +287,27 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
     parts: list[Part] = ["test"] if source.has("test") else sorted({*source.parts, *source.packed})
     same_place = Path(config.dataset).resolve() == Path(trained_on.dataset).resolve()
     if parts != ["test"] and same_place:
-        raise DataError(
-            f"data set {str(source.root or source.name)!r} has changed since the model was trained on it, so what it "
-            f"learned from cannot be told from the rest: restore the folder, or name other images with --data"
-        )
+        raise changed
     cache = _Cache(source, config.skip_corrupt, None)
     read = [cache.read(part) for part in parts]
     first = 0
-    if not any(map(len, read)):
-        raise DataError(f"no image of {str(source.root or source.name)!r} can be read; name other images with --data")
     for place, part in enumerate(read):  # each numbers its groups from the start, and none stands in two
         read[place] = replace(part, groups=part.groups + first)
         first += int(part.groups.max()) + 1 if len(part) else 0
     images = Images(*(torch.cat([getattr(r, name) for r in read]) for name in ("pixels", "labels", "groups")))
+    images = _some_of(images, source)
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"
     text = f"{which} of {source.root or source.name}, which is not the data set of training"
     size = source.hidden_group_size if parts == ["test"] else 1
     return Unseen(replace(images, labels=labels), text, size, own=False)
+
+
+def _some_of(images: Images, source: Source) -> Images:
+    """The same. Raises DataError where there are none."""
+    if not len(images):
+        raise DataError(f"no image of {str(source.root or source.name)!r} can be read; name other images with --data")
+    return images
 
 
 # What a cache file holds: of each image, but for the pixels, its class, its group, its hashes and whether it could be
@@ -343,6 +342,14 @@ class _Cache:
         self._on_progress = on_progress
         self._folder = _cache_folder() / f"{source.cache_key()}{'-skip' if skip_corrupt else ''}"
         self._decoded: dict[Part, _Decoded] = {}
+
+    def left_out(self) -> str:
+        """What tells the images that could be decoded so far from all that are listed; '' where all could be.
+
+        They are drawn from: where others are left out, all parts are others, too.
+        """
+        rows = {part: np.flatnonzero(~decoded.good).tolist() for part, decoded in sorted(self._decoded.items())}
+        return f"-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8]}" if any(rows.values()) else ""
 
     @property
     def skipped(self) -> int:

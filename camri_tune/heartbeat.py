@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -31,11 +32,10 @@ def worker_id(pid: int | None = None) -> str:
 @cache
 def _place() -> str:
     """Of machines of one name, as copies of a virtual one are, each has started by itself."""
-    try:
-        start = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    start, namespace = "", 0
+    with suppress(OSError):  # not Linux
         namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:  # not Linux
-        start, namespace = "", 0
+        start = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     return f"{socket.gethostname()}:{start}:{namespace}"
 
 
@@ -57,7 +57,8 @@ def is_gone(attributes: Mapping[str, Any], started: datetime | None) -> bool:
 def _seconds_since(taken: datetime) -> float:
     """Since a trial was taken, whole quarters of an hour left out.
 
-    Optuna writes the local time of whoever took it, and not in which time zone that is. Clocks may differ as well.
+    Optuna writes the local time of whoever took it, and not in which time zone that is. Clocks may differ as well, by
+    up to `CLAIM_SECONDS`.
     """
     return (time.time() - taken.timestamp() + CLAIM_SECONDS) % ZONES_SECONDS - CLAIM_SECONDS
 
@@ -99,8 +100,9 @@ class Heart:
         self.lost = False
 
     def __enter__(self) -> Self:
-        self._storage.set_trial_user_attr(self._trial_id, WORKER, worker_id())
+        # The name comes last: a name without a beat would be as old as Optuna's clock on another wall says.
         self._storage.set_trial_user_attr(self._trial_id, HEARTBEAT, round(time.time(), 1))
+        self._storage.set_trial_user_attr(self._trial_id, WORKER, worker_id())
         self._thread.start()
         return self
 

@@ -172,15 +172,21 @@ class Standardised(nn.Module):
         self.embedding_size = channels
         # Without momentum the statistics are those of all batches, not of the last ten.
         self.normalise = nn.BatchNorm1d(channels, eps=1e-8, momentum=None, affine=False)
+        # A variance does not tell what is constant: its rounding grows with the batch.
+        self.register_buffer("lowest", torch.full((channels,), math.inf))
+        self.register_buffer("highest", torch.full((channels,), -math.inf))
+        self.lowest: Tensor
+        self.highest: Tensor
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        standardised: Tensor = self.normalise(embeddings.float().flatten(1))
+        numbers = embeddings.float().flatten(1)
+        standardised: Tensor = self.normalise(numbers)
         if self.training:
+            found = numbers.detach().aminmax(dim=0)
+            self.lowest.copy_(torch.minimum(self.lowest, found.min))
+            self.highest.copy_(torch.maximum(self.highest, found.max))
             return standardised
-        mean, variance = self.normalise.running_mean, self.normalise.running_var
-        assert mean is not None
-        assert variance is not None
-        return standardised * (variance > 1e-12 * mean.square())  # float32 tells no smaller part of a number
+        return standardised * (self.lowest != self.highest)
 
 
 Body = CompactCNN | WideCNN | PaperCNN | Standardised | Backbone

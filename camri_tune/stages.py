@@ -61,6 +61,7 @@ class Stages:
         self.important = important
         self.folds = 1
         self.constraints: tuple[RecallConstraint, ...] = ()
+        self._searching = False
 
     def plan_baseline(self, folds: int = 1) -> Baseline | None:
         """The cross-entropy baseline; None while something of it is missing, which is queued by then.
@@ -144,8 +145,9 @@ class Stages:
         will be a finalist whatever the trials that are left come to, so that no worker waits for the last of them.
         """
         records = self.records("search")
-        if len(records) > self.config.trials and any(r.state == "waiting" for r in records):
-            self.store.withdraw("search", len(records) - self.config.trials)  # an earlier run was asked for more
+        if not self._searching:  # an earlier run may have been asked for more
+            self._searching = True
+            self.store.withdraw("search", max(0, len(records) - self.config.trials))
             records = self.records("search")
         self._queue_search(baseline.learning_rate, records)
         left = _left(records) + max(0, self.config.trials - len(records))

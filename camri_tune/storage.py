@@ -46,9 +46,11 @@ _STATES: dict[OptunaState, TrialState] = {
 }
 MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
 RESUME, INTERRUPTED, WITHDRAWN, OUT_OF_MEMORY = "resume", "interrupted", "withdrawn", "out_of_memory"
+TICKET = "ticket"  # of each trial that a run has queued
 EXPORTED = "exported"  # among a study's attributes: what writes its exported model again
 # What a trial that is queued again keeps. Not its scores, its constraint, or the ids of its files: they are another's.
-_KEPT = ("source_trial", "seed", "fold", "accumulation", RESUME)
+_PURPOSE = ("source_trial", "seed", "fold")
+_KEPT = (*_PURPOSE, "accumulation", RESUME, "attempts")
 
 
 def storage_url(config: StudyConfig) -> str:
@@ -239,8 +241,8 @@ class StudyStore:
             nonlocal tries
             tries += 1
             # A database that went away may have stored what it could not confirm.
-            if tries == 1 or all(t.user_attrs.get("ticket") != ticket for t in study.get_trials(deepcopy=False)):
-                study.enqueue_trial(dict(params), user_attrs={"ticket": ticket, **attributes})
+            if tries == 1 or all(t.user_attrs.get(TICKET) != ticket for t in study.get_trials(deepcopy=False)):
+                study.enqueue_trial(dict(params), user_attrs={TICKET: ticket, **attributes})
 
         patiently(add, self._storage.url)
 
@@ -268,27 +270,29 @@ class StudyStore:
         self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
 
     def withdraw(self, stage: Stage, count: int) -> None:
-        """Take so many trials that still wait out of a queue, the last first: they count no more."""
+        """Take so many trials that a run has queued, and nobody has taken, out of a queue, the last first."""
         waiting = self.optuna_study(stage).get_trials(deepcopy=False, states=(OptunaState.WAITING,))
-        for trial in waiting[-count:] if count > 0 else []:
+        ours = [trial for trial in waiting if TICKET in trial.user_attrs]
+        for trial in ours[max(0, len(ours) - count) :]:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken and has ended by now
                 self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
 
     def requeue_out_of_memory(self) -> int:
-        """Queue again what failed for want of memory; return how many. For a run that starts: it may have more."""
+        """Queue again what failed for want of memory; return how many. For a run that starts: it may have more.
+
+        Not a learning rate of the baseline's by which others were judged already: the models are of the best of those.
+        """
         count = 0
         for stage in STAGES:
             trials = self.optuna_study(stage).get_trials(deepcopy=False)
+            tuning = self.config.tuning_seed
+            settled = stage == "baseline" and any(t.user_attrs.get("seed") != tuning for t in trials)
             replaced = _replaced(trials)
             for trial in trials:
-                if OUT_OF_MEMORY in trial.user_attrs and trial.number not in replaced:
-                    kept = {
-                        key: trial.user_attrs[key]
-                        for key in ("source_trial", "seed", "fold")
-                        if key in trial.user_attrs
-                    }
-                    self.enqueue(stage, trial.params, retry_of=trial.number, **kept)
+                is_settled = settled and trial.user_attrs.get("seed") == tuning
+                if OUT_OF_MEMORY in trial.user_attrs and trial.number not in replaced and not is_settled:
+                    self._queue_again(stage, trial, _PURPOSE)  # from its start, with the whole batch
                     count += 1
         return count + sum(self.cell(name).requeue_out_of_memory() for name in self.attributes.get("cells", []))
 
@@ -312,11 +316,14 @@ class StudyStore:
         replaced = _replaced(trials)
         open_ends = [t for t in trials if _interrupted(t) and t.number not in replaced]
         for trial in open_ends:
-            fixed = trial.system_attrs.get("fixed_params", {})
-            kept = {key: trial.user_attrs[key] for key in (*_KEPT, "attempts") if key in trial.user_attrs}
-            # What the sampler had chosen is kept: an interrupted trial is run again, not replaced.
-            self.enqueue(stage, {**fixed, **trial.params}, retry_of=trial.number, **kept)
+            self._queue_again(stage, trial, _KEPT)
         return len(open_ends)
+
+    def _queue_again(self, stage: Stage, trial: FrozenTrial, keep: Sequence[str]) -> None:
+        fixed = trial.system_attrs.get("fixed_params", {})
+        kept = {key: trial.user_attrs[key] for key in keep if key in trial.user_attrs}
+        # What the sampler had chosen is kept: it is run again, not replaced.
+        self.enqueue(stage, {**fixed, **trial.params}, retry_of=trial.number, **kept)
 
     def _give_up(self, trial: FrozenTrial) -> None:
         """End a trial whose worker died. Should the worker live after all, its next word on the trial is refused."""

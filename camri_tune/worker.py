@@ -110,7 +110,7 @@ def _find(storage_url: str, name: str, patience: float | None, asked_to_stop: St
     started, storage = time.monotonic(), None
     for tries in count():
         try:
-            storage = storage or open_storage(storage_url, existing=True)
+            storage = storage or open_storage(storage_url)
             return StudyStore.existing(storage, name)
         except InputError as error:
             if time.monotonic() - started >= (patience or 0.0):

@@ -389,3 +389,11 @@ def test_large_arrays_are_as_photographs_are(side: int, width: int, model: Model
     config = StudyConfig(dataset=str(path), model=model)
     assert find_source(config).image_size == side_of(config, side, width) == expected
     assert side_of(config.model_copy(update={"image_size": 40}), side, width) == 40
+
+
+@pytest.mark.parametrize("model", ["compact", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize("length", [3, 16])
+def test_embeddings_are_no_images_to_any_network(model: Model, length: int, save: Save) -> None:
+    path = save(embeddings=np.random.default_rng(0).random((24, length), np.float32), labels=_labels())
+    with pytest.raises(DataError, match=r"has embeddings, but --model .* takes images"):
+        open_dataset(StudyConfig(dataset=str(path), model=model))

@@ -469,28 +469,48 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(name: str, image_fold
         open_data(root)
 
 
-@pytest.mark.parametrize("folds", [1, 5])
-def test_an_image_that_can_no_longer_be_read_moves_no_other_to_another_part(
-    folds: int, image_folder: MakeFolder
-) -> None:
-    """Of the same size, so that the data set is still the same: what was learned from must not come to be test."""
+def test_where_other_images_can_be_read_than_before_it_is_another_data_set(image_folder: MakeFolder) -> None:
+    """It has other parts, for they are drawn from what can be: what was learned from would come to be test.
+
+    Nothing else tells, for the file is of the same size. A copy elsewhere is no better.
+    """
     root = image_folder({"a": 40, "b": 40})
-    before = open_data(root)
-    parts = [before.test(), *(images for fold in range(folds) for images in before.fold(fold))]
-    shown = [_shown(images) for images in parts]
-    victims = [sorted(root.rglob("*.png"))[place] for place in (3, 30, 55)]
-    lost = {tuple(read_image(path, SIDE)[:, 0, 0].tolist()) for path in victims}
-    for path in victims:
-        path.write_bytes(bytes(path.stat().st_size))
-    after = open_data(root, skip_corrupt=True)
-    assert after.fingerprint == before.fingerprint
-    parts = [after.test(), *(images for fold in range(folds) for images in after.fold(fold))]
-    assert [_shown(images) for images in parts] == [colours - lost for colours in shown]
-    assert _shown(after.validation_of(folds)) == _shown(before.validation_of(folds)) - lost
     config = build_config(root).model_copy(update={"skip_corrupt": True})
-    unseen = open_test_images(None, trained_on=config, fingerprint=before.fingerprint, classes=before.classes)
-    assert unseen.own
-    assert _shown(unseen.images) <= shown[0]
+    whole = open_data(root, skip_corrupt=True)
+    assert whole.fingerprint == open_data(root).fingerprint == open_data(root).fingerprint.partition("-")[0]
+    copy = shutil.copytree(root, root.parent / f"{root.name}-copy")
+    seen = {whole.fingerprint}
+    for place in (3, 30, 55):
+        for folder in (root, copy):
+            path = sorted(folder.rglob("*.png"))[place]
+            path.write_bytes(bytes(path.stat().st_size))
+        found = open_data(root, skip_corrupt=True)
+        assert found.fingerprint == open_data(copy, skip_corrupt=True).fingerprint
+        seen.add(found.fingerprint)
+        for where in (None, str(root), str(copy)):
+            unseen = open_test_images(where, trained_on=config, fingerprint=found.fingerprint, classes=whole.classes)
+            assert unseen.own
+            assert _shown(unseen.images) == _shown(found.test())
+            with pytest.raises(DataError, match="has changed since the model was trained on it"):
+                open_test_images(where, trained_on=config, fingerprint=whole.fingerprint, classes=whole.classes)
+    assert len(seen) == 4
+
+
+def test_a_test_part_of_its_own_depends_on_no_image_of_training(image_folder: MakeFolder) -> None:
+    root = image_folder({"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
+    config = build_config(root).model_copy(update={"skip_corrupt": True})
+    before = open_data(root, skip_corrupt=True)
+    shown = _shown(before.test())
+    path = sorted((root / "train").rglob("*.png"))[3]
+    path.write_bytes(bytes(path.stat().st_size))
+    for where in (None, str(root)):
+        unseen = open_test_images(where, trained_on=config, fingerprint=before.fingerprint, classes=before.classes)
+        assert unseen.own
+        assert _shown(unseen.images) == shown
+    for path in (root / "test").rglob("*.png"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"no image of .* can be read"):
+        open_test_images(None, trained_on=config, fingerprint=before.fingerprint, classes=before.classes)
 
 
 def test_where_no_image_can_be_read_it_is_said(image_folder: MakeFolder) -> None:

@@ -462,6 +462,45 @@ def test_a_run_that_asks_for_fewer_trials_than_the_last_one_trains_no_more(make:
     assert _train(more, "search", _equal()) == 2
 
 
+def test_a_trial_that_somebody_queued_beside_the_run_is_not_withdrawn(make: Callable[..., Stages]) -> None:
+    stages = make(trials=7)
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    stages.plan_search(baseline)
+    stages.store.optuna_study("search").enqueue_trial({"margin": 0.5})
+    for again in (stages, make(trials=7)):
+        again.adopt(baseline, (3,))
+        again.plan_search(baseline)
+        assert _waiting(again, "search")[-1] == {"margin": 0.5}
+    fewer = make(trials=3)
+    fewer.adopt(baseline, (3,))
+    fewer.plan_search(baseline)
+    assert len(_waiting(fewer, "search")) == 3
+    assert _waiting(fewer, "search")[-1] == {"margin": 0.5}
+
+
+def test_a_rate_that_ran_out_of_memory_is_tried_again_only_while_rates_are_tried(make: Callable[..., Stages]) -> None:
+    """Or the baseline would be said to have a rate that its models were not trained at."""
+
+    def hungry(stages: Stages) -> None:
+        trial = stages.store.claim("baseline")
+        assert trial is not None
+        trial.suggest_float("learning_rate", 1e-5, 1.0, log=True)
+        trial.set_user_attr("out_of_memory", True)
+        stages.store.optuna_study("baseline").tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    stages = make()
+    assert stages.plan_baseline() is None
+    hungry(stages)
+    assert stages.store.requeue_out_of_memory() == 1
+    hungry(stages)  # again
+    baseline = _baseline(stages)
+    assert stages.store.requeue_out_of_memory() == 0
+    again = make().plan_baseline()
+    assert again is not None
+    assert again.learning_rate == baseline.learning_rate == again.records[0].params["learning_rate"]
+
+
 def test_who_a_floor_is_of_is_told_by_the_baseline_that_ranked_the_classes(make: Callable[..., Stages]) -> None:
     """Another one, where a small class was first ranked on one split and is now asked about on folds."""
     stages = make(floor=("worst1>=0.2",))
