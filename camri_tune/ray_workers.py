@@ -203,6 +203,7 @@ class _Foreman:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
+                cwd=log.parent,  # Ray has its workers import from the driver's folder, and the run's may be anybody's
                 start_new_session=True,  # a terminal's Ctrl-C is for the run, which then asks the workers to stop
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
