@@ -66,12 +66,12 @@ from camri_tune.training import (
     HeadSpec,
     Recipe,
     _optimizer,
-    _schedule,
     cpu_count,
     evaluate,
     has_fast_bfloat16,
     pick_device,
     recipe_of,
+    schedule_of,
     train,
 )
 
@@ -200,7 +200,7 @@ def plain_parts(
     groups = _optimizer(classifier, recipe, torch.device("cpu")).groups
     kept = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
     optimizer = torch.optim.AdamW(kept, lr=PLAIN_RATE, betas=recipe.betas)
-    factor = _schedule(len(images) // recipe.batch_size * recipe.epochs, recipe)
+    factor = schedule_of(len(images) // recipe.batch_size * recipe.epochs, recipe)
     return classifier, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 

@@ -62,7 +62,7 @@ class ConstrainedObjective:
         loss: Loss = "camri",
     ) -> None:
         try:
-            self.important = tuple(dict.fromkeys(map(operator.index, np.atleast_1d(np.asarray(important)).tolist())))
+            self.important = tuple(dict.fromkeys(map(operator.index, np.atleast_1d(important).tolist())))
         except TypeError:
             raise InputError(f"important is {important!r}, but must be a class's index, or several") from None
         self.floor = floor

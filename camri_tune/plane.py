@@ -17,7 +17,7 @@ from camri_tune.errors import TrainingDivergedError
 from camri_tune.images import Images
 from camri_tune.losses import CrossEntropyLoss, CRWWCELoss, Head, WeightedCrossEntropyLoss
 from camri_tune.models import CompactCNN
-from camri_tune.training import EVALUATION_BATCH, HeadSpec, has_fast_bfloat16
+from camri_tune.training import EVALUATION_BATCH, HeadSpec, Recipe, has_fast_bfloat16, schedule_of
 
 FloatArray = NDArray[np.float64]
 
@@ -28,7 +28,7 @@ PLANE_SCALE = 4.0  # of the cosine losses: at 16 the tie is in the same place, a
 CIRCLE = np.radians(np.arange(0, 360, 0.1))
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, BETAS = 128, 5e-3, 0.02, (0.9, 0.99)
-RISE = 0.2  # of all steps, in which the learning rate rises; then it falls
+WARMUP = 0.2  # of all steps
 
 
 def plane_specs(margin: float) -> dict[str, HeadSpec]:
@@ -168,10 +168,8 @@ def train_plane(
         optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
         batch = min(BATCH, len(images))
         steps = len(images) // batch
-        rise = max(1.0, RISE * steps * epochs)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / rise, (steps * epochs - step) / max(1.0, steps * epochs - rise))
-        )
+        factor = schedule_of(steps * epochs, Recipe(epochs, LEARNING_RATE, warmup=WARMUP))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for epoch in range(1, epochs + 1):
             for rows in torch.randperm(len(images))[: steps * batch].view(steps, batch):
                 pixels, labels = images.batch(rows)

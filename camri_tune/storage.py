@@ -286,12 +286,12 @@ class StudyStore:
         count = 0
         for stage in STAGES:
             trials = self.optuna_study(stage).get_trials(deepcopy=False)
-            tuning = self.config.tuning_seed
-            settled = stage == "baseline" and any(t.user_attrs.get("seed") != tuning for t in trials)
-            replaced = _replaced(trials)
+            left_alone = _replaced(trials)
+            tuning = {t.number for t in trials if t.user_attrs.get("seed") == self.config.tuning_seed}
+            if stage == "baseline" and len(tuning) < len(trials):
+                left_alone |= tuning
             for trial in trials:
-                is_settled = settled and trial.user_attrs.get("seed") == tuning
-                if OUT_OF_MEMORY in trial.user_attrs and trial.number not in replaced and not is_settled:
+                if OUT_OF_MEMORY in trial.user_attrs and trial.number not in left_alone:
                     self._queue_again(stage, trial, _PURPOSE)  # from its start, with the whole batch
                     count += 1
         return count + sum(self.cell(name).requeue_out_of_memory() for name in self.attributes.get("cells", []))

@@ -213,7 +213,7 @@ def train(
         held, judged = (part.on(device) if fits(part, device) else part for part in (images, validation))
         batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
-        factor = _schedule(steps * recipe.epochs, recipe)
+        factor = schedule_of(steps * recipe.epochs, recipe)
         # Where validation is large beside training, fewer: they would cost more than they tell.
         affordable = 1 + recipe.epochs * len(images) // (3 * len(validation))
         evaluation_batch = _evaluation_batch(judged, device) // recipe.accumulation
@@ -463,7 +463,7 @@ def _optimizer(classifier: Classifier, recipe: Recipe, device: torch.device) -> 
     return kinds[recipe.optimizer](groups, recipe.betas)
 
 
-def _schedule(total: int, recipe: Recipe) -> Callable[[int], float]:
+def schedule_of(total: int, recipe: Recipe) -> Callable[[int], float]:
     """The learning rate of each step, as a factor."""
     rise = max(1.0, recipe.warmup * total)
 

@@ -38,13 +38,13 @@ from camri_tune.training import (
     _again_in_float32,
     _fast_precision,
     _optimizer,
-    _schedule,
     default_learning_rate,
     evaluate,
     is_out_of_memory,
     pick_device,
     predict_logits,
     recipe_of,
+    schedule_of,
     train,
     with_choices,
 )
@@ -799,7 +799,7 @@ def test_what_a_listener_raises_passes_through(digits: Dataset) -> None:
 
 
 def _rates(total: int, warmup: float) -> Sequence[float]:
-    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup))
+    schedule = schedule_of(total, Recipe(1, 1e-3, warmup=warmup))
     return [schedule(step) for step in range(total)]
 
 
@@ -811,7 +811,7 @@ def test_the_learning_rate_rises_once_and_then_falls_to_almost_nothing(total: in
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert peak <= warmup * total + 1
-    assert _schedule(total, Recipe(1, 1e-3, warmup=warmup))(total) == 0
+    assert schedule_of(total, Recipe(1, 1e-3, warmup=warmup))(total) == 0
     # The last step stands one even step above zero.
     assert rates[-1] <= 1 / max(1.0, total - max(1.0, warmup * total)) + 1e-12
 
@@ -831,19 +831,19 @@ def test_the_learning_rate_reaches_its_full_height_after_the_warm_up() -> None:
 
 @given(total=st.integers(1, 500), warmup=st.floats(0, 0.9))
 def test_a_constant_learning_rate_does_not_fall_and_rises_in_its_warm_up_alone(total: int, warmup: float) -> None:
-    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup, schedule="constant"))
+    schedule = schedule_of(total, Recipe(1, 1e-3, warmup=warmup, schedule="constant"))
     assert {schedule(step) for step in range(math.ceil(warmup * total), total + 1)} == {1.0}
     assert [schedule(step) for step in range(math.floor(warmup * total))] == _rates(total, warmup)[
         : math.floor(warmup * total)
     ]
-    without = _schedule(total, Recipe(1, 1e-3, warmup=0.0, schedule="constant"))
+    without = schedule_of(total, Recipe(1, 1e-3, warmup=0.0, schedule="constant"))
     assert {without(step) for step in range(total + 1)} == {1.0}
 
 
 @given(total=st.integers(2, 500), warmup=st.floats(0, 0.9))
 def test_a_cosine_falls_as_one(total: int, warmup: float) -> None:
     """Beside the line it is higher before the middle and lower after it, and ends there as well."""
-    schedule = _schedule(total, Recipe(1, 1e-3, warmup=warmup, schedule="cosine"))
+    schedule = schedule_of(total, Recipe(1, 1e-3, warmup=warmup, schedule="cosine"))
     rates, line = [schedule(step) for step in range(total)], _rates(total, warmup)
     assert schedule(total) == 0
     for rate, straight, step in zip(rates, line, range(total), strict=True):

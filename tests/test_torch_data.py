@@ -3,6 +3,7 @@
 import doctest
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from camri_tune import StudyConfig, pipeline, run
-from camri_tune.arrays import own_side
 from camri_tune.datasets import open_dataset
 from camri_tune.errors import DataError, InputError, StudyMismatchError
 from camri_tune.images import read_image
+from camri_tune.sources import side_of
 from camri_tune.torch_data import write_arrays
 from tests.command import camri_tune, result_of
 
@@ -42,13 +43,8 @@ def _write(
     path: Path, train: Dataset[Any], classes: Sequence[str] | None = None, side: int | None = None, **more: Dataset[Any]
 ) -> Path:
     parts: Any = {"train": train, **more}
-    write_arrays(
-        path,
-        parts,
-        classes=classes,
-        side=lambda height, width: side or own_side(height, width) or 32,
-        on_progress=lambda done, total: None,
-    )
+    side_here = partial(side_of, StudyConfig(image_size=side))
+    write_arrays(path, parts, classes=classes, side=side_here, on_progress=lambda done, total: None)
     return path
 
 
