@@ -55,17 +55,26 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def masked(url: str) -> str:
-    """The URL without passwords, neither in its login nor in its query."""
+    """The URL without passwords: none of its login, and nothing of what its query says, where drivers look for many."""
     if not url:
         return "''"
     try:
         parsed = sqlalchemy.engine.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         return "(unreadable URL)"
-    if "@" in (parsed.host or ""):  # the rest of a password, taken for a host
+    if _misread(parsed):
         return "(unreadable URL)"
-    query = {key: "***" if "pass" in key.lower() else value for key, value in parsed.query.items()}
+    query = dict.fromkeys(parsed.query, "...")
     return parsed.set(query=query).render_as_string(hide_password=True)
+
+
+def _misread(url: sqlalchemy.URL) -> str | None:
+    """The sign of its login that was taken for the end of another part, and how to write it; None: there is none."""
+    if "@" in (url.host or ""):
+        return "an @ in its password must be written as %40"
+    if "@" in (url.database or "") and url.host:  # of a file it is part of the name
+        return "a / in its login must be written as %2F"
+    return None
 
 
 def patiently(call: Callable[[], Result], url: str) -> Result:
@@ -237,8 +246,8 @@ def _one_line_for(url: str) -> Iterator[None]:
 def _understood(url: str) -> sqlalchemy.URL:
     """The parts of a URL that leads somewhere, with a driver that is installed here."""
     parsed = sqlalchemy.engine.make_url(url)
-    if "@" in (parsed.host or ""):
-        raise ValueError("an @ in its password must be written as %40")
+    if advice := _misread(parsed):
+        raise ValueError(advice)
     if url.startswith("grpc:"):
         if not parsed.host or not parsed.port or parsed.username or parsed.password or parsed.database:
             raise ValueError("it must be grpc://HOST:PORT and no more")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.counts import tell_few, tell_imbalance
 from camri_tune.duplicates import Looks, exact_hashes, near_hashes, tell_all
-from camri_tune.errors import DataError
+from camri_tune.errors import DataError, FileNotReadError
 from camri_tune.folders import PIECE, Part, Source
 from camri_tune.grouping import Item, NotGroupedError
 from camri_tune.images import Images, Pieces, describe_counts, read_image, squeezed
@@ -425,6 +425,8 @@ class _Cache:
         def decode(index: int) -> str | None:
             try:
                 pixels[index] = read_image(Path(items[index].path), pixels.shape[-1])
+            except FileNotReadError as error:  # to take it for corrupt would leave it out for good
+                raise DataError(f"{error}: let it be read and run again, or take it out of the data set") from None
             except DataError as error:
                 good[index] = False
                 return str(error)

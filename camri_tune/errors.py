@@ -17,6 +17,10 @@ class DataError(InputError):
     """A data set that is missing, unreadable, or cannot be split as asked."""
 
 
+class FileNotReadError(DataError):
+    """A file whose bytes could not be had: of a drive that went away, or of somebody else. It need not be corrupt."""
+
+
 class StudyMismatchError(InputError):
     """A stored study is being resumed with a configuration that would make its trials incomparable."""
 

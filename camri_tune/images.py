@@ -4,6 +4,7 @@ Image files come from anybody. What one may take of memory and time is bounded h
 set to: its size in bytes and in pixels, and both for all threads together.
 """
 
+import errno
 import math
 import os
 import threading
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from camri_tune.config import printable
-from camri_tune.errors import DataError
+from camri_tune.errors import DataError, FileNotReadError
 
 _SUFFIXES_OF_FORMATS = Image.registered_extensions()  # loads every plug-in
 # The formats in which people keep photographs and drawings. Pillow knows thirty more: some start another program on the
@@ -165,14 +166,21 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
 
     The content decides, not the file name's ending. Greyscale and palette images become RGB, transparency is shown on
     white, 16-bit is scaled to 8, EXIF rotation is applied, of an animation the first frame is taken. Raises DataError,
-    naming the file, where that is not possible or would take more than `MOST_BYTES` or `MOST_PIXELS`.
+    naming the file, where that is not possible or would take more than `MOST_BYTES` or `MOST_PIXELS`; FileNotReadError
+    where that says nothing of what is in the file.
     """
     try:
         length = path.stat().st_size
         if length > MOST_BYTES:
             raise ValueError(f"{length:,} bytes, but at most {MOST_BYTES:,} are read; save it smaller")
-        # Always in this order, so that no two threads wait for each other.
-        with _BYTES.of(length), Image.open(path, formats=_FORMATS) as opened, _PIXELS.of(_pixels_of(opened, path)):
+        # Always in this order, so that no two threads wait for each other. Pillow, of a path, leaves what it
+        # cannot read open.
+        with (
+            _BYTES.of(length),
+            path.open("rb") as file,
+            Image.open(file, formats=_FORMATS) as opened,
+            _PIXELS.of(_pixels_of(opened, path)),
+        ):
             image = to_rgb(ImageOps.exif_transpose(opened), opened.format)
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BILINEAR)
@@ -181,6 +189,9 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
         empty = path.stat().st_size == 0
         raise DataError(f"image file {str(path)!r} is {'empty' if empty else 'not an image'}") from None
     except Exception as error:  # a dozen decoders on any bytes at all: what they raise is not to be listed
+        # The system's has a number, Pillow's has none; but a head can name a place to seek that there is not.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EOVERFLOW):
+            raise FileNotReadError(f"image file {str(path)!r} cannot be read ({error.strerror})") from None
         raise DataError(f"image file {str(path)!r} cannot be decoded ({printable(str(error))})") from None
 
 

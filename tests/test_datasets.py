@@ -469,6 +469,21 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(name: str, image_fold
         open_data(root)
 
 
+def test_a_file_that_cannot_be_read_for_now_is_not_taken_for_corrupt(image_folder: MakeFolder) -> None:
+    """A network's drive that goes away for a minute would leave its images out of the data set for good."""
+    root = image_folder({"a": 6, "b": 6})
+    path = root / "a" / "away.png"
+    path.symlink_to("/proc/self/mem")  # a file, but to read it is an error of the system
+    if not path.is_file():
+        pytest.skip("no /proc on this system")
+    for _ in range(2):
+        with pytest.raises(DataError) as raised:
+            open_data(root, skip_corrupt=True)
+        assert f"{str(path)!r} cannot be read (Input/output error): let it be read" in message_of(raised)
+    path.unlink()
+    assert _count(open_data(root, skip_corrupt=True)) == 12
+
+
 def test_where_other_images_can_be_read_than_before_it_is_another_data_set(image_folder: MakeFolder) -> None:
     """It has other parts, for they are drawn from what can be: what was learned from would come to be test.
 
