@@ -13,11 +13,16 @@ MOST_NAMED = 5  # classes in a sentence
 
 
 def doubtful_constraints(
-    constraints: Sequence[RecallConstraint], baseline: Sequence[float], units: Sequence[int], classes: Sequence[str]
+    constraints: Sequence[RecallConstraint],
+    baseline: Sequence[float],
+    images: Sequence[int],
+    units: Sequence[int],
+    classes: Sequence[str],
 ) -> list[str]:
     """What to know before a search is paid for: floors that the baseline does not meet, and classes that are too small.
 
-    `baseline` (C,) are its mean validation recalls; `units` (C,) how many groups each class's validation images form.
+    `baseline` (C,) are its mean validation recalls; `images` (C,) are each class's validation images, those of several
+    folds counted once; `units` (C,) how many groups they form.
     A class is too small where not even a model with all of its images right, or for a drop with none changed, would
     show at 95 % what is asked: whether a trial meets it is partly chance then.
     """
@@ -33,9 +38,8 @@ def doubtful_constraints(
         if not small:
             continue
         c = min(small, key=lambda c: units[c])
-        images = sum(constraint.images[constraint.classes.index(c)])
-        in_groups = units[c] < images
-        has = f"{images:,} validation images" + (f" of {units[c]} groups" if in_groups else "")
+        in_groups = units[c] < images[c]
+        has = f"{images[c]:,} validation images" + (f" of {units[c]} groups" if in_groups else "")
         has += f", and one {'group' if in_groups else 'image'} is {100 / units[c]:.1f} points"
         if constraint.kind == "floor":
             lines.append(

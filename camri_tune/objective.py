@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.config import Loss, StudyConfig
+from camri_tune.constraints import ROUNDING
 from camri_tune.errors import InputError
 from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, recall_per_class
 from camri_tune.records import without_nan
@@ -67,7 +68,7 @@ class ConstrainedObjective:
             raise InputError(f"important is {important!r}, but must be a class's index, or several") from None
         self.floor = floor
         self._measure = measure
-        self._config = StudyConfig(loss=loss)
+        self._config = StudyConfig.build({"loss": loss})
         self._num_classes = num_classes
         self._learning_rate = learning_rate
         if not self.important or not all(0 <= c < num_classes for c in self.important):
@@ -83,13 +84,16 @@ class ConstrainedObjective:
         confusion = self._confusion(*self._measure(trial, params))
         trial.set_user_attr("accuracy", accuracy(confusion))
         trial.set_user_attr("recall_per_class", without_nan(recall_per_class(confusion).tolist()))
-        trial.set_constraint("accuracy", self.floor - accuracy(confusion))
+        trial.set_constraint("accuracy", self.floor - ROUNDING - accuracy(confusion))
         return important_recall(confusion, list(self.important))
 
     def enqueue(self, study: Study) -> None:
-        """Have the study try first what is likely to be good: `camri_tune.search.starting_points`."""
+        """Have the study try first what is likely to be good: `camri_tune.search.starting_points`.
+
+        A study that goes on has tried them.
+        """
         for point in starting_points(self._config, self.important, self._num_classes, self._learning_rate):
-            study.enqueue_trial(point)
+            study.enqueue_trial(point, skip_if_exists=True)
 
     def sampler(self, seed: int) -> BaseSampler:
         """The sampler of `camri_tune.run`, which models the constraint; see `benchmarks/search.py`."""

@@ -183,8 +183,9 @@ def _describe(stages: Stages, baseline: Baseline, console: Console) -> list[str]
     if (text := stages.learned_nothing(baseline)) is not None:
         notices.append(text)
     validation = stages.data.validation_of(stages.folds)
-    units = [len(torch.unique(validation.groups[validation.labels == c])) for c in range(len(classes))]
-    notices += doubtful_constraints(stages.constraints, recall, units, classes)
+    groups = [validation.groups[validation.labels == c] for c in range(len(classes))]
+    images, units = [len(found) for found in groups], [len(torch.unique(found)) for found in groups]
+    notices += doubtful_constraints(stages.constraints, recall, images, units, classes)
     for line in notices:
         console.say(line)
     return notices
@@ -205,9 +206,7 @@ def _judge(
         retrained = _calibrated(judge, retrained, config.loss, floors, stages.constraints)
     order = rank_settings(retrained, stages.constraints)
     console.judging(0, len(order))
-    # One rule chooses a finalist's model and the baseline's: the best seed of one side alone would flatter it.
-    measured = [replace(r, constraint=floors[r.fold] - (r.accuracy or 0.0)) for r in baseline.records]
-    old = judge.entrant(measured, "ce")
+    old = judge.entrant(baseline.scored(stages.important, floors), "ce")
     if old is None:
         raise CamriTuneError(
             f"a checkpoint of the baseline is missing or altered under {stages.store.artifacts_url}: move "
@@ -415,6 +414,7 @@ def _result(
             "validation_important": _count(validation, important),
             "test_important": _count(judge.test, important),
         },
+        validation_per_class=tuple(torch.bincount(validation.labels, minlength=len(data.classes)).tolist()),
         folds=stages.folds,
         baseline=Side(baseline.measured(important), judge.measured(old)),
         baseline_learning_rate=baseline.learning_rate,

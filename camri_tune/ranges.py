@@ -35,7 +35,7 @@ class Bounds(NamedTuple):
 def read_searchable(value: Any, bounds: Bounds) -> Searchable:
     """A number, a list of numbers, `{low, high, log}`, or one of them as text: `0.001`, `64,128`, `1e-4..1e-2 log`.
 
-    Raises ValueError with the rule.
+    A list of one leaves nothing to choose, and is that number. Raises ValueError with the rule.
     """
     kind = "whole number" if bounds.whole else "number"
     rule = (
@@ -54,16 +54,19 @@ def read_searchable(value: Any, bounds: Bounds) -> Searchable:
         right = 0 < len(set(numbers)) == len(numbers) <= MOST_CHOICES
     if not right or not all(bounds.low <= n <= bounds.high and not (bounds.whole and n % 1) for n in numbers):
         raise ValueError(rule)
-    return found
+    return numbers[0] if len(numbers) == 1 else found
 
 
 def read_words(value: Any, known: Sequence[str]) -> str | tuple[str, ...]:
-    """One of the words `known`, or several to choose from: a list, or as text `adamw,sgd`. ValueError with the rule."""
+    """One of the words `known`, or several to choose from: a list, or as text `adamw,sgd`. ValueError with the rule.
+
+    A list of one is that word.
+    """
     words = value.split(",") if isinstance(value, str) and "," in value else value
     found = list(words) if isinstance(words, list | tuple) else [words]
     if not found or len(set(map(str, found))) < len(found) or not all(word in known for word in found):
         raise ValueError(f"must be one of {', '.join(known)}, or a list of several of them")
-    return tuple(found) if isinstance(words, list | tuple) else str(words)
+    return tuple(found) if len(found) > 1 else str(found[0])
 
 
 def text_of(value: Choice) -> str:

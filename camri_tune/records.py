@@ -186,8 +186,8 @@ class Baseline:
 
     @property
     def accuracy_sd(self) -> float | None:
-        """How much seeds alone move validation accuracy; None with one seed."""
-        return self._accuracy.sd
+        """How much seeds alone move validation accuracy on a fold; None where no fold has two seeds."""
+        return sd_on_folds(self._accuracy.values, [r.fold for r in self.records])
 
     @property
     def _accuracy(self) -> Figure:
@@ -202,6 +202,36 @@ class Baseline:
 
     def measured(self, important: Sequence[int]) -> Measured:
         return measured_on_validation(self.records, important)
+
+    def scored(self, important: Sequence[int], floors: Sequence[float]) -> tuple[TrialRecord, ...]:
+        """Its R models as a finalist's are: with their recall, and by how much they miss the floor of their fold.
+
+        They are trained before it is known who is important. The rule that chooses one of a finalist's models chooses
+        the one that it is compared with, too: that of the best seed of one side alone would flatter it.
+        """
+        return tuple(
+            replace(
+                record,
+                recall=min(record.recall_per_class[c] for c in important),
+                constraint=floors[record.fold] - _known(record.accuracy),
+            )
+            for record in self.records
+        )
+
+
+def sd_on_folds(values: Sequence[float], folds: Sequence[int]) -> float | None:
+    """Standard deviation over the seeds that share a fold; None where none does.
+
+    Folds are of other images, and values of two of them differ whatever the seeds do.
+    """
+    by_fold: dict[int, list[float]] = {}
+    for fold, value in zip(folds, values, strict=True):
+        by_fold.setdefault(fold, []).append(value)
+    freedom = len(values) - len(by_fold)
+    if not freedom:
+        return None
+    figures = [Figure(tuple(some)) for some in by_fold.values()]
+    return math.sqrt(sum((v - figure.mean) ** 2 for figure in figures for v in figure.values) / freedom)
 
 
 def named(c: int, classes: Sequence[str] | Mapping[int, str]) -> str:

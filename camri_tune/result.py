@@ -156,6 +156,7 @@ class Result:
     sentence: str
     notices: tuple[str, ...]
     images: dict[str, int]
+    validation_per_class: tuple[int, ...]
     folds: int
     baseline: Side
     baseline_learning_rate: float
@@ -202,12 +203,12 @@ class Result:
             "classes": [
                 {
                     "class": c,
-                    "validation_images": sum(images),
+                    "validation_images": self.validation_per_class[c],
                     "baseline": figures(self.baseline, c),
                     "best": figures(best.side, c) if best else None,
                     "test": on_test.get(c),
                 }
-                for c, images in zip(constraint.classes, constraint.images, strict=True)
+                for c in constraint.classes
             ],
         }
 

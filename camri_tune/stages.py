@@ -123,7 +123,7 @@ class Stages:
                 **self._settled(baseline.learning_rate, self.folds),
                 "floors": floors,
                 "search_floor": pooled_floor(floors, self.data, range(self.folds)),
-                "accuracy_sd": baseline.accuracy_sd,
+                "accuracy_sd": self._of_a_trial(baseline.accuracy_sd or 0.0),
                 "recall_per_class": list(baseline.recall_per_class),
                 "constraints": [constraint.as_json() for constraint in self.constraints],
             },
@@ -190,9 +190,13 @@ class Stages:
 
     def _candidates(self, trials: Sequence[TrialRecord], baseline: Baseline) -> list[TrialRecord]:
         """Who may become a finalist, best first; trials that missed a floor by less than seeds scatter come last."""
-        slacks = {constraint.name: constraint.scatter(baseline.records) for constraint in self.constraints}
+        slacks = {c.name: self._of_a_trial(c.scatter(baseline.records)) for c in self.constraints}
         count = self.config.most_finalists * ROUNDS_OF_FINALISTS
-        return finalists(trials, count, baseline.accuracy_sd or 0.0, slacks)
+        return finalists(trials, count, self._of_a_trial(baseline.accuracy_sd or 0.0), slacks)
+
+    def _of_a_trial(self, scatter: float) -> float:
+        """What seeds alone move a trial by: it has a model on each fold, and is scored by all of them together."""
+        return scatter / math.sqrt(self.folds)
 
     def retrain(self, chosen: Sequence[TrialRecord]) -> dict[int, list[TrialRecord]] | None:
         """Models of these trials' settings on the baseline's seeds; None while some are left to train."""

@@ -299,10 +299,11 @@ def _step(
 ) -> Callable[[Tensor, Tensor], None]:
     """What each step does with pixels (B, C, H, W) and labels (B,); it adds the loss to `total` ()."""
 
+    count = recipe.accumulation if batch_size // recipe.accumulation > 1 else 1  # one image is nothing to normalise by
+
     def step(pixels: Tensor, labels: Tensor) -> None:
         optimizer.clear_gradients()
-        parts = zip(pixels.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
-        for some, their_labels in parts:
+        for some, their_labels in zip(pixels.chunk(count), labels.chunk(count), strict=True):
             with _fast_precision(device, recipe.precision):
                 embeddings = classifier.embed(some)
             loss = classifier.head(embeddings, their_labels) * (len(some) / batch_size)

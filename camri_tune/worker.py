@@ -13,9 +13,11 @@ from itertools import count
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
+from optuna.samplers import BaseSampler
 
-from camri_tune.config import Model
+from camri_tune.config import Model, StudyConfig
 from camri_tune.database import STORAGE_VARIABLE, import_sql, masked, open_storage
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
@@ -73,13 +75,13 @@ def work(
     start = starting_weights(config, channels=data.channels, image_size=data.image_size).weights
     plan = Plan(config, data, pick_device(device), start=start)
     stores = {name: store}
-    samplers = {name: make_sampler(config, seed=config.seed * 1_000 + index)}
+    samplers = {name: _sampler(store, config, index)}
     idle, run_seen = 0, time.monotonic()
     while (attributes := store.attributes).get("stage") != "done":
         for cell in attributes.get("cells", []):
             if cell not in stores:
                 stores[cell] = store.cell(cell)
-                samplers[cell] = make_sampler(config, seed=config.seed * 1_000 + index)
+                samplers[cell] = _sampler(stores[cell], config, index)
         claimed = claim(list(stores.values()))
         if claimed is not None:
             serving, stage = claimed.store, claimed.stage
@@ -96,6 +98,15 @@ def work(
                 return
         _rest(IDLE_SECONDS[min(idle, len(IDLE_SECONDS) - 1)], asked_to_stop)
         idle += 1
+
+
+def _sampler(store: StudyStore, config: StudyConfig, index: int) -> BaseSampler:
+    """A sampler for this process: another for each worker, and each time that a study goes on.
+
+    Else what is drawn at random, before there are trials to learn from, would be drawn again.
+    """
+    begun = sum(record.state != "waiting" for record in store.records("search"))
+    return make_sampler(config, int(np.random.SeedSequence([config.seed, index, begun]).generate_state(1)[0]))
 
 
 def _rest(seconds: float, asked_to_stop: Stop) -> None:

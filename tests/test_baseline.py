@@ -179,6 +179,22 @@ def test_each_fold_has_the_accuracy_of_its_own_models() -> None:
     assert _baseline(0.5).accuracy_by_fold == (0.9,)
 
 
+def test_what_seeds_do_is_told_from_what_folds_do() -> None:
+    """Folds hold other images: a model's accuracy is 0.4 lower on one of these, whatever its seed."""
+
+    def baseline(*accuracies: float, folds: Sequence[int]) -> Baseline:
+        pairs = enumerate(zip(folds, accuracies, strict=True))
+        return Baseline(1e-3, tuple(TrialRecord(n, "complete", {}, accuracy=a, fold=fold) for n, (fold, a) in pairs))
+
+    one = baseline(0.85, 0.9, 0.95, folds=(0, 0, 0)).accuracy_sd
+    assert one == pytest.approx(0.05)
+    two = baseline(0.85, 0.5, 0.95, 0.5, 0.9, 0.5, folds=(0, 1, 0, 1, 0, 1)).accuracy_sd
+    assert two == pytest.approx(0.05 / math.sqrt(2)), "the other's do not differ"
+    assert baseline(0.85, 0.5, 0.95, folds=(0, 1, 0)).accuracy_sd == pytest.approx(0.1 / math.sqrt(2))
+    assert baseline(0.85, 0.5, folds=(0, 1)).accuracy_sd is None, "nothing says what seeds do"
+    assert baseline(0.85, folds=(0,)).accuracy_sd is None
+
+
 BASELINE = _baseline(0.75, 0.5, 0.875, 0.25, 0.625)
 
 

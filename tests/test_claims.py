@@ -467,6 +467,7 @@ def _result(best: Best | None, *, kept: int, folds: int = 1, reads: int = 1) -> 
         sentence="",
         notices=(),
         images={"train": 10, "validation": 1234, "test": 5678, "validation_important": 60, "test_important": 90},
+        validation_per_class=(3, 2),
         folds=folds,
         baseline=Side(measured, measured),
         baseline_learning_rate=4e-3,

@@ -168,7 +168,9 @@ def test_each_model_is_measured_against_its_own_fold() -> None:
     assert constraint.misses([0.7], [0, 1])[0] == pytest.approx((10 * 0.5 + 30 * 0.9) / 40 - 0.7)
     models = [_record((0.6,), fold=0), _record((0.8,), fold=1)]
     assert constraint.misses_over_seeds(models)[0] == pytest.approx(0.0)
-    assert constraint.scatter(models) == pytest.approx(float(np.std([-0.1, 0.1], ddof=1)))
+    assert constraint.scatter(models) == 0.0, "of each fold's seeds there is one"
+    models += [_record((0.7,), fold=0), _record((0.9,), fold=1)]
+    assert constraint.scatter(models) == pytest.approx(float(np.std([0.6, 0.7], ddof=1)))
     assert constraint.scatter(models[:1]) == 0.0
 
 
@@ -364,18 +366,18 @@ def _drop_json(lost: int) -> dict[str, Any]:
 def test_small_classes_and_a_baseline_below_its_floor_are_said_before_the_search() -> None:
     images = [[12, 300, 2_000]]
     floors = recall_constraints({0: 0.9, 1: 0.95, 2: 0.9}, None, [[0.9] * 3], images)
-    lines = doubtful_constraints(floors, [0.95, 0.9, 0.9], images[0], CLASSES)
+    lines = doubtful_constraints(floors, [0.95, 0.9, 0.9], images[0], images[0], CLASSES)
     assert len(lines) == 2
     assert "floor of class 0 (Stop), 0.9, cannot be told from noise" in lines[0]
     assert "12 validation images, and one image is 8.3 points" in lines[0]
     assert f"{0.05 ** (1 / 12):.3f}" in lines[0]
     assert "does not meet the floor of class 1 (Yield): its validation recall is 0.9000, and 0.95" in lines[1]
-    grouped = doubtful_constraints(floors[1:2], [1.0] * 3, [12, 10, 100], CLASSES)
+    grouped = doubtful_constraints(floors[1:2], [1.0] * 3, images[0], [12, 10, 100], CLASSES)
     assert "300 validation images of 10 groups, and one group is 10.0 points" in grouped[0]
     drop = recall_constraints({}, 2.0, [[0.9] * 3], images)
-    (line,) = doubtful_constraints(drop, [0.9] * 3, images[0], CLASSES)
+    (line,) = doubtful_constraints(drop, [0.9] * 3, images[0], images[0], CLASSES)
     assert "for 1 of 3 classes: the smallest, 0 (Stop), has 12" in line
-    assert doubtful_constraints(drop, [0.9] * 3, [2_000] * 3, CLASSES) == []
+    assert doubtful_constraints(drop, [0.9] * 3, [2_000] * 3, [2_000] * 3, CLASSES) == []
 
 
 def _finalist(number: int, misses: Mapping[str, Mapping[int, float]], *, split: bool = False) -> Finalist:

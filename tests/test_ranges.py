@@ -63,6 +63,7 @@ def test_what_is_written_is_what_is_read(value: Searchable) -> None:
         ({"low": 1, "high": 2}, SearchRange(low=1, high=2)),
         ("1,2", (1.0, 2.0)),
         ([1, 2], (1.0, 2.0)),
+        ([1], 1.0),
     ],
 )
 def test_numbers_and_what_is_searched(value: object, expected: Searchable) -> None:
@@ -316,9 +317,16 @@ def test_words_that_are_written_are_those_that_are_read(words: list[str]) -> Non
     known = WORDS["optimizer"]
     value = tuple(words) if len(words) > 1 else words[0]
     assert read_words(text_of(value), known) == value
-    assert read_words(words, known) == tuple(words)
+    assert read_words(words, known) == value
     config = StudyConfig.build({"optimizer": words})
     assert StudyConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_list_of_one_is_what_the_command_of_a_study_says() -> None:
+    """Which can give no such list: a study of the same command is to be the same."""
+    listed = StudyConfig.build({"learning_rate": [0.001], "margin": [0.2], "optimizer": ["sgd"], "batch_size": [64]})
+    assert listed == StudyConfig.build({"learning_rate": 0.001, "margin": 0.2, "optimizer": "sgd", "batch_size": 64})
+    assert listed.fixed_learning_rate == 0.001
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,7 @@ def _result(best: Best | None) -> Result:
         sentence="A sentence.",
         notices=("A notice.",),
         images={"train": 10, "validation": 5, "test": 5},
+        validation_per_class=(3, 2),
         folds=1,
         baseline=Side(measured, measured),
         baseline_learning_rate=4e-3,

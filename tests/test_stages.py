@@ -26,6 +26,7 @@ from camri_tune.images import Images
 from camri_tune.progress import Schedule
 from camri_tune.records import Baseline, TrialRecord
 from camri_tune.search import Plan, looks_at_class, starting_points, suggest
+from camri_tune.selection import rank_models
 from camri_tune.stages import Crew, Stages, only_run
 from camri_tune.storage import STAGES, Stage, StudyStore, storage_url
 from camri_tune.training import default_learning_rate
@@ -203,6 +204,29 @@ def test_the_floor_is_the_mean_less_the_tolerance_and_never_above_equal_accuraci
     (with_tolerance,), (without,) = make(tolerance=2.0, name="t").floors(three), make(name="u").floors(three)
     assert with_tolerance < 0.08
     assert without <= 0.1
+
+
+def test_one_rule_chooses_the_model_of_a_finalist_and_the_baselines(make: Callable[..., Stages]) -> None:
+    """By recall, then accuracy: the baseline's are trained before it is known whose, and are scored by accuracy."""
+    stages = make(seeds=4, tolerance=5.0)
+    shown = dict(zip(stages.seeds(), [(0.95, 0.6), (0.89, 0.8), (0.93, 0.7), (0.91, 0.8)], strict=True))
+    baseline = _baseline(stages, lambda _, __, attributes: shown.get(attributes["seed"], (0.9, 0.5)))
+    stages.adopt(baseline, (3,))
+    models = baseline.scored((3,), stages.floors(baseline))
+    assert [model.recall for model in models] == [0.6, 0.8, 0.7, 0.8]
+    assert [model.seed for model in rank_models(models)] == [stages.seeds()[place] for place in (3, 1, 2, 0)]
+    stages.plan_search(baseline)
+    _train(stages, "search", _equal())
+    while (found := stages.plan_finalists(baseline)) is None:
+        _train(stages, "finalists", lambda _, __, attributes: shown[attributes["seed"]])
+    alike = next(iter(found.values()))
+    assert [(m.recall, m.accuracy, m.constraint) for m in models] == [
+        (m.recall, m.accuracy, m.constraint) for m in alike
+    ]
+    strict = baseline.scored((3,), [baseline.accuracy])
+    assert [model.seed for model in rank_models(strict)] == [stages.seeds()[place] for place in (2, 0)]
+    several = baseline.scored((2, 3), stages.floors(baseline))  # class 2's recall is the accuracy
+    assert [model.recall for model in several] == [0.6, 0.8, 0.7, 0.8]
 
 
 # --- folds ------------------------------------------------------------------------------------------------------------

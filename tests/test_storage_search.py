@@ -879,6 +879,18 @@ def test_a_checkpoint_that_cannot_be_kept_gives_the_trial_back_and_says_why(
     assert _only(store, "search").state == "waiting"
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_no_part_of_a_batch_is_a_single_image(size: int, digits: Dataset) -> None:
+    """Batch normalisation takes none: half the batch would be an error that says nothing of memory."""
+    some = digits.train[np.arange(2 * size)]
+    recipe = recipe_of("compact", epochs=1, learning_rate=1e-3, augmentation=digits.augmentation, images=len(some))
+    recipe = replace(recipe, batch_size=size, accumulation=2)
+    trained = train(
+        "compact", HeadSpec("ce"), some, digits.validation, num_classes=10, seed=0, device=CPU, recipe=recipe
+    )
+    assert trained.confusion.sum() == len(digits.validation)
+
+
 @pytest.mark.usefixtures("no_threads_more")
 @pytest.mark.parametrize("enough", [True, False])
 def test_where_memory_runs_out_half_the_batch_is_tried_once(
@@ -1142,6 +1154,25 @@ def _suggested(loss: Loss, important: Sequence[int], digits: Dataset, seed: int 
 def test_a_sampler_takes_any_seed_that_a_study_may_have(seed: int) -> None:
     config = StudyConfig(seed=seed)
     assert make_sampler(config, seed=config.seed * 1_000 + 999) is not None
+
+
+def test_a_study_that_goes_on_does_not_draw_the_same_settings_again(
+    config: StudyConfig, store: StudyStore, digits: Dataset
+) -> None:
+    """Each process has a sampler of its own, and what that draws before there is enough to learn from is random."""
+    drawn = []
+    for index in (0, 1, 0, 0):
+        sampler = worker_module._sampler(store, config, index)
+        store.enqueue("search", {})
+        trial = store.claim("search", sampler)
+        assert trial is not None
+        drawn.append(suggest(trial, "search", _plan(config, digits))[1])
+    assert len(set(drawn)) == 4
+    assert _drawn(worker_module._sampler(store, config, 0)) == _drawn(worker_module._sampler(store, config, 0))
+
+
+def _drawn(sampler: optuna.samplers.BaseSampler) -> float:
+    return optuna.create_study(sampler=sampler).ask().suggest_float("x", 0, 1)
 
 
 def test_every_loss_has_its_search_space() -> None:
