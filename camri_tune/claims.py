@@ -280,16 +280,16 @@ def _who_chose(result: Result) -> str:
     count, trials = result.images["validation"], sum(result.trials.values())
     retrained = f"{len(result.finalists)} finalist(s) over {result.seeds} fresh seed(s) each"
     if result.folds == 1:
-        ranked = ["the baseline's learning rates", f"{trials} trial(s)"]
+        ranked = ["the baseline's learning rates"] if result.rate_was_tuned else []
+        ranked += [f"{trials} trial(s)"]
         ranked += [retrained] if result.finalists else []
         ranked += ["the seed that is exported"] if result.best else []
-        return (
-            f"validation, {count:,} images held out. They ranked {', '.join(ranked[:-1])}"
-            f"{',' if len(ranked) > 2 else ''} and {ranked[-1]}."
-        )
+        before = f"{', '.join(ranked[:-1])}{',' if len(ranked) > 2 else ''} and " if ranked[1:] else ""
+        return f"validation, {count:,} images held out. They ranked {before}{ranked[-1]}."
+    rates = "The first fold ranked the baseline's learning rates, all folds together"
     text = (
-        f"validation, {count:,} images in {result.folds} folds, each scored by models not trained on it. The first "
-        f"fold ranked the baseline's learning rates, all folds together {trials} trial(s)"
+        f"validation, {count:,} images in {result.folds} folds, each scored by models not trained on it. "
+        f"{rates if result.rate_was_tuned else 'All folds together ranked'} {trials} trial(s)"
     )
     if result.finalists:
         text += f", and {retrained}, whose seeds take the folds in turn, were ranked by their means"

@@ -703,8 +703,8 @@ def _show_comparison(table: "Table", as_json: bool) -> None:
 def _result_console(as_json: bool) -> "RichConsole":
     from rich.console import Console as RichConsole  # noqa: PLC0415
 
-    # Where standard output is not a terminal, its width is nobody's: let no figure be cut.
-    return RichConsole(stderr=as_json, highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+    # Where standard output is not a terminal, its width is nobody's: let no figure be broken in two.
+    return RichConsole(stderr=as_json, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -111,7 +111,7 @@ def _one_dataset(
     data.examine()
     config.folder.mkdir(exist_ok=True)
     storage = open_storage(storage_url(config))
-    head = Stages(config, data, StudyStore.create(storage, config, data))
+    head = Stages(config, data, StudyStore.create(storage, config, data, comparison=True))
     # Cross-entropy and its threshold are made of the baseline's models: nothing to search.
     searched: list[Loss] = [m for m in methods if m != "ce" and m != "threshold"]  # noqa: PLR1714 - mypy reads it so
     count = sum(len(tokens) if looks_at_class(loss) else 1 for loss in searched)

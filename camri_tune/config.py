@@ -1,12 +1,13 @@
 """The typed record of a study: one source for command-line flags, study files and what is stored with the study."""
 
+import csv
 import errno
 import os
 import re
 import shlex
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
@@ -159,7 +160,7 @@ class StudyConfig(BaseModel):
     @field_validator("important", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
-        parts = str(value).split(",") if isinstance(value, str | int) else value
+        parts = _split(str(value)) if isinstance(value, str | int) else value
         if not isinstance(parts, list | tuple):
             return value
         tokens = tuple(text for part in parts if (text := str(part).strip()))
@@ -204,6 +205,13 @@ class StudyConfig(BaseModel):
     def _truth_is_no_count(cls, value: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError("must be a valid integer, not a truth value")
+        return value
+
+    @field_validator("tolerance", "max_drop", "epsilon", "gpus_per_trial", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must be a valid number, not a truth value")
         return value
 
     @field_validator("workers", mode="before")
@@ -378,7 +386,7 @@ class StudyConfig(BaseModel):
                 continue
             if key in SEARCHABLE or key in WORDS:
                 value = text_of(value)
-            words += [option] if value is True else [option, ",".join(value) if key == "important" else str(value)]
+            words += [option] if value is True else [option, _joined(value) if key == "important" else str(value)]
         return shlex.join(words)
 
     def absolute(self) -> Self:
@@ -477,6 +485,19 @@ def shown(value: object) -> str:
         return printable(repr(value))
     except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
         return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def _split(text: str) -> list[str]:
+    """What stands between commas, as in a row of CSV: in double quotes a class's name may have some itself."""
+    try:
+        return next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error:  # a line break, which no class's name has
+        return text.split(",")
+
+
+def _joined(names: Sequence[str]) -> str:
+    """The same the other way round."""
+    return ",".join('"' + name.replace('"', '""') + '"' if "," in name or name[0] == '"' else name for name in names)
 
 
 def is_data_file(path: str | Path) -> bool:

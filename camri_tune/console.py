@@ -32,7 +32,7 @@ class Console:
         self._records: dict[str, list[TrialRecord]] = {}  # of each stage, all studies together
 
     def __enter__(self) -> Self:
-        if self._rich.is_terminal and not self._rich.quiet:
+        if self._rich.is_terminal and not self._rich.is_dumb_terminal and not self._rich.quiet:
             self._live = Live(console=self._rich, refresh_per_second=4, transient=True)
             self._live.start()
         return self

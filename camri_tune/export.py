@@ -195,7 +195,7 @@ def _bundle_again(folder: Path, store: StudyStore | None, to: Path | None) -> Pa
 
 def _from_checkpoint(store: StudyStore, place: Path) -> None:
     """Write the bundle that a study exported, as it was, from what its storage and its result hold."""
-    again = "give its run's command again, which trains nothing anew and exports"
+    again = "give its run's command again, which trains what is missing and exports"
     overview = read_overview(store)
     if overview.result is None:
         raise InputError(f"study {store.name!r} has no {RESULT} yet, so nothing to export; {again}")

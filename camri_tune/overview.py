@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +39,8 @@ class Overview:
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on any
     machine. `constraints` are those of recall. `storage` is the database's URL without passwords, where it is not the
-    study's own file. `result` is `result.json`, once there is one.
+    study's own file. `result` is `result.json`, once there is one. `through` says whether the last run trained all that it
+    planned. `is_comparison`: the study is the part of a comparison that has its baseline.
     """
 
     config: StudyConfig
@@ -54,6 +56,8 @@ class Overview:
     storage: str | None
     result: Mapping[str, Any] | None
     constraints: tuple[RecallConstraint, ...] = ()
+    through: bool = True
+    is_comparison: bool = False
 
     @property
     def name(self) -> str:
@@ -101,14 +105,32 @@ class Overview:
 
     @property
     def command(self) -> str:
-        """The command that goes on with the study."""
+        """The command that goes on with the study; of a comparison, which holds several data sets, its beginning."""
+        if self.is_comparison:
+            return "camri-tune compare"
         where = f' --storage "{self.storage}"' if self.storage else ""
         return f"{self.config.command(with_places=True)}{where}"
 
     @property
+    def finished(self) -> bool:
+        """Whether the result is of the last run: one for more trials may have been interrupted since."""
+        return self.through and not self.running and (self.result is not None or self.is_comparison)
+
+    @property
     def stage(self) -> str:
-        """What is being worked on: `baseline`, `search`, `finalists`; `judged` when there is a result."""
-        return "judged" if self.result is not None and not self.running else current_stage(self.records)
+        """What is being worked on, or was last: `baseline`, `search`, `finalists`; `judged` once all is through."""
+        return "judged" if self.finished else current_stage(self.records)
+
+    @property
+    def failures(self) -> list[str]:
+        """What each training that failed said, those of the baseline by name."""
+        names = {"baseline": "baseline #", "search": "#", "finalists": "finalist #"}
+        return [
+            f"{names[stage]}{r.number}: {r.failure}"
+            for stage, records in self.records.items()
+            for r in records
+            if r.state == "failed"
+        ]
 
     @property
     def seconds_left(self) -> float | None:
@@ -178,7 +200,7 @@ def read_overview(store: StudyStore) -> Overview:
     return Overview(
         config=store.config,
         folder=folder,
-        dataset=attributes["identity"]["dataset"].split(" (")[0],
+        dataset=attributes["identity"]["dataset"].rpartition(" (")[0],
         classes=tuple(attributes["classes"]),
         important=important,
         floor=baseline.get("search_floor"),
@@ -189,6 +211,8 @@ def read_overview(store: StudyStore) -> Overview:
         storage=None if store.storage.url == storage_url(store.config) else masked(store.storage.url),
         result=_read_result(folder / RESULT),
         constraints=constraints,
+        through=attributes.get("stage") == "done",
+        is_comparison="cells" in attributes,
     )
 
 
@@ -205,15 +229,19 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
                 "--storage (or $CAMRI_STORAGE) needs the NAME of a study in it; without, the last one in --out is taken"
             )
         store = StudyStore.existing(open_storage(storage, existing=True), name)
-        if store.config.folder.is_dir():
-            return store
-        # Its files are on another machine. A folder of that name here may be another study's.
-        if (out / name / "study.db").exists():
-            raise InputError(f"folder {str(out / name)!r} is of another study of that name; give another --out")
-        return store.at(out.resolve() / name)
+        if not store.config.folder.is_dir():  # its files are on another machine
+            store = store.at(out.resolve() / name)
+        # A folder of that name here may be another study's.
+        folder = store.config.folder
+        if store.has_anothers_folder() or (folder.parent == out.resolve() and (folder / "study.db").exists()):
+            raise InputError(f"folder {str(folder)!r} is of another study of that name; give another --out")
+        return store
     folder = _folder_of(name, out)
     config = StudyConfig().model_copy(update={"name": folder.name, "out": folder.parent})
-    return StudyStore.existing(open_storage(storage_url(config)), folder.name).at(folder)
+    database = open_storage(storage_url(config))
+    names = StudyStore.names_in(database)
+    # A folder may have been renamed, or copied, since.
+    return StudyStore.existing(database, names[0] if len(names) == 1 else folder.name).at(folder)
 
 
 def studies_in(out: Path) -> list[Path]:
@@ -238,8 +266,11 @@ def _folder_of(name: str | None, out: Path) -> Path:
 
 def _changed(database: Path) -> float:
     # In WAL mode the newest changes stand beside the database.
-    beside = [database, database.with_name(f"{database.name}-wal")]
-    return max(path.stat().st_mtime for path in beside if path.exists())
+    changed, beside = database.stat().st_mtime, database.with_name(f"{database.name}-wal")
+    with suppress(FileNotFoundError):
+        if (found := beside.stat()).st_size > 0:  # to look at a study leaves an empty one
+            changed = max(changed, found.st_mtime)
+    return changed
 
 
 def _read_result(path: Path) -> Mapping[str, Any] | None:

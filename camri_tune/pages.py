@@ -79,10 +79,10 @@ def comparison_page(table: Table) -> str:
     parts = [f"<h1>{escape(table.folder.name)}: {len(table.columns())} important classes, one protocol</h1>"]
     kind = "note" if table.protocol == "ours" else "warning"
     parts.append(f'<p class="{kind}">{escape(legend(table))}</p>')
-    for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
+    for number, dataset in enumerate(dict.fromkeys(cell.dataset for cell in table.cells)):
         facts = table.facts["datasets"][dataset]
         columns = [table.column(*column) for column in table.columns() if column[0] == dataset]
-        drawn = picture(recall_over_accuracy(columns), f"plane-{dataset}", wide=True)
+        drawn = picture(recall_over_accuracy(columns), f"plane-{number}", wide=True)
         parts.append(f"<h2>{escape(dataset)}</h2>")
         parts.append(
             f'<p class="note">{facts["train"]:,} training, {facts["validation"]:,} validation, {facts["test"]:,} '

@@ -427,6 +427,7 @@ def _result(
         folder=str(config.folder),
         constraints=stages.constraints,
         threshold=threshold,
+        rate_was_tuned=config.fixed_learning_rate is None,
     )
     return replace(result, provenance=tuple(provenance(result)))
 

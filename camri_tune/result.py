@@ -141,7 +141,7 @@ class Result:
     """What a study found, as `result.json` holds it. `best` is None exactly when the verdict is `none`.
 
     `provenance` says which data chose and which judged (see claims.py). `threshold` is None with several important
-    classes, whose biases would be at odds.
+    classes, whose biases would be at odds. `rate_was_tuned`: validation chose the baseline's learning rate.
     """
 
     study: str
@@ -170,6 +170,7 @@ class Result:
     provenance: tuple[str, ...] = ()
     constraints: tuple[RecallConstraint, ...] = ()
     threshold: Threshold | None = None
+    rate_was_tuned: bool = True
 
     @property
     def candidates(self) -> int:

@@ -24,10 +24,10 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from camri_tune.artifacts import ArtifactStore, open_artifacts
-from camri_tune.config import STAGE_SUFFIXES, StudyConfig
+from camri_tune.config import StudyConfig
 from camri_tune.database import Storage, patiently
 from camri_tune.errors import InputError, StudyMismatchError
-from camri_tune.files import code_version, sha256
+from camri_tune.files import code_version, sha256, write_text
 from camri_tune.heartbeat import GRACE_SECONDS, WORKER, Heart, is_gone, seconds_silent
 from camri_tune.own_networks import identified
 from camri_tune.records import ACCURACY, ACCURACY_CURVE, RECALL_CURVE, STOPPED, EpochScores, TrialRecord, TrialState
@@ -46,6 +46,7 @@ _STATES: dict[OptunaState, TrialState] = {
 }
 MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
 RESUME, INTERRUPTED, WITHDRAWN, OUT_OF_MEMORY = "resume", "interrupted", "withdrawn", "out_of_memory"
+MARK = ".study"  # in a study's folder: the id of the study whose result and model lie there
 TICKET = "ticket"  # of each trial that a run has queued
 EXPORTED = "exported"  # among a study's attributes: what writes its exported model again
 # What a trial that is queued again keeps. Not its scores, its constraint, or the ids of its files: they are another's.
@@ -103,33 +104,51 @@ class StudyStore:
 
     @classmethod
     def create(
-        cls, storage: Storage, config: StudyConfig, data: "Dataset", *, within: "StudyStore | None" = None
+        cls,
+        storage: Storage,
+        config: StudyConfig,
+        data: "Dataset",
+        *,
+        comparison: bool = False,
+        within: "StudyStore | None" = None,
     ) -> "StudyStore":
-        """Open the study that `config` names, or make it.
+        """Open the study that `config` names, or make it; of a `comparison` the one that all its cells are within.
 
-        Raises StudyMismatchError, naming a field that differs, and InputError where its files cannot be kept.
+        Raises StudyMismatchError, naming a field that differs, and InputError where its files cannot be kept. Then
+        nothing is made or changed.
         """
         store = cls(storage, config.study_name, config, within=within)
-        for stage, name in store._names.items():
-            study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-            with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
-                study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
+        attributes = store._stored()
         # The content identifies a data set, weights and somebody's network, not the path that they lie at.
         identity = {**config.identity(), "dataset": f"{data.name} ({data.fingerprint})"}
         identity["model"] = identified(config.model)
         identity["weights"] = None if config.weights is None else sha256(config.weights)
-        attributes = store.attributes
         if "identity" in attributes:
             # What an earlier version could not be asked for was as it is by default.
             _require_equal({**StudyConfig().identity(), **attributes["identity"]}, identity, config)
-        else:
-            store.set("identity", identity)
-        if "id" not in attributes:
-            store.set("id", uuid.uuid4().hex)
+            store._require_its_kind(attributes, comparison)
         if within is None:
             store.artifacts.check()
             if "config" in attributes:
                 store._require_its_files(attributes)
+            if store.has_anothers_folder(attributes.get("id")):
+                raise StudyMismatchError(
+                    f"{str(config.folder)!r} is the folder of another study, which had another name or is in another "
+                    f"storage: repeat its --storage (or $CAMRI_STORAGE), or start another study with --name"
+                )
+        for stage, name in store._names.items():
+            study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+            with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+                study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
+        if "identity" not in attributes:
+            store.set("identity", identity)
+        if "id" not in attributes:
+            store.set("id", uuid.uuid4().hex)
+        if comparison and "cells" not in attributes:
+            store.set("cells", [])
+        if within is None:
+            config.folder.mkdir(parents=True, exist_ok=True)
+            write_text(config.folder / MARK, store.attributes["id"])
         store.set("classes", list(data.classes))
         if within is not None or "config" not in attributes:
             store.sign()
@@ -143,15 +162,52 @@ class StudyStore:
         try:
             attributes = optuna.load_study(storage=storage, study_name=name).user_attrs
         except KeyError:
-            known = [n for n in optuna.get_all_study_names(storage) if not n.endswith(STAGE_SUFFIXES)]
+            known = cls.names_in(storage)
             raise InputError(
                 f"study {name!r} is not in this storage, which has {', '.join(map(repr, known)) or 'no studies'}; "
                 f"give the name under which it was started"
             ) from None
+        if "config" in attributes and name not in cls.names_in(storage):
+            raise InputError(
+                f"study {name!r} is part of a comparison, whose table has its figures; to look at one study by itself, "
+                f"give one of {', '.join(map(repr, cls.names_in(storage)))}"
+            )
         if "config" not in attributes:
             raise InputError(f"study {name!r} was not made by camri-tune run; start it with that command first")
         config = StudyConfig.build(attributes["config"], source=f"study {name!r}")
         return cls(storage, name, config)
+
+    @staticmethod
+    def names_in(storage: Storage) -> list[str]:
+        """Names of the studies in a database that stand by themselves: each has a baseline of its own."""
+        found = set(optuna.get_all_study_names(storage))
+        return sorted(name for name in found if f"{name}.baseline" in found)
+
+    def has_anothers_folder(self, study_id: str | None = None) -> bool:
+        """Whether the folder for its files says that it is another study's; `study_id` where it is known."""
+        try:
+            found = (self.config.folder / MARK).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+        return found != (study_id or self._stored().get("id"))
+
+    def _stored(self) -> Mapping[str, Any]:
+        """Its `attributes`; none where there is no such study yet."""
+        try:
+            return self.attributes
+        except KeyError:
+            return {}
+
+    def _require_its_kind(self, attributes: Mapping[str, Any], comparison: bool) -> None:
+        of_comparison = "cells" in attributes
+        if of_comparison and not comparison:
+            raise StudyMismatchError(
+                f"study {self.name!r} is of a comparison: camri-tune compare goes on with it; start another with --name"
+            )
+        if comparison and not of_comparison:
+            raise StudyMismatchError(
+                f"study {self.name!r} is of camri-tune run, and no comparison: start another with --name"
+            )
 
     def sign(self) -> None:
         """Note with the study, for its workers, how it is carried out from now on. For the run that holds it alone."""

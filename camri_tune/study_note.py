@@ -57,7 +57,7 @@ def _note(overview: Overview) -> str:
         f"**Floor.** {_floor(overview)}",
         f"**How far.** {_how_far(overview)}",
     ]
-    if overview.result is not None and not overview.running:
+    if overview.result is not None and overview.finished:
         parts.append(f"**Result.** {_plain(str(overview.result['sentence']))}")
     else:
         parts.append(f"**Best trial so far.** {_best(overview)}")
@@ -117,7 +117,7 @@ def _best(overview: Overview) -> str:
 
 def _export(overview: Overview) -> str:
     meanwhile = "A trial's own model is its artifact `model.safetensors`."
-    if overview.result is None or overview.running:
+    if overview.result is None or not overview.finished:
         return f"The run itself writes `{overview.name}/best` when it has judged finalists on test. {meanwhile}"
     if overview.result.get("best") is None:
         return f"No setting kept accuracy, so nothing is exported. {meanwhile}"

@@ -30,7 +30,7 @@ def study_page(overview: Overview, importance: Mapping[str, Mapping[str, float]]
     """The whole page. Without a result it says how far the study is, and shows what there is."""
     result = overview.result
     parts = [f"<h1>{escape(overview.name)}</h1>", _subtitle(overview)]
-    parts.append(_progress(overview) if result is None or overview.running else "")
+    parts.append("" if overview.finished else _progress(overview))
     if result is not None:
         parts += [_verdict(result), _side_by_side(result), _asked_as_well(result), _notices(result)]
     parts += _search(overview, importance)
@@ -71,7 +71,10 @@ def _progress(overview: Overview) -> str:
             f"{_percent(best.accuracy)} on validation: a candidate, not a result.</li>"
         )
     if not overview.running:
-        lines.append(f"<li>Go on with: <code>{escape(overview.command)}</code></li>")
+        end = " …, the command that was given" if overview.is_comparison else ""
+        lines.append(f"<li>Go on with: <code>{escape(overview.command)}{end}</code></li>")
+    if overview.result is not None:
+        lines.append("<li>The result below is of an earlier run.</li>")
     return "".join(lines) + "</ul></div>"
 
 
@@ -346,8 +349,10 @@ def _how(overview: Overview) -> str:
     devices = sorted({r.device for records in overview.records.values() for r in records if r.device})
     seconds = [r.seconds for records in overview.records.values() for r in records if r.seconds]
     if devices:
+        folds = overview.schedule.folds if overview.schedule is not None else 1
+        on_folds = f", each of the search on {folds} folds," if folds > 1 else ""
         lines.append(
-            f"{len(seconds)} trainings on {escape(', '.join(devices))}, {duration(float(np.median(seconds)))} in the median"
+            f"{len(seconds)} trainings{on_folds} on {escape(', '.join(devices))}, {duration(float(np.median(seconds)))} in the median"
             + (f"; {duration(overview.wall_seconds)} in all." if overview.wall_seconds else ".")
         )
     lines.append(f"Command: <code>{escape(config.command())}</code>")

@@ -15,7 +15,8 @@ from camri_tune.table1 import Table as Comparison
 
 def status_view(overview: Overview) -> Group:
     """A study at a glance: what is tuned, how far it is, the best so far, what failed, and the result, if any."""
-    idle = "finished" if overview.result is not None else "no run works on it now; the same command goes on"
+    goes_on = f"`{overview.command}`" if overview.is_comparison else "the same command"
+    idle = "finished" if overview.finished else f"no run works on it now; {goes_on} goes on"
     state = "running" if overview.running else idle
     left = overview.seconds_left if overview.running else None
     time = f", about {duration(left)} to go" if left is not None else ""
@@ -54,7 +55,8 @@ def status_view(overview: Overview) -> Group:
     if ended := sum(r.state == "complete" for r in overview.search):
         lines.append(Text(f"{overview.feasible} of {ended} complete trial(s) feasible"))
     if overview.result is not None:
-        lines.append(Text(f"{overview.result['verdict']}: {overview.result['sentence']}"))
+        earlier = "" if overview.finished else "of an earlier run: "
+        lines.append(Text(f"{earlier}{overview.result['verdict']}: {overview.result['sentence']}"))
     elif (best := overview.best) is not None:
         which = "feasible" if overview.constraints else "above the floor"
         lines.append(
@@ -65,8 +67,7 @@ def status_view(overview: Overview) -> Group:
         )
     elif overview.search:
         lines.append(Text("no feasible trial yet" if overview.constraints else "no trial above the floor yet"))
-    reasons = [f"#{t.number}: {t.failure}" for t in overview.search if t.state == "failed"]
-    lines += [Text(f"failed {reason}") for reason in reasons[-3:]]
+    lines += [Text(f"failed {reason}") for reason in overview.failures[-3:]]
     lines.append(Text(f"files: {overview.folder}"))
     return Group(*lines)
 
@@ -124,7 +125,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
         table = Table(title=Text(title), title_justify="left")
         for head in ("", "recall", "accuracy", "gain in recall", "recall, bias", "accuracy, bias", "paper"):
-            table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+            table.add_column(head, justify="left" if not head else "right")
         for cell in cells:
             row = [TITLES[cell.method], *_scores(cell.trained), _gain(cell.trained), *_scores(cell.matched)]
             row.append(f"{cell.paper[0]:.4f} / {cell.paper[1]:.4f}" if cell.paper else "-")

@@ -524,6 +524,14 @@ def test_one_finalist_has_all_the_doubt_to_itself() -> None:
     assert "accuracy's bound holds at about 95 %, one-sided, recall's likewise." in claimed
 
 
+def test_a_learning_rate_that_was_given_was_not_chosen() -> None:
+    given = replace(_result(None), rate_was_tuned=False)
+    assert "They ranked 20 trial(s) and 5 finalist(s)" in provenance(given)[0]
+    assert "They ranked 20 trial(s)." in provenance(replace(given, finalists=()))[0]
+    on_folds = provenance(replace(_result(None, folds=5), rate_was_tuned=False))[0]
+    assert "not trained on it. All folds together ranked 20 trial(s)" in on_folds
+
+
 def test_folds_are_said_and_who_chose_what_on_them() -> None:
     best = _best(_difference(1, 1, 5678), _difference(1, 0, 90))
     chose = provenance(_result(best, kept=1, folds=3))[0]

@@ -64,6 +64,19 @@ def test_reading_says_how_far_and_how_long(console: Console, capsys: pytest.Capt
     assert _said(capsys) == ["Reading images: 250 of 250"]
 
 
+def test_a_terminal_that_cannot_be_drawn_on_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to Rich it is a terminal
+    console = Console()
+    console.plan(Schedule({"baseline": 6, "search": 2, "finalists": 2}, epochs=2, workers=1))
+    with console:
+        console.update("search", {"search": {"": [_record(0, "complete", accuracy=0.9), _record(1, "waiting")]}})
+    console.update("search", {"search": {"": [_record(0, "complete"), _record(1, "complete")]}})
+    assert any(line.startswith("Search #1: complete") for line in _said(capsys))
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=True)
     with console:

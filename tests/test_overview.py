@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,6 +178,68 @@ def test_another_studys_folder_of_the_same_name_is_not_taken(make: Make, tmp_pat
     (other / "s" / "study.db").touch()
     with pytest.raises(InputError, match="another study of that name"):
         find_study("s", out=other, storage=url)
+
+
+def test_a_folder_that_another_study_took_is_not_shown_as_this_ones(make: Make, tmp_path: Path) -> None:
+    store = make()
+    url = f"sqlite:///{store.config.folder / 'study.db'}"
+    assert not find_study("s", out=tmp_path, storage=url).has_anothers_folder()
+    (store.config.folder / ".study").write_text("of another")
+    with pytest.raises(InputError, match="another study of that name"):
+        find_study("s", out=tmp_path, storage=url)
+
+
+def test_a_folder_may_be_renamed_copied_and_linked(make: Make, tmp_path: Path) -> None:
+    make().storage.close()
+    shutil.copytree(tmp_path / "s", tmp_path / "s-backup")
+    (tmp_path / "s").rename(tmp_path / "kept")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    for name, folder in (("kept", "kept"), ("s-backup", "s-backup"), ("link", "kept")):
+        overview = read_overview(find_study(name, out=tmp_path, storage=None))
+        assert overview.folder == (tmp_path / folder).resolve()
+        assert overview.best is not None
+    assert find_study(None, out=tmp_path, storage=None).name == "s"
+
+
+def test_to_look_at_a_study_is_no_work_on_it(make: Make, tmp_path: Path) -> None:
+    """Whoever reads a database in WAL mode leaves an empty file beside it."""
+    for name in ("old", "new"):
+        make(name=name).storage.close()
+    os.utime(tmp_path / "old" / "study.db", (1, 1))
+    assert camri_tune("status", "old", "--out", tmp_path).returncode == 0
+    (tmp_path / "old" / "study.db-wal").touch()
+    assert [folder.name for folder in studies_in(tmp_path)] == ["old", "new"]
+    (tmp_path / "old" / "study.db-wal").write_bytes(b"something that was written")
+    assert [folder.name for folder in studies_in(tmp_path)] == ["new", "old"]
+
+
+def test_a_result_from_before_more_trials_were_asked_for_is_said_to_be(make: Make) -> None:
+    store = make(SEARCH[:3])
+    result = {"verdict": "none", "sentence": "No model: so.", "best": None, "baseline": {}, "finalists": []}
+    result |= {"images": {}, "notices": [], "provenance": [], "accuracy_difference": None}
+    (store.config.folder / RESULT).write_text(json.dumps(result))
+    store.set("stage", "done")
+    assert read_overview(store).stage == "judged"
+    assert "s: finished" in _shown(store)
+    assert "\nnone: No model: so." in _shown(store)
+    store.set("stage", "running")  # and killed, or interrupted
+    store.enqueue("search", {})
+    overview = read_overview(store)
+    assert (overview.stage, overview.finished) == ("search", False)
+    assert "s: no run works on it now; the same command goes on" in _shown(store)
+    assert "of an earlier run: none: No model: so." in _shown(store)
+
+
+def test_what_the_baseline_failed_with_is_shown(make: Make) -> None:
+    store = make([])
+    store.optuna_study("baseline").add_trial(trial(state=OptunaState.FAIL, failure="ValueError: no (x.py:1)"))
+    assert "failed baseline #2: ValueError: no (x.py:1)" in _shown(store)
+
+
+def test_a_data_set_may_have_brackets_in_its_name(make: Make) -> None:
+    store = make()
+    store.set("identity", {**store.attributes["identity"], "dataset": "photos (1) (0123abcd)"})
+    assert read_overview(store).dataset == "photos (1)"
 
 
 def test_to_look_at_a_study_does_not_load_torch() -> None:

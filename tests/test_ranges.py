@@ -322,6 +322,15 @@ def test_words_that_are_written_are_those_that_are_read(words: list[str]) -> Non
     assert StudyConfig.model_validate_json(config.model_dump_json()) == config
 
 
+@given(st.lists(st.text(st.sampled_from('ab ",14'), min_size=1).map(str.strip).filter(bool), min_size=1, max_size=3))
+def test_classes_are_named_as_the_command_of_a_study_says(names: list[str]) -> None:
+    """Also where a name has a comma in it."""
+    config = StudyConfig.build({"important": names, "name": "x"})
+    words = shlex.split(config.command())
+    written = words[words.index("--important") + 1] if "--important" in words else "worst1"
+    assert StudyConfig.build({"important": written}).important == config.important == tuple(names)
+
+
 def test_a_list_of_one_is_what_the_command_of_a_study_says() -> None:
     """Which can give no such list: a study of the same command is to be the same."""
     listed = StudyConfig.build({"learning_rate": [0.001], "margin": [0.2], "optimizer": ["sgd"], "batch_size": [64]})

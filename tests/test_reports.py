@@ -380,6 +380,32 @@ def test_the_terminal_shows_what_the_page_shows() -> None:
     assert lines[1][2] == "0.9051 ± 0.0071 †"
 
 
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_no_terminal_is_too_narrow_for_a_figure(width: int) -> None:
+    """Least of all for the dagger that says that accuracy fell."""
+    console = Console(width=width, file=io.StringIO(), highlight=False, markup=False)
+    with console.capture() as capture:
+        for part in comparison_tables(_table()):
+            console.print(part)
+    text = capture.get()
+    assert "…" not in text
+    figures = [mean for cell in _table().cells for mean in re.findall(r"[\d.]+", " ".join(_written(cell)))]
+    shown = re.findall(r"\d+\.\d+", text)
+    assert sorted(figures) == sorted(shown)
+    assert text.count("†") == comparison_markdown(_table()).split("\n\n†")[0].count("†")
+
+
+def _written(cell: Cell) -> list[str]:
+    """All figures of a row of the terminal's table."""
+    found = []
+    for outcome in (cell.trained, cell.matched):
+        if outcome is not None:
+            found += [f"{f.mean:.4f} {f.sd:.4f}" for f in outcome.test if f.sd is not None]
+    if cell.trained is not None:
+        found.append(" ".join(cell.trained.recall_difference.in_points()))
+    return [*found, *(f"{figure:.4f}" for figure in cell.paper or ())]
+
+
 @pytest.mark.parametrize(("protocol", "stem"), [("ours", "comparison"), ("paper", "comparison-paper")])
 def test_each_protocol_has_files_of_its_own(protocol: Protocol, stem: str, tmp_path: Path) -> None:
     table = _table(protocol, tmp_path)

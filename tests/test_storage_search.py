@@ -175,6 +175,50 @@ def test_what_is_no_password_is_shown() -> None:
     assert shown == "postgresql://user:***@db.example:5432/database"
 
 
+# --- one study, one folder --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_one_study_wherever_that_is_stored(
+    config: StudyConfig, digits: Dataset, create: Create, tmp_path: Path
+) -> None:
+    """Else whoever forgets --storage once would train it anew, and overwrite its result and model."""
+    first = create(config, digits)
+    elsewhere = open_storage(f"sqlite:///{tmp_path / 'other.db'}")
+    for other in (config, config.model_copy(update={"important": ("4",)})):
+        with pytest.raises(StudyMismatchError, match="folder of another study.*--storage"):
+            StudyStore.create(elsewhere, other, digits)
+    assert StudyStore.names_in(elsewhere) == [], "nothing is left of what was refused"
+    assert create(config, digits).attributes["id"] == first.attributes["id"]
+    apart = config.model_copy(update={"name": "apart"})
+    assert StudyStore.create(elsewhere, apart, digits).attributes["id"] != first.attributes["id"]
+
+
+def test_a_study_that_cannot_keep_its_files_is_not_begun(config: StudyConfig, digits: Dataset, create: Create) -> None:
+    wrong = config.model_copy(update={"artifacts": "gs://bucket/x", "seeds": 1})
+    with pytest.raises(InputError, match="gs://bucket/x"):
+        create(wrong, digits)
+    assert StudyStore.names_in(open_storage(storage_url(config))) == []
+    assert create(config, digits).config.seeds == 3, "with other options now"
+
+
+def test_a_comparison_and_a_study_are_not_taken_for_each_other(
+    config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    head = config.model_copy(update={"name": "table"})
+    storage = create(config, digits).storage
+    store = StudyStore.create(storage, head, digits, comparison=True)
+    cell = head.model_copy(update={"name": "table.3.wce", "loss": "wce"})
+    StudyStore.create(storage, cell, digits, within=store)
+    assert StudyStore.create(storage, head, digits, comparison=True).attributes["cells"] == ["table.3.wce"]
+    with pytest.raises(StudyMismatchError, match="is of a comparison: camri-tune compare goes on with it"):
+        StudyStore.create(storage, head, digits)
+    with pytest.raises(StudyMismatchError, match="is of camri-tune run, and no comparison"):
+        StudyStore.create(storage, config, digits, comparison=True)
+    assert StudyStore.names_in(storage) == ["study", "table"]
+    with pytest.raises(InputError, match=r"'table\.3\.wce' is part of a comparison, .* give one of 'study', 'table'"):
+        StudyStore.existing(storage, "table.3.wce")
+
+
 # --- one study, one configuration -------------------------------------------------------------------------------------
 
 
