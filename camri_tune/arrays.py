@@ -147,17 +147,18 @@ class _Arrays:
     values: Mapping[str, NDArray[Any]]
 
 
-def array_source(path: Path, called: str = "") -> Source:
+def array_source(path: Path, called: str = "", *, to_judge: bool = False) -> Source:
     """The images of a .npz file, or of a folder with `train.npz` and perhaps `validation.npz` and `test.npz`.
 
     `images` uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) and `labels` (N,), integers or text; where they are known
     `groups` (N,) and `split` (N,), and `classes`, the names of the labels 0, 1, …. Also as `train_images`,
     `train_labels`, …, as MedMNIST has them. In the place of images, `embeddings` (N, D) of floating-point numbers.
-    Raises DataError in one line where something does not fit, in which the data set is `called` so, or OSError.
+    Images that are only `to_judge` a finished model need neither a part to train on nor every class. Raises DataError in
+    one line where something does not fit, in which the data set is `called` so, or OSError.
     """
     where = called or f"data set {shown(str(path))}"
     found = {place: _read(file, prefix, where) for place, (file, prefix) in _places(path, where).items()}
-    classes, labels = _labels(found, where)
+    classes, labels = _labels(found, where, least=1 if to_judge else 2)
     rows: dict[Part, NDArray[np.int64]] = {}
     for place, arrays in found.items():
         if place == "all":
@@ -166,12 +167,12 @@ def array_source(path: Path, called: str = "") -> Source:
             raise DataError(f"{where} has an array 'split' beside parts that are apart already; leave one out")
         else:
             rows[place] = np.arange(len(labels[place]))
-    if "train" not in rows:
+    if "train" not in rows and not to_judge:
         raise DataError(f"{where} has no images to train on; give some the split train, or leave the splits out")
     places: dict[Part, Place] = {part: "all" if "all" in found else part for part in rows}
     groups = _groups({part: (found[place], rows[part]) for part, place in places.items()})
     parts: dict[Part, ArrayPart] = {}
-    trained_on = found[places["train"]]
+    first = found[places.get("train", next(iter(places.values())))]
     for part, place in places.items():
         arrays, chosen = found[place], labels[place][rows[part]]
         parts[part] = ArrayPart(
@@ -184,25 +185,25 @@ def array_source(path: Path, called: str = "") -> Source:
             rows[part],
         )
         missing = np.setdiff1d(np.arange(len(classes)), chosen)
-        if len(missing):
+        if len(missing) and not to_judge:
             raise DataError(
                 f"{where} has no image of class {shown(classes[missing[0]])} in split {part} ({len(missing)} such "
                 f"class(es)): every class needs some in each split that is given; add some, or leave class or split out"
             )
-        (one, kind), (other, another) = [(a.layout.channels, a.layout.dtype.kind) for a in (trained_on, arrays)]
+        (one, kind), (other, another) = [(a.layout.channels, a.layout.dtype.kind) for a in (first, arrays)]
         if kind != another:
             raise DataError(f"{where} has images in one part and embeddings in another; give all the same")
         if one != other:
             few, many = sorted((one, other))
             what = f"embeddings of {few} numbers" if kind == "f" else f"images of {few} channel"
             raise DataError(f"{where} has {what} in one part and of {many} in another; give all the same")
-    layout = trained_on.layout
+    layout = first.layout
     side = own_side(layout.height, layout.width)
     usual: dict[str, Any] = {} if side is None else {"image_size": side, "own_size": True}
     if layout.dtype.kind == "f":
         usual = {"image_size": 1, "own_size": True, "augmentation": Augmentation()}
     return own_data(
-        path.resolve().stem if path.is_file() else path.resolve().name,
+        Path(os.path.abspath(path)).stem if path.is_file() else path.resolve().name,
         path,
         classes,
         packed=parts,
@@ -326,7 +327,9 @@ def _list(archive: zipfile.ZipFile, infos: Mapping[str, zipfile.ZipInfo], name: 
     return values.astype(dtype.newbyteorder("="))
 
 
-def _labels(found: Mapping[Place, _Arrays], where: str) -> tuple[tuple[str, ...], dict[Place, NDArray[np.int64]]]:
+def _labels(
+    found: Mapping[Place, _Arrays], where: str, least: int
+) -> tuple[tuple[str, ...], dict[Place, NDArray[np.int64]]]:
     """Names of the classes, and each part's labels as indices into them."""
     kinds = {arrays.values["labels"].dtype.kind == "U" for arrays in found.values()}
     given = [arrays.values["classes"] for arrays in found.values() if "classes" in arrays.values]
@@ -336,9 +339,9 @@ def _labels(found: Mapping[Place, _Arrays], where: str) -> tuple[tuple[str, ...]
     names = tuple(map(str, given[0].tolist() if given else distinct.tolist()))
     if any(tuple(map(str, other.tolist())) != names for other in given):
         raise DataError(f"{where} has parts with different arrays 'classes'; give all the same")
-    if len(names) < 2 or len(set(names)) < len(names):
+    if len(names) < least or len(set(names)) < len(names):
         raise DataError(
-            f"{where} has {len(names)} class(es), {len(set(names))} of them different, but needs at least 2, all "
+            f"{where} has {len(names)} class(es), {len(set(names))} of them different, but needs at least {least}, all "
             f"different; mend labels or classes"
         )
     if odd := [name for name in names if not is_class_name(name)]:

@@ -292,8 +292,9 @@ class StudyConfig(BaseModel):
         """The data set's name, for a folder that folder's own, for a file without its ending."""
         if self.dataset in BUILT_IN_DATASETS:
             return self.dataset
-        path = Path(os.path.realpath(self.dataset))
-        return path.stem if is_data_file(path) else path.name
+        if is_data_file(self.dataset):
+            return Path(os.path.abspath(self.dataset)).stem
+        return Path(os.path.realpath(self.dataset)).name
 
     @property
     def has_local_workers(self) -> bool:
@@ -392,12 +393,13 @@ class StudyConfig(BaseModel):
     def absolute(self) -> Self:
         """The same study with absolute paths, so that workers may run elsewhere on this machine."""
         known = self.dataset in BUILT_IN_DATASETS or not os.path.exists(self.dataset)
-        dataset = self.dataset if known else str(Path(self.dataset).resolve())
+        # A link keeps its own name: what it leads to, in the cache of a hub, has no ending that tells what it is.
+        dataset = self.dataset if known else os.path.abspath(self.dataset)
         artifacts = self.artifacts
         if artifacts is not None and "://" not in artifacts:
             artifacts = str(Path(artifacts).resolve())
         places = {"data_dir": self.data_dir.resolve(), "out": self.out.resolve(), "artifacts": artifacts}
-        places["weights"] = self.weights and self.weights.resolve()
+        places["weights"] = self.weights and Path(os.path.abspath(self.weights))
         return self.model_copy(update={"dataset": dataset, **places})
 
     def identity(self) -> dict[str, Any]:

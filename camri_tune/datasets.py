@@ -73,7 +73,7 @@ class Dataset:
             )
         self._folds: dict[int, tuple[Images, Images]] = {}
         self.train, self.validation = self.fold(0)
-        self.grouped = len(torch.unique(self.train.groups)) < len(self.train)
+        self.grouped = len(torch.unique(self._pool.groups)) < len(self._pool)  # of which training may be a thin part
         for name, images in (("train", self.train), ("validation", self.validation)):
             self._require_every_class(images, name)
 
@@ -126,9 +126,19 @@ class Dataset:
             train = train[limit_groups(labels, groups, limit=config.limit, seed=seed, classes=self.classes)]
         return train, validation
 
+    def require_test_images(self, important: Sequence[int]) -> None:
+        """Raise DataError where test cannot judge an important class; of a user's own data, which was examined."""
+        if self._source.groups_by:
+            require_images(self.test(), important, self.classes)
+
     @property
     def channels(self) -> int:
         return self.train.channels
+
+    @property
+    def left_out(self) -> str:
+        """What a sentence adds where files of the parts that were read are corrupt."""
+        return self._cache.told
 
     def examine(self) -> None:
         """Have `notices` tell also of what makes hours of training worth less; for a run that is about to begin.
@@ -145,14 +155,12 @@ class Dataset:
             own["validation"] = "validation"
         if self._has_test:
             own["test"] = "test"
-        source = self._source
-        way_out = f": remove one of each, or name what they show ({source.groups_by}), and they stay on one side"
         self._concerns = [
-            *source.notices,
+            *self._source.notices,
             *self._ungrouped(),
             *tell_imbalance(self.train, self.classes),
             *tell_few(parts, self.classes),
-            *tell_all([self._looks(name, own[name], images) for name, images in parts.items()], way_out),
+            *tell_all([self._looks(name, own[name], images) for name, images in parts.items()], self._source.groups_by),
         ]
 
     def _ungrouped(self) -> list[str]:
@@ -174,6 +182,7 @@ class Dataset:
             decoded.exact[rows],
             decoded.near[rows],
             lambda row: self._source.name_of(part, int(rows[row])),
+            part,
         )
 
     def notices(self) -> list[str]:
@@ -228,6 +237,13 @@ class Dataset:
             )
 
 
+def require_images(images: Images, important: Sequence[int], classes: Sequence[str]) -> None:
+    """Raise DataError where an important class has no image to be judged on."""
+    for c in important:
+        if not (images.labels == c).any():
+            raise DataError(f"class {classes[c]!r} has no test images to be judged on: add some, or mend them")
+
+
 def open_dataset(config: StudyConfig, on_progress: Progress | None = None) -> Dataset:
     """Open the data set that `config` names, decoding it on first use. Raises DataError in one clear line.
 
@@ -249,14 +265,21 @@ class Unseen(NamedTuple):
     own: bool
 
 
-def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint: str, classes: Sequence[str]) -> Unseen:
-    """Images to judge a finished model on.
+def open_test_images(
+    where: str | None,
+    *,
+    trained_on: StudyConfig,
+    fingerprint: str,
+    classes: Sequence[str],
+    skip_corrupt: bool = False,
+) -> Unseen:
+    """Images to judge a finished model on, less corrupt files where `skip_corrupt`, or where training left them out.
 
     `where` is None (the data set the model was trained on), the folder that holds it, or any folder of class folders.
     The very data set of training gives its test part, never images that the model has learned from; another folder
     gives its `test` part where it has one, else all of it, with labels by class name.
     """
-    config = trained_on
+    config = trained_on.model_copy(update={"skip_corrupt": trained_on.skip_corrupt or skip_corrupt})
     if where is not None and config.dataset in BUILT_IN_DATASETS and where != config.dataset:
         if is_data_dir_of(config.dataset, Path(where)):
             config = config.model_copy(update={"data_dir": Path(where)})
@@ -265,48 +288,49 @@ def open_test_images(where: str | None, *, trained_on: StudyConfig, fingerprint:
     elif where is not None:
         config = config.model_copy(update={"dataset": where})
     try:
-        source = find_source(config)
+        source = find_source(config, to_judge=True)
     except NotGroupedError:  # the groups of training are named in other images' paths
-        source = find_source(config.model_copy(update={"group_by": None}))
+        source = find_source(config.model_copy(update={"group_by": None}), to_judge=True)
+    name = str(source.root or source.name) if config.dataset in BUILT_IN_DATASETS else config.dataset
     changed = DataError(
-        f"data set {str(source.root or source.name)!r} has changed since the model was trained on it, so what it "
+        f"data set {name!r} has changed since the model was trained on it, so what it "
         f"learned from cannot be told from the rest: restore the folder, or name other images with --data"
     )
     if source.fingerprint() == fingerprint.partition("-")[0]:
         data = Dataset(source, config)
         if data.fingerprint != fingerprint and not source.has("test"):  # other files than then could be decoded
             raise changed
-        text = f"the test part of {source.name}, which neither trained nor chose the model"
-        return Unseen(_some_of(data.test(), source), text, data.hidden_group_size, own=True)
+        images = _some_of(data.test(), name)
+        text = f"the test part of {source.name}, which neither trained nor chose the model{data.left_out}"
+        return Unseen(images, text, data.hidden_group_size, own=True)
     foreign = sorted(set(source.classes) - set(classes))
     if foreign:
         known = ", ".join(map(repr, classes[:5])) + (", …" if len(classes) > 5 else "")
-        raise DataError(
-            f"class {foreign[0]!r} of {str(source.root or source.name)!r} is unknown to the model, which has {known}"
-        )
+        raise DataError(f"class {foreign[0]!r} of {name!r} is unknown to the model, which has {known}")
     parts: list[Part] = ["test"] if source.has("test") else sorted({*source.parts, *source.packed})
     same_place = Path(config.dataset).resolve() == Path(trained_on.dataset).resolve()
     if parts != ["test"] and same_place:
         raise changed
-    cache = _Cache(source, config.skip_corrupt, None)
+    cache = _Cache(source, skip_corrupt, None)
     read = [cache.read(part) for part in parts]
     first = 0
     for place, part in enumerate(read):  # each numbers its groups from the start, and none stands in two
         read[place] = replace(part, groups=part.groups + first)
         first += int(part.groups.max()) + 1 if len(part) else 0
     images = Images(*(torch.cat([getattr(r, name) for r in read]) for name in ("pixels", "labels", "groups")))
-    images = _some_of(images, source)
+    images = _some_of(images, name)
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"
-    text = f"{which} of {source.root or source.name}, which is not the data set of training"
+    said = "has changed since the model was trained, and it may have learned from some of them"
+    text = f"{which} of {name}, which {said if same_place else 'is not the data set of training'}{cache.told}"
     size = source.hidden_group_size if parts == ["test"] else 1
     return Unseen(replace(images, labels=labels), text, size, own=False)
 
 
-def _some_of(images: Images, source: Source) -> Images:
+def _some_of(images: Images, name: str) -> Images:
     """The same. Raises DataError where there are none."""
     if not len(images):
-        raise DataError(f"no image of {str(source.root or source.name)!r} can be read; name other images with --data")
+        raise DataError(f"no image of {name!r} can be read; name other images with --data")
     return images
 
 
@@ -354,6 +378,11 @@ class _Cache:
     @property
     def skipped(self) -> int:
         return sum(int((~decoded.good).sum()) for decoded in self._decoded.values())
+
+    @property
+    def told(self) -> str:
+        """What a sentence adds where some could not be."""
+        return f"; {self.skipped:,} corrupt image file(s) were left out" if self.skipped else ""
 
     def read(self, part: Part) -> Images:
         """The images of a part that could be decoded."""

@@ -17,19 +17,24 @@ LEAST_SIDE = 16  # pixels: smaller images are alike too often to say that two ar
 LEAST_CONTRAST = 4.0  # levels of 255, standard deviation: what is flatter has no shape to compare
 MOST_BITS = 3  # of 64 between two difference hashes; of 100 photographs saved again as JPEG none had more
 MOST_APART = 0.1  # of the image's own standard deviation; two of MNIST's ones are 0.2 apart
+MOST_NAMED = 5  # pairs in a sentence
 MOST_PAIRS, PIECE = 2**28, 2**20  # of hashes that are compared, a second or two; and at a time
 
 Hashes = NDArray[np.int64]
 
 
 class Looks(NamedTuple):
-    """A part of a data set, what users call it, both hashes (N,) of its images, and what a message calls each."""
+    """A part of a data set, what users call it, both hashes (N,) of its images, and what a message calls each.
+
+    `comes_with`: the part that the user's own files make of it; others are drawn from that one.
+    """
 
     part: str
     images: Images
     exact: Hashes
     near: Hashes
     name_of: Callable[[int], str]
+    comes_with: str = ""
 
 
 class Duplicates(NamedTuple):
@@ -101,8 +106,11 @@ def _one(images: Images, place: int) -> NDArray[np.float32]:
     return images.store[row].numpy().astype(np.float32)
 
 
-def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
-    """In plain words, with the first pair of each kind; `way_out` goes on with what is to be done."""
+def tell_duplicates(found: Duplicates, groups_by: str) -> list[str]:
+    """In plain words, with the first pairs of each kind, and what is to be done; `groups_by` is how groups are named.
+
+    Groups keep images on one side of a split that is drawn, not of one that the user's files make.
+    """
     later, earlier = found.later, found.earlier
     kinds = (
         ("", found.exact, "number for number" if later.images.are_embeddings else "pixel for pixel"),
@@ -116,23 +124,26 @@ def tell_duplicates(found: Duplicates, way_out: str) -> list[str]:
     for least, pairs, how in kinds:
         if not pairs:
             continue
-        row, other = pairs[0]
+        named = [f"{later.name_of(row)} is {earlier.name_of(other)}" for row, other in pairs[:MOST_NAMED]]
+        named += [f"and {len(pairs) - MOST_NAMED:,} more"] if len(pairs) > MOST_NAMED else []
+        way_out = "remove one of each"
+        if later.comes_with == earlier.comes_with:
+            way_out += f", or name what they show ({groups_by}), and they stay on one side"
         relabelled = sum(int(later.images.labels[a]) != int(earlier.images.labels[b]) for a, b in pairs)
         classes = f", {relabelled:,} of them under another class" if relabelled else ""
         lines.append(
             f"{least}{len(pairs):,} of {len(later.images):,} {later.part} images are {earlier.part} images, too, {how}"
-            f"{classes}: {later.name_of(row)} is {earlier.name_of(other)}. What was learned by heart looks like skill "
-            f"there{way_out}."
+            f"{classes}: {', '.join(named)}. What was learned by heart looks like skill there: {way_out}."
         )
     return lines
 
 
-def tell_all(parts: Iterable[Looks], way_out: str) -> list[str]:
+def tell_all(parts: Iterable[Looks], groups_by: str) -> list[str]:
     """What each part has of those before it."""
     lines: list[str] = []
     before: list[Looks] = []
     for part in parts:
         for other in before:
-            lines += tell_duplicates(duplicates(part, other), way_out)
+            lines += tell_duplicates(duplicates(part, other), groups_by)
         before.append(part)
     return lines

@@ -19,9 +19,9 @@ from camri_tune.bundle import Bundle, load_classifier, read_bundle
 from camri_tune.calibration import Calibration, fit_temperature
 from camri_tune.config import HEAD, Loss, Model, StudyConfig
 from camri_tune.constraints import ROUNDING, ClassOnTest, OnTest, RecallConstraint, shortfalls
-from camri_tune.datasets import Dataset, Unseen, open_test_images
+from camri_tune.datasets import Dataset, Unseen, open_test_images, require_images
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
-from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
+from camri_tune.errors import BundleError, CamriTuneError, InputError
 from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
 from camri_tune.images import Images, resized
 from camri_tune.metrics import accuracy, confusion_matrix, pack, recall_per_class, unpack
@@ -96,10 +96,7 @@ class Judge:
     def test(self) -> Images:
         """The test part. Raises DataError where it has no image of an important class."""
         images = self._data.test()
-        for c in self._important:
-            if not (images.labels == c).any():
-                name = self._data.classes[c]
-                raise DataError(f"class {name!r} has no test images to be judged on: add some, or mend them")
+        require_images(images, self._important, self._data.classes)
         return images
 
     def calibrated(
@@ -425,12 +422,16 @@ def images_for(bundle: Bundle, where: str | None, *, data_dir: Path, skip_corrup
         data_dir=data_dir,
         seed=config.seed,
         group_by=config.group_by,
-        skip_corrupt=config.skip_corrupt or skip_corrupt,
+        skip_corrupt=config.skip_corrupt,
         model=config.spec.model,
         image_size=None if config.spec.model == HEAD else config.spec.image_size,
     )
     unseen = open_test_images(
-        where, trained_on=trained_on, fingerprint=config.dataset_fingerprint, classes=bundle.classes
+        where,
+        trained_on=trained_on,
+        fingerprint=config.dataset_fingerprint,
+        classes=bundle.classes,
+        skip_corrupt=skip_corrupt,
     )
     if unseen.images.channels != config.spec.channels:
         what = "embeddings of {} numbers" if unseen.images.are_embeddings else "images of {} channel(s)"
@@ -472,7 +473,8 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
         "calibration": _calibration(bundle, logits, labels),
         "important": list(config.important),
         "classes": list(bundle.classes),
-        "matches_stored": all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class")),
+        "matches_stored": unseen.own
+        and all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class")),
     }
 
 

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from camri_tune.augmentation import Augmentation
-from camri_tune.config import is_printable, shown
+from camri_tune.config import is_printable, printable, shown
 from camri_tune.errors import DataError
 from camri_tune.grouping import Item, Listed, match_groups, number_groups, tell_unmatched
 from camri_tune.images import Images, Pieces, is_image_file
@@ -144,36 +144,38 @@ def own_data(name: str, root: Path, classes: tuple[str, ...], **values: Any) -> 
     return Source(name=name, root=root, classes=classes, **{**usual, **values})
 
 
-def class_folders(root: Path, group_by: str | None = None) -> Source:
+def class_folders(root: Path, group_by: str | None = None, *, to_judge: bool = False) -> Source:
     """`root/CLASS/*`, or `root/train/CLASS/*` with `val/` and `test/` beside it. Raises DataError, or OSError.
 
-    `group_by` is a pattern that is searched in the files' paths from `root` on; see `match_groups`.
+    Images that are only `to_judge` a finished model need neither a part to train on nor every class. `group_by` is a
+    pattern that is searched in the files' paths from `root` on; see `match_groups`.
     """
-    # A folder called "train" or "test" that holds no folders is a class of that name.
-    by_lower_name = {
-        entry.name.lower(): entry
-        for entry in root.iterdir()
-        if entry.is_dir() and any(_is_class_folder(inner) for inner in entry.iterdir())
-    }
-    folders: dict[Part, Path] = {}
-    for part, choices in PART_NAMES.items():
-        for name in choices:
-            if name in by_lower_name:
-                folders.setdefault(part, by_lower_name[name])
+    folders = _folders_of_parts(root)
     held_out = [folder for part, folder in folders.items() if part != "train"]
-    folders.setdefault("train", root)
+    beside = _left_out(root, folders.values()) if "train" in folders else []
+    if not (to_judge and folders):
+        folders.setdefault("train", root)
+    homes = list(folders.values()) if to_judge else [folders["train"]]
     classes = tuple(
-        sorted(entry.name for entry in folders["train"].iterdir() if _is_class_folder(entry) and entry not in held_out)
+        sorted(
+            {
+                entry.name
+                for home in homes
+                for entry in home.iterdir()
+                if _is_class_folder(entry) and entry not in held_out
+            }
+        )
     )
-    if len(classes) < 2:
+    least = 1 if to_judge else 2
+    if len(classes) < least:
         raise DataError(
-            f"data set folder {str(folders['train'])!r} has {len(classes)} class folder(s), but a classifier needs at "
-            f"least 2: lay it out as PATH/CLASS/*.jpg or PATH/train/CLASS/*.jpg"
+            f"data set folder {str(homes[0])!r} has {len(classes)} class folder(s), but a classifier needs at least "
+            f"{least}: lay it out as PATH/CLASS/*.jpg or PATH/train/CLASS/*.jpg"
         )
     for name in classes:
         if not is_class_name(name):
             raise DataError(
-                f"class folder {str(folders['train'] / name)!r} must have a name in UTF-8 without control characters, "
+                f"class folder {str(homes[0] / name)!r} must have a name in UTF-8 without control characters, "
                 f"for it is shown in reports and on terminals; rename it"
             )
     parts: dict[Part, list[Listed]] = {}
@@ -193,13 +195,15 @@ def class_folders(root: Path, group_by: str | None = None) -> Source:
                 )
             found, others = image_files(folder / name) if (folder / name).is_dir() else ([], 0)
             ignored += others
-            if not found:
+            if not found and not to_judge:
                 raise DataError(f"class folder {str(folder / name)!r} has no images; add some or remove the folder")
             items += [Listed(path, label) for path in found]
         parts[part] = items
     notices: list[str] = []
     if group_by is not None:
         parts, notices = grouped_by(group_by, parts, root)
+    if beside:
+        notices.insert(0, f"Folders beside {folders['train'].name}/ are no classes: {', '.join(beside)} left out.")
     return own_data(
         root.resolve().name,
         root,
@@ -224,8 +228,36 @@ def grouped_by(
     return named, tell_unmatched(pattern, names, groups)
 
 
+def _folders_of_parts(root: Path) -> dict[Part, Path]:
+    """Folders that are called as parts are. One that holds no folders is a class of that name."""
+    by_lower_name = {
+        entry.name.lower(): entry
+        for entry in root.iterdir()
+        if entry.is_dir() and any(_is_class_folder(inner) for inner in entry.iterdir())
+    }
+    folders: dict[Part, Path] = {}
+    for part, choices in PART_NAMES.items():
+        there = [by_lower_name[name] for name in choices if name in by_lower_name]
+        if len(there) > 1:
+            raise DataError(
+                f"data set folder {str(root)!r} has the part {part} under two names, {there[0].name!r} and "
+                f"{there[1].name!r}; leave one out"
+            )
+        folders.update((part, folder) for folder in there)
+    return folders
+
+
+def _left_out(root: Path, parts: Iterable[Path]) -> list[str]:
+    """Folders of images that lie beside the parts: somebody's classes, perhaps, one of which is called train."""
+    known = set(parts)
+    beside = sorted(entry for entry in root.iterdir() if _is_class_folder(entry) and entry not in known)
+    counts = [(entry, len(image_files(entry)[0])) for entry in beside]
+    return [f"{printable(repr(entry.name), 80)} ({count:,} images)" for entry, count in counts if count]
+
+
 def _is_class_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__"))
+    # What zip files from a Mac hold beside the files, and what Python leaves.
+    return entry.is_dir() and not entry.name.startswith(".") and entry.name not in ("__MACOSX", "__pycache__")
 
 
 def is_class_name(name: str) -> bool:

@@ -19,14 +19,15 @@ MOST_OF_A_FILE = 2**30  # bytes: some ten million rows
 MOST_OF_A_HEADER = 2**16  # characters
 
 
-def listed_files(table: Path, group_by: str | None = None) -> Source:
+def listed_files(table: Path, group_by: str | None = None, *, to_judge: bool = False) -> Source:
     """The images that a CSV file lists, a row each: UTF-8, with a header, separated by commas, semicolons or tabs.
 
-    A relative path starts in the file's folder and stays there; an absolute one is taken as it is. Raises DataError,
-    naming the row as a spreadsheet counts it, or OSError.
+    A relative path starts in the file's folder and stays there; an absolute one is taken as it is. Images that are only
+    `to_judge` a finished model need neither a part to train on nor every class. Raises DataError, naming the row as a
+    spreadsheet counts it, or OSError.
     """
     where = f"data set {shown(str(table))}"
-    table = table.resolve()
+    table = Path(os.path.abspath(table))  # of a link its own folder, not that of what it leads to
     root = table.parent
     rows = _rows(table, where)
     columns = next(rows)[1]
@@ -50,18 +51,22 @@ def listed_files(table: Path, group_by: str | None = None) -> Source:
             known = ", ".join(PART_NAMES)
             raise DataError(f"{here}: split is {shown(row['split'])}, but should be one of {known}")
         found.setdefault(part, []).append((path, row["label"], row.get("group") or None))
-    return _source(table, found, group_by, where)
+    return _source(table, found, group_by, where, to_judge)
 
 
 def _source(
-    table: Path, found: Mapping[Part, Sequence[tuple[str, str, str | None]]], group_by: str | None, where: str
+    table: Path,
+    found: Mapping[Part, Sequence[tuple[str, str, str | None]]],
+    group_by: str | None,
+    where: str,
+    to_judge: bool,
 ) -> Source:
-    if not found.get("train"):
+    if not found.get("train") and not to_judge:
         raise DataError(f"{where} lists no images to train on; give rows without a split, or of the split train")
     classes = tuple(sorted({label for rows in found.values() for _, label, _ in rows}))
-    if len(classes) < 2:
+    if len(classes) < (1 if to_judge else 2):
         raise DataError(f"{where} has {len(classes)} label, but a classifier needs at least 2; list images of another")
-    for part, rows in found.items():
+    for part, rows in found.items() if not to_judge else ():
         if missing := sorted({*classes} - {label for _, label, _ in rows}):
             raise DataError(
                 f"{where} lists no image of class {missing[0]!r} in split {part} ({len(missing)} such class(es)): "

@@ -39,8 +39,8 @@ class Overview:
     `records` leaves interrupted trainings out, which live on in those queued in their place. `floor` is the validation
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on any
     machine. `constraints` are those of recall. `storage` is the database's URL without passwords, where it is not the
-    study's own file. `result` is `result.json`, once there is one. `through` says whether the last run trained all that it
-    planned. `is_comparison`: the study is the part of a comparison that has its baseline.
+    study's own file. `result` is `result.json`, once there is one. `through` says whether the last run
+    trained all that it planned. `is_comparison`: the study is the part of a comparison that has its baseline.
     """
 
     config: StudyConfig
@@ -229,12 +229,15 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
                 "--storage (or $CAMRI_STORAGE) needs the NAME of a study in it; without, the last one in --out is taken"
             )
         store = StudyStore.existing(open_storage(storage, existing=True), name)
+        taken = False
         if not store.config.folder.is_dir():  # its files are on another machine
             store = store.at(out.resolve() / name)
+            taken = (store.config.folder / "study.db").exists()
         # A folder of that name here may be another study's.
-        folder = store.config.folder
-        if store.has_anothers_folder() or (folder.parent == out.resolve() and (folder / "study.db").exists()):
-            raise InputError(f"folder {str(folder)!r} is of another study of that name; give another --out")
+        if taken or store.has_anothers_folder():
+            raise InputError(
+                f"folder {str(store.config.folder)!r} is of another study of that name; give another --out"
+            )
         return store
     folder = _folder_of(name, out)
     config = StudyConfig().model_copy(update={"name": folder.name, "out": folder.parent})

@@ -148,6 +148,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
     """Train the baseline, and settle who is important and on how many folds a trial trains. Also what to notice."""
     config, data, one = stages.config, stages.data, {"": stages}
     stages.important = named_classes(config.important, data.classes)
+    data.require_test_images(stages.important)
     folds, notice = stages.folds_wanted(stages.important)
     said = [smoothed_labels(config.label_smoothing), notice]
     for text in filter(None, said):
@@ -157,6 +158,7 @@ def _settle_baseline(stages: Stages, crew: Crew, console: Console) -> tuple[Base
     ranked = baseline = crew.carry_out("baseline", lambda: stages.plan_baseline(folds), one)
     if not stages.important:
         first, stages.important = folds, resolve_important(config.important, data.classes, baseline)
+        data.require_test_images(stages.important)
         folds, notice = stages.folds_wanted(stages.important, ranked=True)
         if notice is not None:
             said.append(notice)

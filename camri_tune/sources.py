@@ -53,8 +53,8 @@ _FOLDERS = {
 }
 
 
-def find_source(config: StudyConfig) -> Source:
-    """The source that `config` names. Raises DataError in one clear line where there is none."""
+def find_source(config: StudyConfig, *, to_judge: bool = False) -> Source:
+    """The source that `config` names, to train on or only `to_judge` a model. Raises DataError in one clear line."""
     built_in = {"gtsrb": _gtsrb, "cifar10": _cifar10, "mnist": _mnist, "awa2": _awa2}
     try:
         if config.dataset in BUILT_IN_DATASETS and config.group_by is not None:
@@ -64,7 +64,7 @@ def find_source(config: StudyConfig) -> Source:
         elif config.dataset in built_in:
             source = built_in[config.dataset](config.data_dir)
         else:
-            source = _own(config.dataset, config.group_by)
+            source = _own(config.dataset, config.group_by, to_judge)
             # Photographs have no size of their own; small arrays do.
             if config.image_size is None and not source.own_size and (side := default_image_size(config.model)):
                 source = replace(source, image_size=side)
@@ -344,7 +344,7 @@ def _awa2(data_dir: Path) -> Source:
     )
 
 
-def _own(dataset: str, group_by: str | None = None) -> Source:
+def _own(dataset: str, group_by: str | None = None, to_judge: bool = False) -> Source:
     """A user's own images, by what lies at the path `dataset`."""
     require_there(dataset)
     path = Path(dataset)
@@ -353,12 +353,12 @@ def _own(dataset: str, group_by: str | None = None) -> Source:
     if not all(map(is_printable, (dataset, str(path.resolve())))):
         raise DataError(f"data set {dataset!r} must have a path in UTF-8 without control characters; rename it")
     if path.suffix.lower() == ".csv" and path.is_file():
-        return listed_files(path, group_by)
+        return listed_files(path, group_by, to_judge=to_judge)
     if path.is_file() or holds_arrays(path):
         if group_by is not None:
             raise NotGroupedError(f"--group-by is for paths, which {dataset!r} has none of; save an array 'groups'")
-        return array_source(path)
-    return class_folders(path, group_by)
+        return array_source(path, to_judge=to_judge)
+    return class_folders(path, group_by, to_judge=to_judge)
 
 
 def _open_or_download(open_it: Callable[[bool], Opened], problem: str, way_out: str) -> Opened:

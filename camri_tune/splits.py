@@ -106,13 +106,19 @@ def _draw_groups(
         have = sum(size for g, size in sizes.items() if g in held)
         free = sorted((g for g in sizes if g not in held and g not in kept), key=late.__contains__)
         spare = len([g for g in sizes if g not in held]) - 1  # one group stays
+        passed = False
         for g in free:
-            # Stop where one more group would overshoot by more than stopping falls short.
-            if spare == 0 or (have > 0 and have + sizes[g] / 2 > wanted):
+            if spare == 0 or (passed and g in late):
                 break
+            # Pass over a group that would overshoot by more than is missing without it: a smaller one may follow.
+            if have + sizes[g] / 2 > wanted:
+                passed = True
+                continue
             held.add(g)
             have += sizes[g]
             spare -= 1
+        if have == 0 and spare > 0:  # all of them are too large
+            held.add(min(free, key=lambda g: (g in late, sizes[g])))
         kept.update(g for g in sizes if g not in held)
     return held
 

@@ -525,10 +525,10 @@ def test_one_finalist_has_all_the_doubt_to_itself() -> None:
 
 
 def test_a_learning_rate_that_was_given_was_not_chosen() -> None:
-    given = replace(_result(None), rate_was_tuned=False)
+    given = replace(_result(None, kept=0), rate_was_tuned=False)
     assert "They ranked 20 trial(s) and 5 finalist(s)" in provenance(given)[0]
     assert "They ranked 20 trial(s)." in provenance(replace(given, finalists=()))[0]
-    on_folds = provenance(replace(_result(None, folds=5), rate_was_tuned=False))[0]
+    on_folds = provenance(replace(_result(None, kept=0, folds=5), rate_was_tuned=False))[0]
     assert "not trained on it. All folds together ranked 20 trial(s)" in on_folds
 
 

@@ -474,6 +474,7 @@ def test_the_note_has_the_result(
     figures = {"images": {}, "baseline": {}, "accuracy_difference": None, "best": best}
     result = {"verdict": "certified", "sentence": "Recall of 3 *rose*.", **lists, **figures}
     (config.folder / RESULT).write_text(json.dumps(result))
+    store.set("stage", "done")
     publish(read_overview(store), store)
     note = _note(store)
     assert "The run is through" in note

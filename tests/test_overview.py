@@ -215,7 +215,13 @@ def test_to_look_at_a_study_is_no_work_on_it(make: Make, tmp_path: Path) -> None
 
 def test_a_result_from_before_more_trials_were_asked_for_is_said_to_be(make: Make) -> None:
     store = make(SEARCH[:3])
-    result = {"verdict": "none", "sentence": "No model: so.", "best": None, "baseline": {}, "finalists": []}
+    result: dict[str, Any] = {
+        "verdict": "none",
+        "sentence": "No model: so.",
+        "best": None,
+        "baseline": {},
+        "finalists": [],
+    }
     result |= {"images": {}, "notices": [], "provenance": [], "accuracy_difference": None}
     (store.config.folder / RESULT).write_text(json.dumps(result))
     store.set("stage", "done")

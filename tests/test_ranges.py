@@ -1,6 +1,7 @@
 """Numbers that a study fixes or searches: how they are read, what a trial's parameters are then, and the baseline's."""
 
 import json
+import shlex
 import tomllib
 from pathlib import Path
 from typing import cast

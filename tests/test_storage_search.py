@@ -185,7 +185,7 @@ def test_a_folder_holds_one_study_wherever_that_is_stored(
     first = create(config, digits)
     elsewhere = open_storage(f"sqlite:///{tmp_path / 'other.db'}")
     for other in (config, config.model_copy(update={"important": ("4",)})):
-        with pytest.raises(StudyMismatchError, match="folder of another study.*--storage"):
+        with pytest.raises(StudyMismatchError, match=r"folder of another study.*--storage"):
             StudyStore.create(elsewhere, other, digits)
     assert StudyStore.names_in(elsewhere) == [], "nothing is left of what was refused"
     assert create(config, digits).attributes["id"] == first.attributes["id"]
