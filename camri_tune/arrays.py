@@ -153,7 +153,7 @@ def array_source(path: Path, called: str = "", *, to_judge: bool = False) -> Sou
     `images` uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) and `labels` (N,), integers or text; where they are known
     `groups` (N,) and `split` (N,), and `classes`, the names of the labels 0, 1, …. Also as `train_images`,
     `train_labels`, …, as MedMNIST has them. In the place of images, `embeddings` (N, D) of floating-point numbers.
-    Images that are only `to_judge` a finished model need neither a part to train on nor every class. Raises DataError in
+    Images that are only `to_judge` a model need neither a part to train on nor every class. Raises DataError in
     one line where something does not fit, in which the data set is `called` so, or OSError.
     """
     where = called or f"data set {shown(str(path))}"

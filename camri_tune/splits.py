@@ -117,7 +117,7 @@ def _draw_groups(
             held.add(g)
             have += sizes[g]
             spare -= 1
-        if have == 0 and spare > 0:  # all of them are too large
+        if have == 0 and spare > 0 and free:  # all of them are too large
             held.add(min(free, key=lambda g: (g in late, sizes[g])))
         kept.update(g for g in sizes if g not in held)
     return held

@@ -125,7 +125,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
         table = Table(title=Text(title), title_justify="left")
         for head in ("", "recall", "accuracy", "gain in recall", "recall, bias", "accuracy, bias", "paper"):
-            table.add_column(head, justify="left" if not head else "right")
+            # On a narrow terminal cells are broken at blanks, and no figure is cut.
+            width = 8 if head else 1
+            table.add_column(head, justify="left" if not head else "right", overflow="fold", min_width=width)
         for cell in cells:
             row = [TITLES[cell.method], *_scores(cell.trained), _gain(cell.trained), *_scores(cell.matched)]
             row.append(f"{cell.paper[0]:.4f} / {cell.paper[1]:.4f}" if cell.paper else "-")

@@ -22,6 +22,7 @@ from camri_tune.errors import DataError
 from camri_tune.folders import Part
 from camri_tune.grouping import Item
 from camri_tune.images import Images
+from camri_tune.pipeline import run
 from camri_tune.sources import find_source
 from camri_tune.stats import binomial_interval
 from tests.opening import forbid_decoding
@@ -100,13 +101,39 @@ def test_a_jpeg_of_a_training_image_is_nearly_that(photos: MakePhotos) -> None:
     (told,) = _told(root, "")
     assert "At least 5 of 45 validation images are training images, too, nearly (8x8 difference hashes" in told
     assert "'val/a/0.jpg' is 'train/a/000.png'" in told
-    assert "--group-by" in told
+    assert "remove one of each" in told
+    assert "--group-by" not in told, "which moves no file from one folder to the other"
+
+
+def test_of_many_copies_some_are_named_and_all_are_counted(photos: MakePhotos) -> None:
+    root = photos(SPLIT)
+    for n in range(7):
+        shutil.copy(root / "train" / "a" / f"00{n}.png", root / "test" / "a" / f"copy{n}.png")
+    (told,) = _told(root, "")
+    assert told.startswith("7 of 47 test images are training images, too, pixel for pixel: 'test/a/copy0.png' is")
+    assert "'test/a/copy4.png' is 'train/a/004.png', and 2 more. What was" in told
+    assert "copy5" not in told
+
+
+def test_a_class_that_test_cannot_judge_is_told_at_the_start(photos: MakePhotos) -> None:
+    root = photos(SPLIT)
+    for path in (root / "test" / "b").iterdir():
+        path.write_text("no image")
+    data = open_dataset(StudyConfig.build({"dataset": str(root), "skip_corrupt": True}))
+    data.require_test_images([0])
+    with pytest.raises(DataError, match="class 'b' has no test images to be judged on"):
+        data.require_test_images([0, 1])
+    with pytest.raises(DataError, match="class 'b' has no test images to be judged on"):
+        run(StudyConfig.build({"dataset": str(root), "skip_corrupt": True, "important": "b", "out": root.parent}))
+    assert not list(root.parent.rglob("model.safetensors")), "before anything is trained"
 
 
 def test_a_split_that_was_drawn_image_by_image_is_told_and_how_to_name_groups(photos: MakePhotos) -> None:
     root = photos({"a": 120, "b": 120})
     assert "--group-by" in _told(root, "No groups are named")[0]
     assert _told(root, "", group_by=r"(?P<group>[ab]/\d\d)\d") == []
+    # Of each group one image is left in training, which says nothing of what was named.
+    assert _told(root, "No groups", group_by=r"(?P<group>[ab]/\d\d)\d", per_group=1) == []
     for name in "ab":
         for index in range(120):
             shutil.copy(root / name / f"{index:03}.png", root / name / f"{index:03}-copy.png")

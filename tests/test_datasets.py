@@ -98,6 +98,28 @@ def test_folders_in_every_layout(
         assert set(images.labels.tolist()) == {0, 1}
 
 
+def test_folders_that_are_no_classes_are_told(image_folder: MakeFolder) -> None:
+    """A class called train, with folders in it as other classes have, makes a training part of that one."""
+    root = image_folder({"train/day": 5, "train/night": 5, "bus/day": 2, "bus/night": 3, "car/day": 1})
+    (root / "notes").mkdir()
+    (root / "notes" / "a.txt").touch()
+    data = open_data(root)
+    data.examine()
+    (told,) = [line for line in data.notices() if "Folders beside" in line]
+    assert told == "Folders beside train/ are no classes: 'bus' (5 images), 'car' (1 images) left out."
+
+
+def test_a_class_may_begin_with_underscores_and_what_zip_files_hold_is_none(image_folder: MakeFolder) -> None:
+    root = image_folder({"__background__": 5, "cat": 5, "__MACOSX": 5, ".hidden": 5})
+    assert open_data(root).classes == ("__background__", "cat")
+
+
+def test_a_part_under_two_names_is_refused(image_folder: MakeFolder) -> None:
+    root = image_folder({f"{part}/{name}": 4 for part in ("train", "val", "validation") for name in "ab"})
+    with pytest.raises(DataError, match="has the part validation under two names, 'val' and 'validation'"):
+        open_data(root)
+
+
 def test_class_names_are_sorted_and_label_their_own_images(image_folder: MakeFolder) -> None:
     names = ["b", "a", "10", "9", "Ümlaut", "C"]
     root = image_folder(dict.fromkeys(names, 5))
@@ -534,9 +556,9 @@ def test_where_no_image_can_be_read_it_is_said(image_folder: MakeFolder) -> None
     foreign = image_folder({"a": 2, "b": 3})
     for path in foreign.rglob("*.png"):
         path.write_bytes(b"no image")
-    skipping = config.model_copy(update={"skip_corrupt": True})
+    options: dict[str, Any] = {"fingerprint": data.fingerprint, "classes": data.classes, "skip_corrupt": True}
     with pytest.raises(DataError, match=r"no image of .* can be read"):
-        open_test_images(str(foreign), trained_on=skipping, fingerprint=data.fingerprint, classes=data.classes)
+        open_test_images(str(foreign), trained_on=config, **options)
 
 
 def test_folders_that_change_names_have_their_images_read_again(image_folder: MakeFolder, own_cache: Path) -> None:
@@ -1176,7 +1198,7 @@ def test_unnamed_groups_are_those_of_a_sources_test_part(
     data = open_dataset(config)
     foreign = image_folder({f"{part}/{name}": 4 for part in parts for name in "ab"})
     source = replace(find_source(build_config(foreign)), hidden_group_size=30)
-    monkeypatch.setattr(datasets, "find_source", lambda _: source)
+    monkeypatch.setattr(datasets, "find_source", lambda _, **__: source)
     unseen = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
     assert (unseen.hidden_group_size, unseen.own) == (size, False)
     assert open_dataset(build_config(foreign)).hidden_group_size == size
@@ -1193,6 +1215,52 @@ def test_all_images_of_a_foreign_folder_are_all_of_them(image_folder: MakeFolder
     assert "all images" in text
     assert _shown(images) == _colours(foreign)
     assert len(torch.unique(images.groups)) == len(images) == 10, "each shows something else"
+
+
+def test_where_images_were_moved_about_it_is_said_that_some_may_have_been_learned_from(
+    image_folder: MakeFolder,
+) -> None:
+    """Training and test images changed places: the folder has a test part, but not that of then."""
+    root = image_folder({"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3})
+    config = build_config(root)
+    data = open_dataset(config)
+    path = next((root / "train" / "a").iterdir())
+    path.rename(root / "test" / "a" / "moved.png")
+    for where in (None, str(root)):
+        _, text, _, own = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        assert not own
+        assert "has changed since the model was trained, and it may have learned from some of them" in text
+
+
+@pytest.mark.parametrize(
+    ("counts", "labels"),
+    [({"test/a": 2, "test/c": 3}, [0, 0, 2, 2, 2]), ({"b": 4}, [1] * 4), ({"train/a": 2, "test/b": 2}, [1, 1])],
+)
+def test_images_to_judge_need_neither_training_images_nor_every_class(
+    counts: dict[str, int], labels: list[int], image_folder: MakeFolder
+) -> None:
+    """New cases of the important class alone are what somebody has to judge a model on."""
+    config = build_config(image_folder({"a": 5, "b": 5, "c": 5}))
+    data = open_dataset(config)
+    foreign = image_folder(counts)
+    images, *_ = open_test_images(str(foreign), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+    assert sorted(images.labels.tolist()) == labels
+    with pytest.raises(DataError):
+        open_data(foreign)
+
+
+def test_corrupt_images_to_judge_are_named_or_counted(image_folder: MakeFolder) -> None:
+    """Whatever was left out of training: that says nothing of other images."""
+    config = build_config(image_folder({"a": 5, "b": 5})).model_copy(update={"skip_corrupt": True})
+    data = open_dataset(config)
+    foreign = image_folder({"a": 3, "b": 3})
+    (foreign / "a" / "torn.png").write_bytes(b"no image")
+    options: dict[str, Any] = {"trained_on": config, "fingerprint": data.fingerprint, "classes": data.classes}
+    with pytest.raises(DataError, match=r"torn\.png.*--skip-corrupt"):
+        open_test_images(str(foreign), **options)
+    images, text, *_ = open_test_images(str(foreign), **options, skip_corrupt=True)
+    assert len(images) == 6
+    assert text.endswith("; 1 corrupt image file(s) were left out")
 
 
 def test_a_class_that_the_model_does_not_know_is_named(image_folder: MakeFolder) -> None:

@@ -79,6 +79,29 @@ def test_a_list_may_say_the_split(table: Table) -> None:
     assert train == {*range(24)} - test - validation
 
 
+def test_a_list_may_be_a_link_whose_paths_start_in_its_own_folder(table: Table, scans: Path) -> None:
+    """As in the caches of data tools, where a file lies under its digest."""
+    expected = _parts(open_data(table(_rows(split=True))))
+    (scans.parent / "cache").mkdir()
+    (scans / "labels.csv").rename(scans.parent / "cache" / "ab12")
+    (scans / "labels.csv").symlink_to(scans.parent / "cache" / "ab12")
+    config = StudyConfig.build({"dataset": str(scans / "labels.csv")}).absolute()
+    assert config.source_name == "labels"
+    data = open_data(config.dataset)
+    assert data.name == "labels"
+    assert _parts(data) == expected
+
+
+def test_a_list_to_judge_on_needs_no_training_images(table: Table) -> None:
+    rows = [line for line in _rows(split=True).splitlines() if "stop" not in line and not line.endswith("train")]
+    path = table("\n".join(rows))
+    source = listed_files(path, to_judge=True)
+    assert source.classes == ("go",)
+    assert set(source.parts) == {"validation", "test"}
+    with pytest.raises(DataError, match="no images to train on"):
+        listed_files(path)
+
+
 def test_a_list_may_name_groups(table: Table) -> None:
     data = open_data(table(_rows(group=3)))
     parts = _parts(data)
