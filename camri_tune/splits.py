@@ -68,8 +68,9 @@ def hold_out_groups(
     late = set() if last is None else set(last.tolist())
     rng = np.random.default_rng(seed)
     one_sided = ""
-    for _ in range(DRAWS):  # the first succeeds, unless groups span classes
-        mask = np.isin(groups, list(_draw_groups(labels, groups, fraction, rng, classes, purpose, late)))
+    for draw in range(DRAWS):  # the first succeeds, unless groups span classes
+        held = _draw_groups(labels, groups, fraction, rng, classes, purpose, late, at_any_size=draw > 0)
+        mask = np.isin(groups, list(held))
         lacking = [name for c, name in enumerate(classes) if len(np.unique(mask[labels == c])) < 2]
         if not lacking:
             return Split(np.flatnonzero(~mask), np.flatnonzero(mask))
@@ -88,8 +89,10 @@ def _draw_groups(
     classes: Sequence[str],
     purpose: str,
     late: set[int],
+    *,
+    at_any_size: bool,
 ) -> set[int]:
-    """Groups to hold out, as good as they can be had class by class."""
+    """Groups to hold out, as good as they can be had class by class; of each the first at random, if `at_any_size`."""
     held: set[int] = set()
     kept: set[int] = set()
     # Classes with the fewest groups choose first: with groups that span classes, they have the least choice.
@@ -111,7 +114,7 @@ def _draw_groups(
             if spare == 0 or (passed and g in late):
                 break
             # Pass over a group that would overshoot by more than is missing without it: a smaller one may follow.
-            if have + sizes[g] / 2 > wanted:
+            if have + sizes[g] / 2 > wanted and not (at_any_size and have == 0):
                 passed = True
                 continue
             held.add(g)
