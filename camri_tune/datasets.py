@@ -126,6 +126,11 @@ class Dataset:
             train = train[limit_groups(labels, groups, limit=config.limit, seed=seed, classes=self.classes)]
         return train, validation
 
+    @property
+    def left_out_of_test(self) -> str:
+        """What a sentence on the test part adds where files of it, or that it is drawn from, are corrupt."""
+        return self._cache.told(["test" if self._has_test else "train"])
+
     def require_test_images(self, important: Sequence[int]) -> None:
         """Raise DataError where test cannot judge an important class; of a user's own data, which was examined."""
         if self._source.groups_by:
@@ -134,11 +139,6 @@ class Dataset:
     @property
     def channels(self) -> int:
         return self.train.channels
-
-    @property
-    def left_out(self) -> str:
-        """What a sentence adds where files of the parts that were read are corrupt."""
-        return self._cache.told
 
     def examine(self) -> None:
         """Have `notices` tell also of what makes hours of training worth less; for a run that is about to begin.
@@ -301,7 +301,7 @@ def open_test_images(
         if data.fingerprint != fingerprint and not source.has("test"):  # other files than then could be decoded
             raise changed
         images = _some_of(data.test(), name)
-        text = f"the test part of {source.name}, which neither trained nor chose the model{data.left_out}"
+        text = f"the test part of {source.name}, which neither trained nor chose the model{data.left_out_of_test}"
         return Unseen(images, text, data.hidden_group_size, own=True)
     foreign = sorted(set(source.classes) - set(classes))
     if foreign:
@@ -322,7 +322,7 @@ def open_test_images(
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"
     said = "has changed since the model was trained, and it may have learned from some of them"
-    text = f"{which} of {name}, which {said if same_place else 'is not the data set of training'}{cache.told}"
+    text = f"{which} of {name}, which {said if same_place else 'is not the data set of training'}{cache.told(parts)}"
     size = source.hidden_group_size if parts == ["test"] else 1
     return Unseen(replace(images, labels=labels), text, size, own=False)
 
@@ -379,10 +379,10 @@ class _Cache:
     def skipped(self) -> int:
         return sum(int((~decoded.good).sum()) for decoded in self._decoded.values())
 
-    @property
-    def told(self) -> str:
-        """What a sentence adds where some could not be."""
-        return f"; {self.skipped:,} corrupt image file(s) were left out" if self.skipped else ""
+    def told(self, parts: Sequence[Part]) -> str:
+        """What a sentence on these parts adds where some could not be."""
+        count = sum(int((~self.decoded(part).good).sum()) for part in parts)
+        return f"; {count:,} corrupt image file(s) were left out" if count else ""
 
     def read(self, part: Part) -> Images:
         """The images of a part that could be decoded."""

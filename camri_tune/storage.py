@@ -140,12 +140,12 @@ class StudyStore:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
                 study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
+        if comparison and "cells" not in attributes:
+            store.set("cells", [])
         if "identity" not in attributes:
             store.set("identity", identity)
         if "id" not in attributes:
             store.set("id", uuid.uuid4().hex)
-        if comparison and "cells" not in attributes:
-            store.set("cells", [])
         if within is None:
             config.folder.mkdir(parents=True, exist_ok=True)
             write_text(config.folder / MARK, store.attributes["id"])
