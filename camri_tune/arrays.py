@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from camri_tune.augmentation import Augmentation
 from camri_tune.config import printable, shown
 from camri_tune.errors import DataError
+from camri_tune.files import own_path
 from camri_tune.folders import PART_NAMES, PARTS, PIECE, Part, Source, is_class_name, own_data
 from camri_tune.grouping import Listed, number_groups
 from camri_tune.images import MOST_PIXELS, Pieces
@@ -203,7 +204,7 @@ def array_source(path: Path, called: str = "", *, to_judge: bool = False) -> Sou
     if layout.dtype.kind == "f":
         usual = {"image_size": 1, "own_size": True, "augmentation": Augmentation()}
     return own_data(
-        Path(os.path.abspath(path)).stem if path.is_file() else path.resolve().name,
+        own_path(path).stem if path.is_file() else path.resolve().name,
         path,
         classes,
         packed=parts,

@@ -168,6 +168,7 @@ def _one_dataset(
                     paper=paper.get((config.source_name, token, method)),
                 )
             )
+    head.store.set("judged", True)
     return cells, {**_facts(head, baseline, bench.judge.test), "notices": notices}
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from camri_tune.errors import InputError
+from camri_tune.files import own_path
 from camri_tune.ranges import Bounds, Searchable, SearchRange, is_searched, read_searchable, read_words, text_of
 
 Loss = Literal["ce", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i"]
@@ -292,9 +293,8 @@ class StudyConfig(BaseModel):
         """The data set's name, for a folder that folder's own, for a file without its ending."""
         if self.dataset in BUILT_IN_DATASETS:
             return self.dataset
-        if is_data_file(self.dataset):
-            return Path(os.path.abspath(self.dataset)).stem
-        return Path(os.path.realpath(self.dataset)).name
+        path = _own_path(self.dataset)
+        return path.stem if is_data_file(path) else path.name
 
     @property
     def has_local_workers(self) -> bool:
@@ -393,13 +393,12 @@ class StudyConfig(BaseModel):
     def absolute(self) -> Self:
         """The same study with absolute paths, so that workers may run elsewhere on this machine."""
         known = self.dataset in BUILT_IN_DATASETS or not os.path.exists(self.dataset)
-        # A link keeps its own name: what it leads to, in the cache of a hub, has no ending that tells what it is.
-        dataset = self.dataset if known else os.path.abspath(self.dataset)
+        dataset = self.dataset if known else str(_own_path(self.dataset))
         artifacts = self.artifacts
         if artifacts is not None and "://" not in artifacts:
             artifacts = str(Path(artifacts).resolve())
         places = {"data_dir": self.data_dir.resolve(), "out": self.out.resolve(), "artifacts": artifacts}
-        places["weights"] = self.weights and Path(os.path.abspath(self.weights))
+        places["weights"] = self.weights and own_path(self.weights)
         return self.model_copy(update={"dataset": dataset, **places})
 
     def identity(self) -> dict[str, Any]:
@@ -487,6 +486,11 @@ def shown(value: object) -> str:
         return printable(repr(value))
     except (ValueError, RecursionError):  # thousands of digits, or of tables within each other
         return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def _own_path(dataset: str) -> Path:
+    """Where a data set lies; of a file that is a link, the link's own place."""
+    return own_path(dataset) if is_data_file(dataset) else Path(dataset).resolve()
 
 
 def _split(text: str) -> list[str]:

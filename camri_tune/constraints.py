@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from camri_tune.differences import PairedDifference, Share
-from camri_tune.records import TrialRecord, named, sd_on_folds
+from camri_tune.records import Figure, TrialRecord, named
 
 Kind = Literal["floor", "max_drop"]
 # On test: a bound shows it; it is observed, not shown; it is not observed, as chance may have it; a bound shows that it
@@ -69,9 +69,9 @@ class RecallConstraint:
         return {c: sum(one[c] for one in each) / len(each) for c in self.classes}
 
     def scatter(self, records: Sequence[TrialRecord]) -> float:
-        """How much seeds alone move the worst class's miss on a fold; 0 where no fold has two models."""
+        """How much seeds alone move the worst class's miss; 0 with one model."""
         worst = [max(self.misses(record.recall_per_class, [record.fold]).values()) for record in records]
-        return sd_on_folds(worst, [record.fold for record in records]) or 0.0
+        return Figure(tuple(worst)).sd or 0.0
 
     def in_words(self, classes: Sequence[str]) -> str:
         """What is asked, as a noun."""

@@ -1,5 +1,6 @@
 """What the numbers of a data set's images say before anything is trained."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from camri_tune.stats import binomial_interval
 IMBALANCE = 10  # times as many training images as the smallest class: from there on it is told
 FEW_IMAGES = 20  # of a class in a part
 MOST_NAMED = 5
+ODD_SHARE = 2.0  # times what a part should have of a class, or as many times less: from there on it is told
 
 
 def tell_imbalance(train: Images, classes: Sequence[str]) -> list[str]:
@@ -44,6 +46,33 @@ def tell_few(parts: Mapping[str, Images], classes: Sequence[str]) -> list[str]:
             texts.append(f"{named(c, classes)} {counts[c]}{of_groups}")
         more = f" and {len(few) - MOST_NAMED} more classes" if len(few) > MOST_NAMED else ""
         lines.append(f"Few {part} images: {', '.join(texts)}{more}{_worth(part, int(counts[few[0]]))}.")
+    return lines
+
+
+def tell_uneven(parts: Mapping[str, Images], drawn: Mapping[str, float], classes: Sequence[str]) -> list[str]:
+    """Of classes of which a part that was `drawn`, in whole groups, has much more or less than the share meant.
+
+    The share is of the images that were dealt: those of training and of the parts that were drawn from it.
+    """
+    counts = {part: np.bincount(parts[part].labels.numpy(), minlength=len(classes)) for part in ("training", *drawn)}
+    every = np.sum(list(counts.values()), axis=0)
+    lines = []
+    for part, meant in drawn.items():
+        shares = counts[part] / np.maximum(every, 1)
+        odd = [
+            c
+            for c in range(len(classes))
+            if every[c] >= FEW_IMAGES and not meant / ODD_SHARE <= shares[c] <= meant * ODD_SHARE
+        ]
+        if not odd:
+            continue
+        odd.sort(key=lambda c: -abs(math.log(max(float(shares[c]), 1e-9) / meant)))
+        texts = [f"{shares[c]:.0%} of {named(c, classes)}" for c in odd[:MOST_NAMED]]
+        more = f" and so on for {len(odd) - MOST_NAMED} more classes" if len(odd) > MOST_NAMED else ""
+        lines.append(
+            f"Groups differ much in size: {part} has {', '.join(texts)}{more}, where {meant:.0%} were meant. Another "
+            f"--seed deals them otherwise; or give the parts yourself."
+        )
     return lines
 
 

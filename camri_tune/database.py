@@ -62,7 +62,7 @@ def masked(url: str) -> str:
         parsed = sqlalchemy.engine.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         return "(unreadable URL)"
-    if _misread(parsed):
+    if _misread(parsed) or (parsed.host and "@" in str(parsed.query)):
         return "(unreadable URL)"
     query = dict.fromkeys(parsed.query, "...")
     return parsed.set(query=query).render_as_string(hide_password=True)

@@ -25,7 +25,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
-from camri_tune.counts import tell_few, tell_imbalance
+from camri_tune.counts import tell_few, tell_imbalance, tell_uneven
 from camri_tune.duplicates import Looks, exact_hashes, near_hashes, tell_all
 from camri_tune.errors import DataError, FileNotReadError
 from camri_tune.folders import PIECE, Part, Source
@@ -160,8 +160,21 @@ class Dataset:
             *self._ungrouped(),
             *tell_imbalance(self.train, self.classes),
             *tell_few(parts, self.classes),
+            *tell_uneven(parts, self._shares_meant(), self.classes),
             *tell_all([self._looks(name, own[name], images) for name, images in parts.items()], self._source.groups_by),
         ]
+
+    def _shares_meant(self) -> dict[str, float]:
+        """What each part that is drawn in groups should have of a class; nothing of images that are fewer by choice."""
+        if not self.grouped or self._config.per_group is not None or self._config.limit is not None:
+            return {}
+        shares, left = {}, 1.0
+        if not self._has_test:
+            shares["test"] = left * HELD_OUT_FRACTION
+            left -= shares["test"]
+        if self.has_folds:
+            shares["validation"] = left * HELD_OUT_FRACTION
+        return shares
 
     def _ungrouped(self) -> list[str]:
         """A split that was drawn image by image is right only where no two show one object, which nobody has said."""

@@ -13,6 +13,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def own_path(path: str | Path) -> Path:
+    """A file's absolute path, of a link its own: what that leads to may have another ending, as in a hub's cache.
+
+    Links among the folders are followed, for `..` means the parent of what they lead to.
+    """
+    path = Path(path)
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it."""
     partial = path.with_name(f"{path.name}.partial")

@@ -7,10 +7,12 @@ import csv
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 from camri_tune.config import printable, shown
 from camri_tune.errors import DataError
+from camri_tune.files import own_path
 from camri_tune.folders import PART_NAMES, PARTS, Part, Source, grouped_by, is_class_name, own_data
 from camri_tune.grouping import Listed, NotGroupedError, number_groups
 
@@ -27,17 +29,20 @@ def listed_files(table: Path, group_by: str | None = None, *, to_judge: bool = F
     spreadsheet counts it, or OSError.
     """
     where = f"data set {shown(str(table))}"
-    table = Path(os.path.abspath(table))  # of a link its own folder, not that of what it leads to
-    root = table.parent
+    table, linked = own_path(table), table.resolve()
     rows = _rows(table, where)
     columns = next(rows)[1]
+    first = list(islice(rows, 1))
+    # The paths in a file that a link leads to start where the link lies, or where the file does.
+    starts = [folder for folder in (table.parent, linked.parent) if _exists(first, columns, folder)]
+    root = next(iter(starts), table.parent)
     if "group" in columns and group_by is not None:
         raise NotGroupedError(
             f"{where} has a column 'group', so that --group-by has nothing to say: leave one of them out"
         )
     found: dict[Part, list[tuple[str, str, str | None]]] = {}
     seen: dict[str, int] = {}
-    for number, values in rows:
+    for number, values in chain(first, rows):
         row = dict(zip(columns, values, strict=True))
         here = f"{where}, row {number:,}"
         path = _path(row["path"], root, here)
@@ -51,7 +56,7 @@ def listed_files(table: Path, group_by: str | None = None, *, to_judge: bool = F
             known = ", ".join(PART_NAMES)
             raise DataError(f"{here}: split is {shown(row['split'])}, but should be one of {known}")
         found.setdefault(part, []).append((path, row["label"], row.get("group") or None))
-    return _source(table, found, group_by, where, to_judge)
+    return _source(root / table.name, found, group_by, where, to_judge)
 
 
 def _source(
@@ -98,6 +103,11 @@ def _source(
         groups_by="a column 'group', or --group-by",
         notices=tuple(notices),
     )
+
+
+def _exists(rows: Sequence[tuple[int, list[str]]], columns: Sequence[str], folder: Path) -> bool:
+    """Whether the images of these rows lie in a folder."""
+    return all(os.path.isfile(folder / dict(zip(columns, values, strict=True))["path"]) for _, values in rows)
 
 
 def _rows(table: Path, where: str) -> Iterator[tuple[int, list[str]]]:

@@ -40,7 +40,7 @@ class Overview:
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on any
     machine. `constraints` are those of recall. `storage` is the database's URL without passwords, where it is not the
     study's own file. `result` is `result.json`, once there is one. `through` says whether the last run
-    trained all that it planned. `is_comparison`: the study is the part of a comparison that has its baseline.
+    has judged all that it planned. `is_comparison`: the study is the part of a comparison that has its baseline.
     """
 
     config: StudyConfig
@@ -211,7 +211,7 @@ def read_overview(store: StudyStore) -> Overview:
         storage=None if store.storage.url == storage_url(store.config) else masked(store.storage.url),
         result=_read_result(folder / RESULT),
         constraints=constraints,
-        through=attributes.get("stage") == "done",
+        through=attributes.get("judged", attributes.get("stage") == "done"),  # an earlier version noted no judgement
         is_comparison="cells" in attributes,
     )
 

@@ -138,6 +138,7 @@ def run(
             (config.folder / EVIDENCE).unlink(missing_ok=True)
         write_text(config.folder / RESULT, json.dumps(without_nan(result.as_json()), indent=2) + "\n")
         _export(stages, result, chosen)
+        store.set("judged", True)
     # By now nothing works on the study any more, and both say so.
     write_report(store)
     show(store, console)

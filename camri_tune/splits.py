@@ -68,9 +68,8 @@ def hold_out_groups(
     late = set() if last is None else set(last.tolist())
     rng = np.random.default_rng(seed)
     one_sided = ""
-    for draw in range(DRAWS):  # the first succeeds, unless groups span classes
-        held = _draw_groups(labels, groups, fraction, rng, classes, purpose, late, at_any_size=draw > 0)
-        mask = np.isin(groups, list(held))
+    for _ in range(DRAWS):  # the first succeeds, unless groups span classes
+        mask = np.isin(groups, list(_draw_groups(labels, groups, fraction, rng, classes, purpose, late)))
         lacking = [name for c, name in enumerate(classes) if len(np.unique(mask[labels == c])) < 2]
         if not lacking:
             return Split(np.flatnonzero(~mask), np.flatnonzero(mask))
@@ -89,10 +88,8 @@ def _draw_groups(
     classes: Sequence[str],
     purpose: str,
     late: set[int],
-    *,
-    at_any_size: bool,
 ) -> set[int]:
-    """Groups to hold out, as good as they can be had class by class; of each the first at random, if `at_any_size`."""
+    """Groups to hold out, as good as they can be had class by class."""
     held: set[int] = set()
     kept: set[int] = set()
     # Classes with the fewest groups choose first: with groups that span classes, they have the least choice.
@@ -109,19 +106,13 @@ def _draw_groups(
         have = sum(size for g, size in sizes.items() if g in held)
         free = sorted((g for g in sizes if g not in held and g not in kept), key=late.__contains__)
         spare = len([g for g in sizes if g not in held]) - 1  # one group stays
-        passed = False
         for g in free:
-            if spare == 0 or (passed and g in late):
+            # Stop where one more group would overshoot by more than stopping falls short.
+            if spare == 0 or (have > 0 and have + sizes[g] / 2 > wanted):
                 break
-            # Pass over a group that would overshoot by more than is missing without it: a smaller one may follow.
-            if have + sizes[g] / 2 > wanted and not (at_any_size and have == 0):
-                passed = True
-                continue
             held.add(g)
             have += sizes[g]
             spare -= 1
-        if have == 0 and spare > 0 and free:  # all of them are too large
-            held.add(min(free, key=lambda g: (g in late, sizes[g])))
         kept.update(g for g in sizes if g not in held)
     return held
 

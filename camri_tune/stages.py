@@ -123,7 +123,7 @@ class Stages:
                 **self._settled(baseline.learning_rate, self.folds),
                 "floors": floors,
                 "search_floor": pooled_floor(floors, self.data, range(self.folds)),
-                "accuracy_sd": self._of_a_trial(baseline.accuracy_sd or 0.0),
+                "accuracy_sd": self._accuracy_sd(baseline),
                 "recall_per_class": list(baseline.recall_per_class),
                 "constraints": [constraint.as_json() for constraint in self.constraints],
             },
@@ -190,13 +190,21 @@ class Stages:
 
     def _candidates(self, trials: Sequence[TrialRecord], baseline: Baseline) -> list[TrialRecord]:
         """Who may become a finalist, best first; trials that missed a floor by less than seeds scatter come last."""
-        slacks = {c.name: self._of_a_trial(c.scatter(baseline.records)) for c in self.constraints}
+        slacks = {constraint.name: constraint.scatter(baseline.records) for constraint in self.constraints}
         count = self.config.most_finalists * ROUNDS_OF_FINALISTS
-        return finalists(trials, count, self._of_a_trial(baseline.accuracy_sd or 0.0), slacks)
+        return finalists(trials, count, self._accuracy_sd(baseline), slacks)
 
-    def _of_a_trial(self, scatter: float) -> float:
-        """What seeds alone move a trial by: it has a model on each fold, and is scored by all of them together."""
-        return scatter / math.sqrt(self.folds)
+    def _accuracy_sd(self, baseline: Baseline) -> float:
+        """How much seeds alone move a trial's accuracy; 0 where one seed says nothing of that.
+
+        On folds a trial has a model on each, and is scored by all of them together. Where no fold has two seeds, which
+        would tell, it is taken for what chance alone does to so many images.
+        """
+        if baseline.accuracy_sd is not None:
+            return baseline.accuracy_sd / math.sqrt(self.folds)
+        if self.folds == 1:
+            return 0.0
+        return math.sqrt(baseline.accuracy * (1 - baseline.accuracy) / len(self.data.validation_of(self.folds)))
 
     def retrain(self, chosen: Sequence[TrialRecord]) -> dict[int, list[TrialRecord]] | None:
         """Models of these trials' settings on the baseline's seeds; None while some are left to train."""
@@ -309,6 +317,7 @@ class Crew:
             store.sign()
             store.artifacts.sweep()
             store.set("stage", "running")
+            store.set("judged", False)
             again, once_more = store.requeue_interrupted(), store.requeue_out_of_memory()
             where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device
             epochs = config.most_epochs(data.epochs)

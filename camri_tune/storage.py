@@ -131,11 +131,7 @@ class StudyStore:
             store.artifacts.check()
             if "config" in attributes:
                 store._require_its_files(attributes)
-            if store.has_anothers_folder(attributes.get("id")):
-                raise StudyMismatchError(
-                    f"{str(config.folder)!r} is the folder of another study, which had another name or is in another "
-                    f"storage: repeat its --storage (or $CAMRI_STORAGE), or start another study with --name"
-                )
+            store._require_its_folder(attributes)
         for stage, name in store._names.items():
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
@@ -204,9 +200,22 @@ class StudyStore:
             raise StudyMismatchError(
                 f"study {self.name!r} is of a comparison: camri-tune compare goes on with it; start another with --name"
             )
-        if comparison and not of_comparison:
+        if comparison and not of_comparison and self.records("search"):
             raise StudyMismatchError(
                 f"study {self.name!r} is of camri-tune run, and no comparison: start another with --name"
+            )
+
+    def _require_its_folder(self, attributes: Mapping[str, Any]) -> None:
+        others = [] if self.config.storage else self.names_in(self._storage)  # of the folder's own database
+        if others and self.name not in others:
+            raise StudyMismatchError(
+                f"{str(self.config.folder)!r} is the folder of study {others[0]!r}: give it that name again, or start "
+                f"another study with --name"
+            )
+        if self.has_anothers_folder(attributes.get("id")):
+            raise StudyMismatchError(
+                f"{str(self.config.folder)!r} is the folder of another study, whose database is elsewhere or gone: "
+                f"repeat its --storage (or $CAMRI_STORAGE), move the folder away, or start another study with --name"
             )
 
     def sign(self) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 import numpy as np
 import torch
 from optuna.samplers import BaseSampler
+from optuna.trial import TrialState as OptunaState
 
 from camri_tune.config import Model, StudyConfig
 from camri_tune.database import STORAGE_VARIABLE, import_sql, masked, open_storage
@@ -105,7 +106,8 @@ def _sampler(store: StudyStore, config: StudyConfig, index: int) -> BaseSampler:
 
     Else what is drawn at random, before there are trials to learn from, would be drawn again.
     """
-    begun = sum(record.state != "waiting" for record in store.records("search"))
+    trials = store.optuna_study("search").get_trials(deepcopy=False)
+    begun = sum(trial.state != OptunaState.WAITING for trial in trials)  # also what was interrupted
     return make_sampler(config, int(np.random.SeedSequence([config.seed, index, begun]).generate_state(1)[0]))
 
 

@@ -275,6 +275,21 @@ def _labelled(counts: list[int], group: int = 1) -> Images:
     return Images(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels, torch.arange(len(labels)) // group)
 
 
+def test_parts_that_groups_of_uneven_sizes_make_are_told(photos: MakePhotos) -> None:
+    """One patient's film of 60 frames among six of 5: where that is dealt to test, little is left to learn from."""
+    root = photos({"a": 90, "b": 90})
+    pattern = r"(?P<group>a/0[0-5]|a/0[6-8][0-4]|a/0[6-8]|b/\d\d\d)"
+    told = {seed: _told(root, "differ much in size", group_by=pattern, seed=seed) for seed in range(6)}
+    assert all("Another --seed deals" in line for lines in told.values() for line in lines)
+    for seed, lines in told.items():
+        data = open_dataset(StudyConfig.build({"dataset": str(root), "group_by": pattern, "seed": seed}))
+        count = int((data.test().labels == 0).sum())
+        assert any(f"test has {count / 90:.0%} of 0 (a)" in line for line in lines) == (not 9 <= count <= 36)
+        assert not any("of 1 (b)" in line for line in lines), "of single images a fifth is a fifth"
+    assert any(told.values())
+    assert _told(root, "differ much in size") == []
+
+
 @pytest.mark.parametrize(("counts", "told"), [([100, 11], False), ([100, 10], True), ([40, 400, 39], True)])
 def test_imbalance_is_told_from_ten_times_on(counts: list[int], told: bool) -> None:
     lines = tell_imbalance(_labelled(counts), ["x", "y", "z"][: len(counts)])

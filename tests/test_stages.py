@@ -1,5 +1,6 @@
 """What each stage queues next, on a real database, with figures in place of trainings."""
 
+import math
 import random
 import re
 import shutil
@@ -234,6 +235,26 @@ def test_one_rule_chooses_the_model_of_a_finalist_and_the_baselines(make: Callab
 
 def _seeds_and_folds(stages: Stages, stage: Stage) -> list[tuple[int, int]]:
     return [(trial["seed"], trial["fold"]) for trial in _waiting(stages, stage)]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "folds", "expected"),
+    [(3, 1, 0.01), (4, 2, 0.005), (2, 2, math.sqrt(0.9 * 0.1 / 574)), (1, 1, 0.0)],
+)
+def test_a_trials_scatter_is_that_of_seeds_and_not_of_folds(
+    seeds: int, folds: int, expected: float, make: Callable[..., Stages]
+) -> None:
+    """Of the folds the second is much harder. A trial is scored on all of them together."""
+    stages = make(seeds=seeds)
+
+    def scored(_: int, __: Mapping[str, float], attributes: Mapping[str, Any]) -> tuple[float, float]:
+        place = attributes["seed"] % 10
+        step = (place - 1) * 0.01 if folds == 1 and seeds > 1 else (0.005 if place < 2 else -0.005) if seeds == 4 else 0
+        return 0.9 + (0.05, -0.05)[attributes.get("fold", 0)] * (folds - 1) + step, 0.5
+
+    baseline = _baseline(stages, scored, folds)
+    stages.adopt(baseline, (3,))
+    assert stages.store.attributes["baseline"]["accuracy_sd"] == pytest.approx(expected)
 
 
 def test_the_baselines_seeds_take_the_folds_in_turn(make: Callable[..., Stages]) -> None:

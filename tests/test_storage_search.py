@@ -161,6 +161,8 @@ def test_a_storage_that_cannot_be_used_gets_one_line_without_the_password(url: s
         f"postgresql://db.example/database?options=-c%20token%3D{SECRET}",
         f"postgresql://us/er:{SECRET}@db.example/database",
         f"postgresql://user:{SECRET}/more@db.example/database",
+        f"postgresql://user:p@a/b?c={SECRET}@db.example/database",
+        f"postgresql://user:{SECRET}?c=d@db.example/database",
         f"postgresql://user:{SECRET}@db.example:port/database",
         f"postgres//user:{SECRET}@db.example/database",
     ],
@@ -189,8 +191,25 @@ def test_a_folder_holds_one_study_wherever_that_is_stored(
             StudyStore.create(elsewhere, other, digits)
     assert StudyStore.names_in(elsewhere) == [], "nothing is left of what was refused"
     assert create(config, digits).attributes["id"] == first.attributes["id"]
+    (config.folder / "study.db").rename(tmp_path / "away.db")
+    with pytest.raises(StudyMismatchError, match="move the folder away"):
+        StudyStore.create(open_storage(storage_url(config)), config, digits)
     apart = config.model_copy(update={"name": "apart"})
     assert StudyStore.create(elsewhere, apart, digits).attributes["id"] != first.attributes["id"]
+
+
+def test_a_folder_that_was_renamed_keeps_its_study(config: StudyConfig, digits: Dataset, create: Create) -> None:
+    """The command of before would begin a second one in the same database."""
+    create(config, digits).storage.close()
+    for marked in (True, False):
+        renamed = config.model_copy(update={"name": "renamed"})
+        config.folder.rename(renamed.folder)
+        if not marked:
+            (renamed.folder / ".study").unlink()
+        with pytest.raises(StudyMismatchError, match="is the folder of study 'study': give it that name again"):
+            create(renamed, digits)
+        renamed.folder.rename(config.folder)
+        create(config, digits).storage.close()
 
 
 def test_a_study_that_cannot_keep_its_files_is_not_begun(config: StudyConfig, digits: Dataset, create: Create) -> None:
@@ -1195,9 +1214,10 @@ def _suggested(loss: Loss, important: Sequence[int], digits: Dataset, seed: int 
 
 
 @pytest.mark.parametrize("seed", [20_260_131, 2**31 - 1])
-def test_a_sampler_takes_any_seed_that_a_study_may_have(seed: int) -> None:
+def test_a_sampler_takes_any_seed_that_a_study_may_have(seed: int, store: StudyStore) -> None:
     config = StudyConfig(seed=seed)
     assert make_sampler(config, seed=config.seed * 1_000 + 999) is not None
+    assert worker_module._sampler(store, config, 999) is not None
 
 
 def test_a_study_that_goes_on_does_not_draw_the_same_settings_again(
@@ -1212,6 +1232,14 @@ def test_a_study_that_goes_on_does_not_draw_the_same_settings_again(
         assert trial is not None
         drawn.append(suggest(trial, "search", _plan(config, digits))[1])
     assert len(set(drawn)) == 4
+    assert trial is not None
+    store.release(trial._trial_id, "interrupted in its first draw")
+    store.requeue_interrupted()
+    assert store.claim("search") is not None, "which goes on"
+    store.enqueue("search", {})
+    fresh = store.claim("search", worker_module._sampler(store, config, 0))
+    assert fresh is not None
+    assert suggest(fresh, "search", _plan(config, digits))[1] not in drawn
     assert _drawn(worker_module._sampler(store, config, 0)) == _drawn(worker_module._sampler(store, config, 0))
 
 
