@@ -228,7 +228,12 @@ def test_a_result_from_before_more_trials_were_asked_for_is_said_to_be(make: Mak
     assert read_overview(store).stage == "judged"
     assert "s: finished" in _shown(store)
     assert "\nnone: No model: so." in _shown(store)
+    store.set("judged", False)  # trained, and test is being asked
+    assert not read_overview(store).finished
+    store.set("judged", True)
+    assert read_overview(store).finished
     store.set("stage", "running")  # and killed, or interrupted
+    store.set("judged", False)
     store.enqueue("search", {})
     overview = read_overview(store)
     assert (overview.stage, overview.finished) == ("search", False)

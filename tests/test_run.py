@@ -71,6 +71,8 @@ def _trials(folder: Path, study: str = "d") -> list[tuple[int, str]]:
 def test_a_run_leaves_the_promised_files(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, result = finished
     assert json.loads((folder / "result.json").read_text()) == result
+    status = result_of(camri_tune("status", "d", "--out", folder.parent, "--json"))
+    assert (status["stage"], status["running"]) == ("judged", False)
     assert {p.name for p in (folder / "best").iterdir()} == {
         "model.safetensors",
         "config.json",

@@ -190,12 +190,13 @@ def test_a_folder_holds_one_study_wherever_that_is_stored(
         with pytest.raises(StudyMismatchError, match=r"folder of another study.*--storage"):
             StudyStore.create(elsewhere, other, digits)
     assert StudyStore.names_in(elsewhere) == [], "nothing is left of what was refused"
-    assert create(config, digits).attributes["id"] == first.attributes["id"]
+    known = first.attributes["id"]
+    assert create(config, digits).attributes["id"] == known
     (config.folder / "study.db").rename(tmp_path / "away.db")
     with pytest.raises(StudyMismatchError, match="move the folder away"):
         StudyStore.create(open_storage(storage_url(config)), config, digits)
     apart = config.model_copy(update={"name": "apart"})
-    assert StudyStore.create(elsewhere, apart, digits).attributes["id"] != first.attributes["id"]
+    assert StudyStore.create(elsewhere, apart, digits).attributes["id"] != known
 
 
 def test_a_folder_that_was_renamed_keeps_its_study(config: StudyConfig, digits: Dataset, create: Create) -> None:
@@ -221,10 +222,13 @@ def test_a_study_that_cannot_keep_its_files_is_not_begun(config: StudyConfig, di
 
 
 def test_a_comparison_and_a_study_are_not_taken_for_each_other(
-    config: StudyConfig, digits: Dataset, create: Create
+    config: StudyConfig, digits: Dataset, tmp_path: Path
 ) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'shared.db'}")
+    config = config.model_copy(update={"storage": storage.url})
     head = config.model_copy(update={"name": "table"})
-    storage = create(config, digits).storage
+    trained = StudyStore.create(storage, config, digits)
+    trained.enqueue("search", {})
     store = StudyStore.create(storage, head, digits, comparison=True)
     cell = head.model_copy(update={"name": "table.3.wce", "loss": "wce"})
     StudyStore.create(storage, cell, digits, within=store)
