@@ -490,7 +490,7 @@ def shown(value: object) -> str:
 
 def _own_path(dataset: str) -> Path:
     """Where a data set lies; of a file that is a link, the link's own place."""
-    return own_path(dataset) if is_data_file(dataset) else Path(dataset).resolve()
+    return own_path(dataset) if is_data_file(dataset) else Path(os.path.realpath(dataset))
 
 
 def _split(text: str) -> list[str]:

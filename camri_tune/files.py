@@ -19,7 +19,9 @@ def own_path(path: str | Path) -> Path:
     Links among the folders are followed, for `..` means the parent of what they lead to.
     """
     path = Path(path)
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    whole = path.name in ("", "..")
+    # Not by Path.resolve, to which a circle of links is an error.
+    return Path(os.path.realpath(path)) if whole else Path(os.path.realpath(path.parent)) / path.name
 
 
 def write_text(path: Path, text: str) -> None:
