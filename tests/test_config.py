@@ -18,6 +18,7 @@ from camri_tune.config import (
     read_study_file,
 )
 from camri_tune.errors import InputError
+from camri_tune.files import own_path
 
 # Key, value, and a word of the rule.
 BROKEN_RULES: list[tuple[str, object, str]] = [
@@ -411,3 +412,24 @@ def test_calibrating_is_for_one_important_class() -> None:
     assert StudyConfig.build({"important": "3", "calibrate": True}).calibrate
     with pytest.raises(InputError, match="--calibrate is True, but should be left out with several"):
         StudyConfig.build({"important": "3,8", "calibrate": True})
+
+
+def test_a_link_to_a_file_keeps_its_own_name_and_dots_mean_what_they_do_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub's cache has the file under its digest, without the ending that tells what it is."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "9f3c").touch()
+    (tmp_path / "blobs" / "deep").mkdir()
+    for name in ("weights.safetensors", "features.npz"):
+        (tmp_path / name).symlink_to(tmp_path / "blobs" / "9f3c")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "blobs" / "deep")
+    (tmp_path / "blobs" / "more.npz").touch()
+    monkeypatch.chdir(tmp_path)
+    linked = StudyConfig.build({"dataset": "features.npz", "weights": "weights.safetensors"}).absolute()
+    assert linked.dataset == str(tmp_path / "features.npz")
+    assert linked.weights == tmp_path / "weights.safetensors"
+    assert linked.source_name == "features"
+    dotted = StudyConfig.build({"dataset": "elsewhere/../more.npz"}).absolute()
+    assert dotted.dataset == str(tmp_path / "blobs" / "more.npz"), "and not more.npz beside the link"
+    assert own_path(Path("elsewhere/..")) == tmp_path / "blobs"
