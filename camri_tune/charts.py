@@ -51,8 +51,7 @@ def recall_accuracy(overview: Overview) -> go.Figure:
         )
     exported = (overview.result or {}).get("best") or {}
     settings: dict[bool, list[_Mean]] = {False: [], True: []}
-    for number, records in overview.retrained.items():
-        accuracy, recall = (Figure(tuple(values)) for values in _columns(records))
+    for number, (accuracy, recall) in overview.finalist_figures.items():
         settings[number == exported.get("trial")].append(_Mean(accuracy, recall, f"#{number}"))
     _means(figure, settings[False], "finalists, mean over fresh seeds", FINALIST)
     _means(figure, settings[True], "exported setting, mean over fresh seeds", EXPORTED)
@@ -294,7 +293,7 @@ def _focus(figure: go.Figure, overview: Overview, floor: float) -> None:
     if not complete:
         return
     values = sorted(100 * _known(t.accuracy) for t in complete)
-    means = [[100 * Figure(tuple(v)).mean for v in _columns(records)] for records in overview.retrained.values()]
+    means = [[100 * figure.mean for figure in pair] for pair in overview.finalist_figures.values()]
     if overview.baseline is not None:
         measured = overview.baseline.measured(overview.important)
         means.append([100 * measured.accuracy.mean, 100 * measured.recall.mean])

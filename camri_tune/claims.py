@@ -7,7 +7,7 @@ from scipy import special
 
 from camri_tune.constraint_claims import asked_as_well, obstacle, said_of_constraint
 from camri_tune.constraints import RecallConstraint
-from camri_tune.differences import PairedDifference, grouped, points, tracks
+from camri_tune.differences import CONFIDENCE, PairedDifference, grouped, points, tracks
 from camri_tune.ranges import Searchable, is_searched, text_of
 from camri_tune.records import TrialRecord, named
 from camri_tune.result import Best, Finalist, Result, Threshold, Verdict
@@ -155,7 +155,7 @@ def smoothed_labels(share: Searchable) -> str | None:
     whose = "the baseline's not" if is_searched(share) else "the baseline's as well"
     return (
         f"Labels are smoothed by {text_of(share)}, {whose}: that draws the logits of all classes together, so that a "
-        f"margin of so many radians means another thing than without, and probabilities are calibrated less."
+        f"margin means another thing than without, and probabilities are calibrated less."
     )
 
 
@@ -213,7 +213,7 @@ def few_test_images(best: Best, classes: Sequence[str]) -> list[str]:
     lines = []
     for c, share in best.exported_recall.items():
         if share.n < FEW_IMAGES or share.effective_n < FEW_IMAGES:
-            most = binomial_interval(share.effective_n, share.effective_n).low
+            most = binomial_interval(share.effective_n, share.effective_n, 2 * CONFIDENCE - 1).low  # one-sided
             few = f"{share.n} test images"
             if share.effective_n < share.n:
                 few += f"{tracks(share)}, which count as {share.effective_n:.0f} independent ones"
@@ -236,11 +236,12 @@ def provenance(result: Result) -> list[str]:
         )
     else:
         of_tracks = tracks(best.accuracy_difference)
+        of_those = ", as far as one keeps what is asked of recall" if result.constraints else ""
         lines += [
             f"Judged: test, {images['test']:,} images{of_tracks} ({of_class}), which chose nothing but to stop at the "
             f"first finalist that is certified. The baseline was measured on it{_with_and_without(result)}.",
             f"Claimed: what the exported model (seed {best.exported_seed}) does beside the baseline model of seed "
-            f"{best.baseline_seed}, which the same rule chose, on images like the test set's; "
+            f"{best.baseline_seed}, which the same rule chose{of_those}, on images like the test set's; "
             f"{_confidence(result, best)}",
         ]
         lines += [f"Asked as well: {asked_as_well(found, result.classes)}" for found in best.constraints]
@@ -294,7 +295,8 @@ def _who_chose(result: Result) -> str:
     if result.finalists:
         text += f", and {retrained}, whose seeds take the folds in turn, were ranked by their means"
     if result.best:
-        text += ". The first seed that keeps accuracy on its own fold is exported: no recall chose it"
+        kept = "accuracy and what is asked of recall" if result.constraints else "accuracy"
+        text += f". The first seed that keeps {kept} on its own fold is exported: it is not the one that recalls most"
     return f"{text}."
 
 

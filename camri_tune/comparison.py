@@ -154,7 +154,7 @@ def _one_dataset(
             base = {0: list(baseline.records)}
             trained_with: Loss = "ce" if method == "threshold" else method
             settings = models.get((important, trained_with), base)
-            params, trained, matched = bench.measure(settings, trained_with, important)
+            params, trained, matched, matched_params = bench.measure(settings, trained_with, important)
             cells.append(
                 Cell(
                     dataset=config.source_name,
@@ -165,6 +165,7 @@ def _one_dataset(
                     params=params,
                     trained=matched if method == "threshold" else trained,
                     matched=matched,
+                    matched_params=matched_params,
                     paper=paper.get((config.source_name, token, method)),
                 )
             )
@@ -226,8 +227,8 @@ class _Bench:
 
     def measure(
         self, settings: Mapping[int, Models], loss: Loss, important: int
-    ) -> tuple[Mapping[str, float], Outcome | None, Outcome | None]:
-        """The best setting as trained and the best at matched accuracy, None where none keeps it; whose parameters."""
+    ) -> tuple[Mapping[str, float], Outcome | None, Outcome | None, Mapping[str, float]]:
+        """The best setting as trained and the best at matched accuracy, None where none keeps it; their parameters."""
         settings = {n: models for n, models in settings.items() if all(r.state == "complete" for r in models)}
         best = {bias: self._choose(settings, loss, important, bias=bias) for bias in (False, True)}
         first = next((settings[n] for n in best.values() if n is not None), None)
@@ -235,7 +236,9 @@ class _Bench:
             None if number is None else self._outcome(settings[number], loss, important, bias=bias)
             for bias, number in best.items()
         )
-        return ({} if first is None else dict(first[0].params)), trained, matched
+        with_bias = best[True]
+        at_matched = {} if with_bias is None else dict(settings[with_bias][0].params)
+        return ({} if first is None else dict(first[0].params)), trained, matched, at_matched
 
     def _choose(self, settings: Mapping[int, Models], loss: Loss, important: int, *, bias: bool) -> int | None:
         """The setting of highest mean recall among those whose mean accuracy keeps cross-entropy's."""

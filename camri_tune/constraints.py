@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from camri_tune.differences import PairedDifference, Share
-from camri_tune.records import Figure, TrialRecord, named
+from camri_tune.records import TrialRecord, named, sd_on_folds
 
 Kind = Literal["floor", "max_drop"]
 # On test: a bound shows it; it is observed, not shown; it is not observed, as chance may have it; a bound shows that it
@@ -68,10 +68,13 @@ class RecallConstraint:
         each = [self.misses(record.recall_per_class, [record.fold]) for record in records]
         return {c: sum(one[c] for one in each) / len(each) for c in self.classes}
 
-    def scatter(self, records: Sequence[TrialRecord]) -> float:
-        """How much seeds alone move the worst class's miss; 0 with one model."""
+    def scatter(self, records: Sequence[TrialRecord]) -> float | None:
+        """How much seeds alone move the worst class's miss on a fold; None where no fold has two models.
+
+        Where each has one, the misses of a drop are all the same: the baseline's recall is that model's.
+        """
         worst = [max(self.misses(record.recall_per_class, [record.fold]).values()) for record in records]
-        return Figure(tuple(worst)).sd or 0.0
+        return sd_on_folds(worst, [record.fold for record in records])
 
     def in_words(self, classes: Sequence[str]) -> str:
         """What is asked, as a noun."""

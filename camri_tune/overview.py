@@ -1,6 +1,7 @@
 """A study at a glance, from its storage alone: what `status`, `report` and `dashboard` show, also while it runs."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from camri_tune.constraints import RecallConstraint
 from camri_tune.database import masked, open_storage
 from camri_tune.errors import InputError
 from camri_tune.progress import Records, Schedule, current_stage, seconds_left
-from camri_tune.records import Baseline, TrialRecord, named
+from camri_tune.records import Baseline, Figure, TrialRecord, named
 from camri_tune.result import Verdict
 from camri_tune.selection import finalists
 from camri_tune.storage import STAGES, StudyStore, storage_url
@@ -95,6 +96,20 @@ class Overview:
             if record.state == "complete" and record.source_trial is not None:
                 models.setdefault(record.source_trial, []).append(record)
         return models
+
+    @property
+    def finalist_figures(self) -> dict[int, tuple[Figure, Figure]]:
+        """Accuracy and recall over seeds of each finalist, as it was judged: with biases where these were tuned."""
+        told = {f["trial"]: f["validation"] for f in (self.result or {}).get("finalists", ()) if f["validation"]}
+        figures = {}
+        for number, records in self.retrained.items():
+            if number in told:
+                columns = [told[number][name]["values"] for name in ("accuracy", "recall")]
+            else:
+                columns = [[r.accuracy for r in records], [r.recall for r in records]]
+            accuracy, recall = (Figure(tuple(math.nan if v is None else v for v in column)) for column in columns)
+            figures[number] = accuracy, recall
+        return figures
 
     @property
     def important_names(self) -> str:

@@ -153,7 +153,10 @@ def _column(cells: Sequence[Cell]) -> str:
 
 
 def _parameters(cell: Cell) -> str:
-    return f"<small>{escape(parameters(cell.params))}</small>"
+    text = parameters(cell.params)
+    if cell.matched_params and cell.matched_params != cell.params:
+        text += f"; with a bias {parameters(cell.matched_params)}"
+    return f"<small>{escape(text)}</small>"
 
 
 def _scores(outcome: Outcome | None) -> tuple[str, str]:

@@ -40,7 +40,7 @@ from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
 from camri_tune.own_networks import allow, identified
 from camri_tune.pretrained import starting_weights
-from camri_tune.records import Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
+from camri_tune.records import BIAS, Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
 from camri_tune.result import Best, Finalist, Result, Side, Threshold, Verdict
 from camri_tune.search import model_spec, require_searchable, worth_widening
@@ -209,7 +209,7 @@ def _judge(
         retrained = _calibrated(judge, retrained, config.loss, floors, stages.constraints)
     order = rank_settings(retrained, stages.constraints)
     console.judging(0, len(order))
-    old = judge.entrant(baseline.scored(stages.important, floors), "ce")
+    old = judge.entrant(stages.rivals(baseline), "ce")
     if old is None:
         raise CamriTuneError(
             f"a checkpoint of the baseline is missing or altered under {stages.store.artifacts_url}: move "
@@ -262,7 +262,9 @@ def _finalists(
     return [
         Finalist(
             trial=number,
-            params=dict(retrained[number][0].params),
+            params={
+                k: v for k, v in retrained[number][0].params.items() if not k.startswith(BIAS)
+            },  # each seed has its own
             validation=measured_on_validation(retrained[number], stages.important) if number in bounds else None,
             recall_bound=bounds.get(number),
             kept_accuracy=number in bounds and mean_shortfall(retrained[number]) <= 0,

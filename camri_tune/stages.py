@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,7 +18,7 @@ from camri_tune.baseline import best_learning_rate, next_learning_rates, resolve
 from camri_tune.claims import no_better_than_guessing
 from camri_tune.config import MOST_FOLDS, StudyConfig
 from camri_tune.console import Console
-from camri_tune.constraints import ROUNDING, RecallConstraint, recall_constraints
+from camri_tune.constraints import ROUNDING, RecallConstraint, recall_constraints, shortfalls
 from camri_tune.datasets import Dataset
 from camri_tune.errors import CamriTuneError, InputError, WorkerError
 from camri_tune.heartbeat import Heart
@@ -31,7 +31,7 @@ from camri_tune.ranges import is_searched
 from camri_tune.ray_workers import ray_launch
 from camri_tune.records import Baseline, TrialRecord, named
 from camri_tune.search import starting_points
-from camri_tune.selection import finalists, rank_settings
+from camri_tune.selection import finalists, rank_models, rank_settings
 from camri_tune.storage import STAGES, Stage, StudyStore, storage_url
 from camri_tune.study_note import publish
 from camri_tune.training import default_learning_rate
@@ -188,9 +188,20 @@ class Stages:
                 break
         return models
 
+    def rivals(self, baseline: Baseline) -> list[TrialRecord]:
+        """The baseline's R models as a finalist's are, of which the same rule chooses the one to compare with.
+
+        Where none meets what is asked of recall, as a floor above what cross-entropy reaches, that is not asked.
+        """
+        scored = baseline.scored(self.important, self.floors(baseline))
+        bound = [replace(r, shortfalls=shortfalls(self.constraints, r.recall_per_class, [r.fold])) for r in scored]
+        return bound if rank_models(bound) else list(scored)
+
     def _candidates(self, trials: Sequence[TrialRecord], baseline: Baseline) -> list[TrialRecord]:
         """Who may become a finalist, best first; trials that missed a floor by less than seeds scatter come last."""
-        slacks = {constraint.name: constraint.scatter(baseline.records) for constraint in self.constraints}
+        slacks = {
+            constraint.name: self._of_a_trial(constraint.scatter(baseline.records)) for constraint in self.constraints
+        }
         count = self.config.most_finalists * ROUNDS_OF_FINALISTS
         return finalists(trials, count, self._accuracy_sd(baseline), slacks)
 
@@ -200,11 +211,13 @@ class Stages:
         On folds a trial has a model on each, and is scored by all of them together. Where no fold has two seeds, which
         would tell, it is taken for what chance alone does to so many images.
         """
-        if baseline.accuracy_sd is not None:
-            return baseline.accuracy_sd / math.sqrt(self.folds)
-        if self.folds == 1:
-            return 0.0
+        if baseline.accuracy_sd is not None or self.folds == 1:
+            return self._of_a_trial(baseline.accuracy_sd)
         return math.sqrt(baseline.accuracy * (1 - baseline.accuracy) / len(self.data.validation_of(self.folds)))
+
+    def _of_a_trial(self, scatter: float | None) -> float:
+        """What seeds alone move a trial by, from what they do to a model; 0 where nothing tells."""
+        return (scatter or 0.0) / math.sqrt(self.folds)
 
     def retrain(self, chosen: Sequence[TrialRecord]) -> dict[int, list[TrialRecord]] | None:
         """Models of these trials' settings on the baseline's seeds; None while some are left to train."""

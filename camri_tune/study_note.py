@@ -120,7 +120,7 @@ def _export(overview: Overview) -> str:
     if overview.result is None or not overview.finished:
         return f"The run itself writes `{overview.name}/best` when it has judged finalists on test. {meanwhile}"
     if overview.result.get("best") is None:
-        return f"No setting kept accuracy, so nothing is exported. {meanwhile}"
+        return f"No model came out, so nothing is exported. {meanwhile}"
     return f"`{overview.name}/best` is a model with the parameters of trial {overview.result['best']['trial']}."
 
 

@@ -214,7 +214,8 @@ def _constraints(overview: Overview) -> str:
 
 def _tolerance(overview: Overview) -> str:
     tolerance = overview.config.tolerance
-    return f" less {tolerance:g} points" if tolerance else ""
+    pooled = ", pooled over the folds by their images," if overview.schedule and overview.schedule.folds > 1 else ""
+    return f"{pooled} less {tolerance:g} points" if tolerance else pooled.rstrip(",")
 
 
 def _finalists(result: Mapping[str, Any]) -> str:
@@ -303,7 +304,7 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         picture(error_charts.confusions(evidence, classes, important), "confusion", wide=True),
         "<h2>Around the important class</h2>",
         f"<p class=\"note\">Each mark is a test image, by its embedding's angle to the important class's weight and to "
-        f"the nearest other weight. Above the line the important class is nearer: there a cosine head answers with it (the baseline's dense head also weighs lengths and a bias). Of other classes "
+        f"the nearest other weight. Above the line the important class is nearer: there a cosine head answers with it (a dense head, such as the baseline's, also weighs lengths and a bias, and a tuned bias moves the line). Of other classes "
         f"the {error_charts.DRAWN:,} that come nearest are drawn.</p>",
         picture(error_charts.embedding(evidence, classes, important), "embedding", wide=True),
     ]

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -85,7 +85,8 @@ class Cell:
 
     `trained` is the best of its settings that keep mean accuracy at cross-entropy's, None where none does. `matched` is
     the best with a bias on the important class's logit, tuned on validation so that accuracy there stays at
-    cross-entropy's: recall at matched accuracy. `params` are those of `trained`, or else of `matched`.
+    cross-entropy's: recall at matched accuracy. `params` are those of `trained`, or else of `matched`, which may be
+    another setting, of `matched_params`.
     `paper` is (recall, accuracy) of the paper's Table 1, where it has this cell.
     """
 
@@ -98,6 +99,7 @@ class Cell:
     trained: Outcome | None
     matched: Outcome | None
     paper: tuple[float, float] | None
+    matched_params: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -107,6 +109,7 @@ class Cell:
             "class_name": self.class_name,
             "method": self.method,
             "params": dict(self.params),
+            "matched_params": dict(self.matched_params),
             "trained": self.trained.as_json() if self.trained else None,
             "matched": self.matched.as_json() if self.matched else None,
             "paper": dict(zip(("recall", "accuracy"), self.paper, strict=True)) if self.paper else None,
@@ -181,9 +184,12 @@ def legend(table: Table) -> str:
                 f"intervals count them as fewer, by what validation's tracks show."
             )
         more += [f" {name}: {notice}" for notice in about.get("notices", ())]
+    tolerance = table.facts.get("tolerance", 0.0)
+    less = f" less {tolerance:g} points" if tolerance else ""
     return (
         f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
-        f"method and class. '-': no setting kept mean accuracy at cross-entropy's. †: mean accuracy on test came out "
+        f"method and class. '-': no setting kept mean accuracy at cross-entropy's{less}; with a bias it may be another "
+        f"setting that is shown. †: mean accuracy on test came out "
         f"below cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % interval "
         f"over seeds and images above zero).{''.join(more)}"
     )

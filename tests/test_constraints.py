@@ -168,8 +168,10 @@ def test_each_model_is_measured_against_its_own_fold() -> None:
     assert constraint.misses([0.7], [0, 1])[0] == pytest.approx((10 * 0.5 + 30 * 0.9) / 40 - 0.7)
     models = [_record((0.6,), fold=0), _record((0.8,), fold=1)]
     assert constraint.misses_over_seeds(models)[0] == pytest.approx(0.0)
-    assert constraint.scatter(models) == pytest.approx(float(np.std([-0.1, 0.1], ddof=1)))
-    assert constraint.scatter(models[:1]) == 0.0
+    assert constraint.scatter(models) is None, "of each fold's seeds there is one"
+    models += [_record((0.7,), fold=0), _record((0.9,), fold=1)]
+    assert constraint.scatter(models) == pytest.approx(float(np.std([0.6, 0.7], ddof=1)))
+    assert constraint.scatter(models[::2]) == pytest.approx(float(np.std([0.6, 0.7], ddof=1)))
 
 
 def test_constraints_are_stored_as_json() -> None:

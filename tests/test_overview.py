@@ -241,6 +241,22 @@ def test_a_result_from_before_more_trials_were_asked_for_is_said_to_be(make: Mak
     assert "of an earlier run: none: No model: so." in _shown(store)
 
 
+def test_finalists_have_the_figures_that_they_were_judged_by(make: Make) -> None:
+    """A bias that is tuned after training changes both, and only the result knows of it."""
+    models = tuple(trial(0.8 + n / 100, 0.92, source_trial=source, seed=n) for source in (2, 0) for n in (0, 1))
+    store = make(finalists=models)
+    assert read_overview(store).finalist_figures[2][1].values == (0.8, 0.81)
+    judged = {"accuracy": {"values": [0.91, 0.9]}, "recall": {"values": [0.95, None]}}
+    finals = [{"trial": 2, "validation": judged}, {"trial": 0, "validation": None}]
+    result: dict[str, Any] = {"verdict": "none", "sentence": "No.", "best": None, "baseline": {}, "finalists": finals}
+    result |= {"images": {}, "notices": [], "provenance": [], "accuracy_difference": None}
+    (store.config.folder / RESULT).write_text(json.dumps(result))
+    figures = read_overview(store).finalist_figures
+    assert figures[2][0].values == (0.91, 0.9)
+    assert figures[2][1].values[0] == 0.95
+    assert figures[0][1].values == (0.8, 0.81)
+
+
 def test_what_the_baseline_failed_with_is_shown(make: Make) -> None:
     store = make([])
     store.optuna_study("baseline").add_trial(trial(state=OptunaState.FAIL, failure="ValueError: no (x.py:1)"))

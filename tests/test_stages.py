@@ -237,6 +237,26 @@ def _seeds_and_folds(stages: Stages, stage: Stage) -> list[tuple[int, int]]:
     return [(trial["seed"], trial["fold"]) for trial in _waiting(stages, stage)]
 
 
+def test_the_rule_asks_of_the_baselines_models_what_it_asks_of_a_finalists(make: Callable[..., Stages]) -> None:
+    """Else one that is bad at other classes would be what no class may lose against."""
+    stages = make(seeds=3, tolerance=5.0, max_drop=10.0)
+    # Class 5's recall is 1 less class 3's: the best at the one is the worst at the other.
+    shown = dict(zip(stages.seeds(), [(0.9, 0.5), (0.91, 0.9), (0.92, 0.52)], strict=True))
+    baseline = _baseline(stages, lambda _, __, attributes: shown.get(attributes["seed"], (0.9, 0.5)))
+    stages.adopt(baseline, (3,))
+    assert rank_models(baseline.scored((3,), stages.floors(baseline)))[0].seed == stages.seeds()[1]
+    rivals = stages.rivals(baseline)
+    assert [model.feasible for model in rivals] == [False, False, False], "whose mean none comes near"
+    shown[stages.seeds()[1]] = (0.91, 0.56)
+    other = make(name="other", seeds=3, tolerance=5.0, max_drop=2.0)
+    baseline = _baseline(other, lambda _, __, attributes: shown.get(attributes["seed"], (0.9, 0.5)))
+    other.adopt(baseline, (3,))
+    kept = [model.seed for model in other.rivals(baseline) if model.feasible]
+    assert kept == [stages.seeds()[2]], "0.48 of class 5, where 0.473 is the mean, and 0.52 of class 3 for 0.527"
+    assert rank_models(other.rivals(baseline))[0].seed == stages.seeds()[2]
+    assert rank_models(baseline.scored((3,), other.floors(baseline)))[0].seed == stages.seeds()[1]
+
+
 @pytest.mark.parametrize(
     ("seeds", "folds", "expected"),
     [(3, 1, 0.01), (4, 2, 0.005), (2, 2, math.sqrt(0.9 * 0.1 / 574)), (1, 1, 0.0)],

@@ -72,6 +72,13 @@ def _cell(method: Method, trained: Outcome | None, token: str = "worst1", datase
 
 
 @pytest.mark.parametrize("images", [10, 1000])
+def test_the_legend_says_what_may_be_given_up_and_whose_bias_is_shown() -> None:
+    table = _table()
+    assert "kept mean accuracy at cross-entropy's; with a bias it may be another setting" in legend(table)
+    given = Table(table.cells, table.protocol, {**table.facts, "tolerance": 0.5}, table.folder)
+    assert "kept mean accuracy at cross-entropy's less 0.5 points; with a bias" in legend(given)
+
+
 def test_a_difference_is_taken_seed_by_seed(images: int) -> None:
     new, old = hits_of((0.8, 0.9, 0.7), images), hits_of((0.5, 0.7, 0.6), images)
     difference = SeedDifference.of(new, old)
