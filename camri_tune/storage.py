@@ -206,7 +206,10 @@ class StudyStore:
             )
 
     def _require_its_folder(self, attributes: Mapping[str, Any]) -> None:
-        others = [] if self.config.storage else self.names_in(self._storage)  # of the folder's own database
+        own = self._storage.url == storage_url(
+            self.config.model_copy(update={"storage": None})
+        )  # the folder's database
+        others = self.names_in(self._storage) if own else []
         if others and self.name not in others:
             raise StudyMismatchError(
                 f"{str(self.config.folder)!r} is the folder of study {others[0]!r}: give it that name again, or start "
