@@ -7,7 +7,7 @@ from scipy import special
 
 from camri_tune.constraint_claims import asked_as_well, obstacle, said_of_constraint
 from camri_tune.constraints import RecallConstraint
-from camri_tune.differences import CONFIDENCE, PairedDifference, grouped, points, tracks
+from camri_tune.differences import PairedDifference, grouped, points, tracks
 from camri_tune.ranges import Searchable, is_searched, text_of
 from camri_tune.records import TrialRecord, named
 from camri_tune.result import Best, Finalist, Result, Threshold, Verdict
@@ -213,7 +213,7 @@ def few_test_images(best: Best, classes: Sequence[str]) -> list[str]:
     lines = []
     for c, share in best.exported_recall.items():
         if share.n < FEW_IMAGES or share.effective_n < FEW_IMAGES:
-            most = binomial_interval(share.effective_n, share.effective_n, 2 * CONFIDENCE - 1).low  # one-sided
+            most = binomial_interval(share.effective_n, share.effective_n).low
             few = f"{share.n} test images"
             if share.effective_n < share.n:
                 few += f"{tracks(share)}, which count as {share.effective_n:.0f} independent ones"
