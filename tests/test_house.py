@@ -42,13 +42,12 @@ FLOORS = [
         "stats",
         "posthoc",
         "config",
-        "files",
         "database",
         "artifacts",
         "heartbeat",
         "memory",
     },
-    {"errors", "ranges", "interrupts"},
+    {"errors", "files", "ranges", "interrupts"},
 ]
 
 
