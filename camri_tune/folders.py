@@ -152,7 +152,7 @@ def class_folders(root: Path, group_by: str | None = None, *, to_judge: bool = F
     """
     folders = _folders_of_parts(root)
     held_out = [folder for part, folder in folders.items() if part != "train"]
-    beside = _left_out(root, folders.values()) if "train" in folders else []
+    beside = _left_out(root, folders.values()) if "train" in folders and not to_judge else []
     if not (to_judge and folders):
         folders.setdefault("train", root)
     homes = list(folders.values()) if to_judge else [folders["train"]]

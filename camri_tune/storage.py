@@ -155,18 +155,18 @@ class StudyStore:
     @classmethod
     def existing(cls, storage: Storage, name: str) -> "StudyStore":
         """Open a study that is already there. Raises InputError where it is not."""
+        known = cls.names_in(storage)
         try:
             attributes = optuna.load_study(storage=storage, study_name=name).user_attrs
         except KeyError:
-            known = cls.names_in(storage)
             raise InputError(
                 f"study {name!r} is not in this storage, which has {', '.join(map(repr, known)) or 'no studies'}; "
                 f"give the name under which it was started"
             ) from None
-        if "config" in attributes and name not in cls.names_in(storage):
+        if "config" in attributes and name not in known:
             raise InputError(
                 f"study {name!r} is part of a comparison, whose table has its figures; to look at one study by itself, "
-                f"give one of {', '.join(map(repr, cls.names_in(storage)))}"
+                f"give one of {', '.join(map(repr, known))}"
             )
         if "config" not in attributes:
             raise InputError(f"study {name!r} was not made by camri-tune run; start it with that command first")
