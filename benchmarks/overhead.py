@@ -3,9 +3,9 @@
 Claim (2 cores of an AMD EPYC without AVX-512, so in float32, torch 2.14, little else at work; n = 1 study of 52
 trainings of 8 epochs by Muon, 51 minutes): 98.1 % of the workers' time was trials; 0.2 % went by before the first one,
 which began 5.2 s after the command, 0.1 % was waiting at the ends of stages, and 1.7 % came after the last trial,
-nearly all of it the test part's answers in float32. What trials take beside training this study does not tell: by itself
-a training was 9 % slower, later in that hour. 52 trials that train nothing take 10 to 12 s, 0.2 % of this time. That
-comes to 2.1 %; the goal is 2 %. Where bfloat16 makes trainings shorter, each share is larger (docs/measured.md).
+nearly all of it the test part's answers in float32. What trials take beside training this study does not tell: by
+itself a training was 9 % slower, later in that hour. 52 trials that train nothing take 10 to 12 s, 0.2 % of this time.
+That comes to 2.1 %; the goal is 2 %. Where bfloat16 makes trainings shorter, each share is larger (docs/measured.md).
 
 `python -m benchmarks.overhead measure` runs a study of 30 trials on GTSRB (5 images of each track) with the installed
 command, CAMRI_DATA naming the data, and then trains the same network on the same images for the same epochs in as many

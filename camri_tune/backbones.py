@@ -178,8 +178,8 @@ def _of_the_users(name: Model) -> _Design:
     for key, usual in zip(("mean", "std"), _IMAGENET, strict=True):
         values = getattr(made, key, usual)
         try:
-            sizes[key] = [float(value) for value in values]
-        except (TypeError, ValueError):
+            sizes[key] = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()  # (3, 1, 1), as applied, too
+        except (TypeError, ValueError, RuntimeError):
             sizes[key] = []
         low = math.nextafter(0, 1) if key == "std" else 0
         if len(sizes[key]) != 3 or not all(low <= value <= 1 for value in sizes[key]):
@@ -188,6 +188,8 @@ def _of_the_users(name: Model) -> _Design:
                 f"it, or leave it out for ImageNet's"
             )
     side = getattr(made, "image_size", None)
+    if isinstance(side, tuple | list) and len(side) == 2 and side[0] == side[1]:
+        side = side[0]
     if side is not None and (not isinstance(side, int) or side < SMALLEST_SIDE):
         raise InputError(
             f"network {name!r} has an image_size that is not a number of pixels from {SMALLEST_SIDE}; mend it, or "

@@ -228,12 +228,11 @@ def _why_unfit(path: Path, expected: Mapping[str, torch.Tensor]) -> str | None:
 def write_bundle(folder: Path, *, weights: Path, config: BundleConfig, metrics: Mapping[str, Any], card: str) -> None:
     """Write a bundle whole or not at all: under a temporary name beside `folder`, then renamed over it.
 
-    Only a bundle is replaced, or a link, which is removed with what it leads to left alone. Raises BundleError where
-    anything else is in the way, which a study file from elsewhere could have aimed at.
+    Only a bundle is replaced, also one that lost files, or a link, which is removed with what it leads to left alone.
+    Raises BundleError where anything else is in the way, which a study file from elsewhere could have aimed at.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    replaceable = folder.is_symlink() or all((folder / name).is_file() for name in (WEIGHTS, CONFIG))
-    if os.path.lexists(folder) and not replaceable:
+    if os.path.lexists(folder) and not (folder.is_symlink() or _is_bundle(folder)):
         raise BundleError(f"{str(folder)!r} is in the way of the exported model, and is none itself; move it elsewhere")
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     partial = scratch / "new"
@@ -249,6 +248,17 @@ def write_bundle(folder: Path, *, weights: Path, config: BundleConfig, metrics: 
         os.replace(partial, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a folder is one of ours, whole or not: others, too, have a model.safetensors and a config.json."""
+    if not folder.is_dir():
+        return False
+    try:
+        return "weights_sha256" in json.loads(_content(folder / CONFIG))
+    except (BundleError, ValueError, TypeError, RecursionError):  # gone, or damaged
+        names = set(os.listdir(folder))
+        return METRICS in names and names <= {WEIGHTS, CONFIG, METRICS, CARD}
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -311,8 +321,9 @@ def load(folder: str | os.PathLike[str], *, model: Model | None = None) -> nn.Mo
     """The model of a bundle as a plain module, in evaluation mode on the CPU. Raises BundleError.
 
     It takes uint8 images (N, C, S, S) of the size in `config.json`, or float32 embeddings (N, D), normalises them
-    itself, and gives logits (N, classes); the class is their argmax. A network of your own is only imported where
-    `model` names it, as in `--model package.module:factory`.
+    itself, and gives logits (N, classes); the class is their argmax. They include the bias of `--calibrate`, if any,
+    which is in no probability: take `logit_bias` of `config.json` off before the softmax. A network of your own is only
+    imported where `model` names it, as in `--model package.module:factory`.
 
     >>> import camri_tune, torch
     >>> model = camri_tune.load("runs/digits-camri-worst1/best")

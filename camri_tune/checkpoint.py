@@ -48,7 +48,7 @@ class TrainingState:
             optimizer.state[parameter] = {
                 key.removeprefix(prefix): torch.empty_like(parameter).copy_(value)
                 if value.shape == parameter.shape
-                else value.to(device)
+                else value.to(device, copy=True)  # what is trained on counts its steps in it
                 for key, value in self.tensors.items()
                 if key.startswith(prefix)
             }

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -110,7 +111,11 @@ RECIPE_OPTIONS: dict[str, tuple[type, str]] = {
         str,
         "A number, or what to search: LOW..HIGH, 'LOW..HIGH log' or A,B,C. So all numbers here.",
     ),
-    "scale": (str, "Scale of a cosine loss (default: searched from 1 to 8 times sqrt(2) log(classes - 1))."),
+    "scale": (
+        str,
+        "Scale of a cosine loss (default: searched from 1 to 8 times sqrt(2) log(classes - 1), of two classes as of "
+        "three, or from 4 to 64 where nothing of the network changes).",
+    ),
     "margin": (str, "Margin in radians (default: searched from 0 to 0.6)."),
     "weight": (str, "Weight of the important class in wce (default: searched from 1 to 32)."),
     "w_fn": (str, "Weight of what it lacks of its images in crwwce (default: searched from 1 to 32)."),
@@ -558,27 +563,33 @@ def datasets() -> None:
 
 @app.command()
 def doctor() -> None:
-    """What this machine offers: devices, precision, versions."""
+    """What this machine offers: devices, precision, versions, storage."""
     import torch  # noqa: PLC0415
 
+    from camri_tune.database import STORAGE_VARIABLE, masked  # noqa: PLC0415
     from camri_tune.evaluation import versions  # noqa: PLC0415
     from camri_tune.training import has_fast_bfloat16  # noqa: PLC0415
 
-    libraries = {name: _version(name) for name in ("torchvision", "timm")}
+    libraries = {name: _version(name, f"camri-tune[{name}]") for name in ("torchvision", "timm")}
     for name, version in {**versions(), **libraries}.items():
         print(f"{name:12} {version}")
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         label = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device!s:12} {label}, trains in {'bfloat16' if has_fast_bfloat16(device) else 'float32'}")
+    url = os.environ.get(STORAGE_VARIABLE)
+    print(f"{'storage':12} {masked(url) if url else f'SQLite {sqlite3.sqlite_version}, a file in each folder'}")
+    for url, install in (("postgresql://", "psycopg[binary]"), ("grpc://", "grpcio"), ("s3://", "boto3")):
+        package = install.partition("[")[0]
+        print(f"{url:13}{package} {_version(package, install)}")
 
 
-def _version(package: str) -> str:
-    """Of a library of networks."""
+def _version(package: str, install: str) -> str:
+    """Of a library that may be missing, or what to install."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"not installed (pip install 'camri-tune[{package}]')"
+        return f"not installed (pip install '{install}')"
 
 
 def main() -> NoReturn:
@@ -648,25 +659,21 @@ def _usage(error: typer.TyperException) -> str:
 def _config(context: typer.Context, study: Path | None, options: Mapping[str, Any]) -> StudyConfig:
     """What the options say, where they are silent the study file, and then the environment."""
     given = {key: value for key, value in options.items() if value is not None}
-    environment, values = {}, {}
+    values: dict[str, Any] = {}
     source = context.get_parameter_source("storage")
     if source is not None and source.name == "ENVIRONMENT":
-        environment["storage"] = given.pop("storage")
+        given.pop("storage")  # what a study file says goes before it
     if study is not None:
         values = read_study_file(study)
         StudyConfig.build(values, source=f"study file {str(study)!r}")  # an error names the file it stands in
-    merged = {**environment, **values, **given}
-    if "data_dir" not in merged:
-        merged["data_dir"] = _data_dir(None)
-    return StudyConfig.build(merged)
+    return StudyConfig.build({**values, **given}).in_this_environment()
 
 
 def _data_dir(given: Path | None) -> Path:
     """`--data-dir`, else $CAMRI_DATA, else ./data."""
-    named = os.environ.get("CAMRI_DATA")
-    if given is None and named:
-        return StudyConfig.build({"data_dir": named}, source="$CAMRI_DATA").data_dir
-    return StudyConfig.build({"data_dir": given or "data"}).data_dir
+    if given is not None:
+        return StudyConfig.build({"data_dir": given}).data_dir
+    return StudyConfig(storage=None).in_this_environment().data_dir
 
 
 def _show(result: "Result", as_json: bool) -> None:

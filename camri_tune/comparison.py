@@ -63,6 +63,7 @@ def compare(
     seeds, and the best is chosen by its means on test, as the paper did: that flatters whoever was tried most.
     """
     console = console or Console(quiet=True)
+    config = config.in_this_environment()
     allow(config.model)
     for dataset in datasets:
         require_there(dataset)

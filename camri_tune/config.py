@@ -390,6 +390,14 @@ class StudyConfig(BaseModel):
             words += [option] if value is True else [option, _joined(value) if key == "important" else str(value)]
         return shlex.join(words)
 
+    def in_this_environment(self) -> Self:
+        """The same study, its places as $CAMRI_DATA and $CAMRI_STORAGE say where it says nothing. Raises InputError."""
+        found = {}
+        for key, variable in (("data_dir", "CAMRI_DATA"), ("storage", "CAMRI_STORAGE")):
+            if key not in self.model_fields_set and (named := os.environ.get(variable)):
+                found[key] = getattr(self.build({key: named}, source=f"${variable}"), key)
+        return self.model_copy(update=found)
+
     def absolute(self) -> Self:
         """The same study with absolute paths, so that workers may run elsewhere on this machine."""
         known = self.dataset in BUILT_IN_DATASETS or not os.path.exists(self.dataset)

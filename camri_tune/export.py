@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,6 +154,24 @@ def export(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Exported(path, parity)
+
+
+def withdraw(folder: Path, spec: ModelSpec | None, weights_sha256: str | None) -> None:
+    """Rename what `export` wrote beside the `best/` of a study's folder where that is another model now, or none."""
+    same = None if spec is None else (weights_sha256, *_decision(spec))
+    for suffix in SUFFIXES.values():
+        path = folder / f"best{suffix}"
+        note = _read_note(_note_of(path))
+        if note is None or same == tuple(note.get(key) for key in ("weights_sha256", "temperature", "logit_bias")):
+            continue
+        for each in (path, _note_of(path)):
+            if os.path.lexists(each):
+                each.rename(folder / f"withdrawn-{int(time.time())}-{each.name}")
+
+
+def _decision(spec: ModelSpec) -> tuple[float | None, dict[str, float]]:
+    """What a model's answers depend on beside its weights, as its note has it."""
+    return spec.temperature, {str(c): value for c, value in spec.logit_bias.items()}
 
 
 def _require(*packages: str) -> None:
@@ -424,6 +443,7 @@ def _description(bundle: Bundle, form: Format) -> dict[str, Any]:
     """What somebody needs who has but the file: what goes in, what comes out, and which model it is."""
     config, spec = bundle.config, bundle.config.spec
     decided, logits, numbers = output_names(spec)
+    temperature, bias = _decision(spec)
     taken: dict[str, Any] = {"name": _input_name(spec), "shape": ["batch", *_shape(spec)]}
     if spec.are_embeddings:
         taken |= {"type": "float32", "what": config.input}
@@ -448,8 +468,8 @@ def _description(bundle: Bundle, form: Format) -> dict[str, Any]:
             logits: f"float32 (batch, {len(spec.classes)}), with the bias of the decision, if any",
             numbers: f"float32 (batch, {len(spec.classes)}): {meaning(spec)}",
         },
-        "temperature": spec.temperature,
-        "logit_bias": {str(c): value for c, value in spec.logit_bias.items()},
+        "temperature": temperature,
+        "logit_bias": bias,
         "weights_sha256": config.weights_sha256,
         "dataset": config.dataset,
         "dataset_fingerprint": config.dataset_fingerprint,

@@ -32,7 +32,7 @@ class CrossEntropyLoss(nn.Module):
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Logits (N, C) of embeddings (N, D), in float32 (float64 stays)."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.linear(_at_least_float32(embeddings), self.dense.weight, self.dense.bias)
+            return F.linear(*map(_at_least_float32, (embeddings, self.dense.weight, self.dense.bias)))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.get_logits(embeddings), labels, label_smoothing=self.label_smoothing)
@@ -134,7 +134,7 @@ class NormFaceLoss(nn.Module):
     def cosine(self, embeddings: Tensor) -> Tensor:
         """cos(theta_k) (N, C). Float32 with autocast off: bfloat16 cannot tell 0 from 5 degrees."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.linear(F.normalize(_at_least_float32(embeddings)), F.normalize(self.weight))
+            return F.linear(*(F.normalize(_at_least_float32(each)) for each in (embeddings, self.weight)))
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Logits (N, C), `s * cos(theta_k)`: no margin, no label."""

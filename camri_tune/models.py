@@ -227,7 +227,7 @@ class Classifier(nn.Module):
 
 
 def build_body(name: Model, *, channels: int, image_size: int) -> Body:
-    """The network called `name`, freshly initialised from torch's global generator, in channels_last.
+    """The network called `name`, freshly initialised from torch's global generator, in channels_last where it can be.
 
     Raises InputError where a library has none of that name, or where it does not take such images.
     """
@@ -236,6 +236,8 @@ def build_body(name: Model, *, channels: int, image_size: int) -> Body:
         body = _BODIES[name](channels, image_size)
     else:
         body = build_backbone(name, channels=channels, image_size=image_size)
+    if any(tensor.ndim == 5 for tensor in body.state_dict().values()):  # of volumes, which have another such format
+        return body
     return body.to(memory_format=torch.channels_last)
 
 

@@ -102,8 +102,9 @@ class ConstrainedObjective:
     def best_trial(self, study: Study) -> FrozenTrial | None:
         """The trial of highest recall among those that kept the floor, then of highest accuracy; None without one."""
         complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
-        # Optuna takes a constraint that is missing for one that is met.
-        kept = [t for t in complete if t.constraints and all(value <= 0 for value in t.constraints.values())]
+        # Optuna takes a constraint that is missing for one that is met; a study may have trials of other objectives.
+        ours = [t for t in complete if "accuracy" in t.constraints and "accuracy" in t.user_attrs]
+        kept = [t for t in ours if all(value <= 0 for value in t.constraints.values())]
         return max(kept, key=lambda t: (t.value or 0.0, t.user_attrs["accuracy"], -t.number), default=None)
 
     def _confusion(self, labels: ArrayLike, predictions: ArrayLike) -> IntArray:

@@ -15,8 +15,10 @@ from camri_tune.config import Model, is_own_model, printable, require_model_name
 from camri_tune.errors import InputError
 from camri_tune.files import sha256
 
-MODEL_VARIABLE = "CAMRI_TUNE_MODEL"  # by which a run tells its workers which one it was given
+# By which a run tells its workers which one it was given, and the folder that it was imported from.
+MODEL_VARIABLE, FOLDER_VARIABLE = "CAMRI_TUNE_MODEL", "CAMRI_TUNE_MODEL_FOLDER"
 _allowed: set[Model] = set()
+_imported: dict[str, str] = {}  # files of modules, and their SHA-256 when this process first saw them
 
 
 def allow(name: Model | None, *, folder: str | None = None) -> None:
@@ -62,20 +64,42 @@ def factory_of(name: Model) -> Callable[[], Any]:
             f"network {name!r}: module {place!r} has no function {attribute!r}, which is called without arguments and "
             f"returns a module; name one that it has"
         )
+    for file in _files_of(name, factory):
+        _imported.setdefault(file, sha256(Path(file)))
     return factory  # type: ignore[no-any-return]
+
+
+def _files_of(name: Model, factory: Callable[[], Any]) -> list[str]:
+    """The file of the module that is named, and of the one that the function is from; none that they import."""
+    modules = dict.fromkeys([name.partition(":")[0], getattr(factory, "__module__", None)])
+    files = [getattr(sys.modules.get(module or ""), "__file__", None) for module in modules]
+    return [file for file in files if file and os.path.isfile(file)]
 
 
 def identified(name: Model) -> str:
     """A network's name, for one of the user's own with the SHA-256 of its code: altered, it is another network.
 
-    That is the file of the module that is named, and of the one that the function is from; none that they import.
+    Raises InputError where it was altered since this process imported it, which goes on with what it was.
     """
     if not is_own_model(name):
         return name
-    modules = dict.fromkeys([name.partition(":")[0], getattr(factory_of(name), "__module__", None)])
-    files = [getattr(sys.modules.get(module or ""), "__file__", None) for module in modules]
-    digests = ", ".join(sha256(Path(file)) for file in files if file and os.path.isfile(file))
-    return f"{name} ({digests})"
+    digests = {file: sha256(Path(file)) for file in _files_of(name, factory_of(name))}
+    for file, digest in digests.items():
+        if digest != _imported[file]:
+            raise InputError(
+                f"network {name!r}: {file!r} has changed since this process imported it; start the process (the "
+                f"notebook's kernel) again"
+            )
+    return f"{name} ({', '.join(digests.values())})"
+
+
+def folder_of(name: Model) -> str:
+    """The folder that a network of the user's own is imported from, for processes elsewhere on this machine."""
+    factory_of(name)
+    module = sys.modules[name.partition(":")[0].partition(".")[0]]
+    file, inner = getattr(module, "__file__", None), list(getattr(module, "__path__", []))
+    place = inner[0] if inner else file
+    return os.path.dirname(os.path.abspath(place)) if place else os.getcwd()
 
 
 def reason_of(error: BaseException) -> str:

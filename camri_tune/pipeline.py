@@ -34,6 +34,7 @@ from camri_tune.differences import PairedDifference
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.evaluation import Entrant, Judge, versions
 from camri_tune.evidence import Evidence
+from camri_tune.export import withdraw
 from camri_tune.files import is_writable_folder, write_text
 from camri_tune.folders import Part
 from camri_tune.images import Images
@@ -54,7 +55,7 @@ from camri_tune.selection import (
 )
 from camri_tune.sources import require_there, side_of
 from camri_tune.stages import Crew, Stages, only_run, show
-from camri_tune.storage import EXPORTED, StudyStore, storage_url
+from camri_tune.storage import EXPORTED, MARK, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
 from camri_tune.workers import device_here
 
@@ -89,7 +90,8 @@ def run(
     >>> result.dataset, result.classes, result.images["train"], result.images["validation"], result.images["test"]
     ('stripes', ('plain', 'striped'), 76, 20, 24)
 
-    Raises InputError for what the user can mend. A result with verdict `none` is a result: nothing is exported then.
+    What `config` does not say of the places of data sets and studies is as $CAMRI_DATA and $CAMRI_STORAGE say. Raises
+    InputError for what the user can mend. A result with verdict `none` is a result: nothing is exported then.
     """
     console = console or Console(quiet=True)
     given: dict[Part, Dataset[Any] | None] = {"train": dataset, "validation": validation, "test": test}
@@ -97,7 +99,7 @@ def run(
         raise InputError("validation, test and classes belong to a data set from Python: give dataset=… as well")
     arrays = None if dataset is None else file_for(config)
     allow(config.model)
-    config = config.absolute()
+    config = config.in_this_environment().absolute()
     device = device_here(config)
     if dataset is None:
         require_there(config.dataset)
@@ -107,7 +109,8 @@ def run(
     with prefork.at_hand(), only_run(config.folder), console:
         if arrays is not None:
             parts = {part: data for part, data in given.items() if data is not None}
-            write_arrays(arrays, parts, classes=classes, side=partial(side_of, config), on_progress=console.reading)
+            side, in_use = partial(side_of, config), (config.folder / MARK).exists()
+            write_arrays(arrays, parts, classes=classes, side=side, on_progress=console.reading, in_use=in_use)
             config = config.model_copy(update={"dataset": str(arrays.resolve())})
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
@@ -310,12 +313,13 @@ def _calibrated(
 
 
 def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
-    """Write `best/`; or remove one of an earlier run where nothing may be called best any more."""
+    """Write `best/`; or rename one of an earlier run, and what came of it, where none may be called best any more."""
     config, best = stages.config, result.best
     folder = config.folder / "best"
     if chosen is None or best is None:
         if folder.exists():
             folder.rename(config.folder / f"withdrawn-{int(time.time())}")
+        withdraw(config.folder, None, None)
         stages.store.set(EXPORTED, None)
         return
     spec = model_spec(stages.data, config.model, config.loss, chosen.params)
@@ -373,6 +377,7 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         if not stages.store.fetch_checkpoint(chosen, weights):
             raise CamriTuneError(f"the checkpoint of the chosen model (trial {chosen.number}) was altered just now")
         write_bundle(folder, weights=weights, config=bundle_config, metrics=without_nan(metrics), card=card)
+    withdraw(config.folder, spec, chosen.sha256)
 
 
 def _result(

@@ -24,7 +24,7 @@ from sqlalchemy.engine import make_url
 
 from camri_tune.config import StudyConfig, printable
 from camri_tune.errors import InputError, WorkerError
-from camri_tune.own_networks import allowed
+from camri_tune.own_networks import allowed, folder_of
 from camri_tune.prefork import python_of
 from camri_tune.ray_foreman import END_SECONDS
 
@@ -68,7 +68,8 @@ def ray_launch(
         url = url.set(database=path if path.startswith("file:") else os.path.abspath(path))
         storage_url = url.render_as_string(hide_password=False)
     order = {"address": config.ray_address, "storage": storage_url, "name": name}
-    order |= {"model": allowed(config.model), "folder": os.getcwd()}
+    model = allowed(config.model)
+    order |= {"model": model, "folder": os.getcwd() if model is None else folder_of(model)}
     foreman = _Foreman(config.folder / "logs" / LOG, say)
     try:
         nodes = foreman.connect(order, _called(config.ray_address or os.environ.get("RAY_ADDRESS")))

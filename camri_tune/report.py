@@ -163,13 +163,17 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~&#$])", r"\\\1", printable(text, MOST_OF_A_TEXT))
 
 
+def _less_bias(spec: ModelSpec) -> str:
+    return " less the bias of the decision (`logit_bias` of config.json)" if spec.logit_bias else ""
+
+
 def _probabilities(found: Calibration | None, result: Result, spec: ModelSpec) -> str:
     """What the softmax of the logits is worth."""
     if found is None:
         return "The softmax of the logits is a score, not a probability: no temperature was fitted."
     classes = [escaped(name) for name in result.classes]
     lines = [
-        f"The softmax of the logits over a temperature of {found.temperature:.4g}, fitted on the {found.fitted_on:,} "
+        f"The softmax of the logits{_less_bias(spec)} over a temperature of {found.temperature:.4g}, fitted on the {found.fitted_on:,} "
         f"validation images that this model was not trained on (they chose the model, too). On {found.n:,} test images, "
         f"which chose nothing:",
         "",

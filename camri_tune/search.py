@@ -328,7 +328,11 @@ class _CautiousGP(optuna.samplers.GPSampler):
     ) -> dict[str, Any]:
         baseline = study.user_attrs.get("baseline")  # in a study of one's own it may be anything
         more = (baseline.get("accuracy_sd") if isinstance(baseline, dict) else None) or 0.0
-        completed = [_with_stricter_floor(trial, more) for trial in completed_trials]
+        # A study of one's own may have trials of other objectives, which tell nothing of this constraint.
+        told = [trial for trial in completed_trials if _ACCURACY in trial.system_attrs] or completed_trials
+        if len(told) < self._n_startup_trials:
+            return {}
+        completed = [_with_stricter_floor(trial, more) for trial in told]
         return super()._sample_relative_impl(study, completed, running_trials, search_space)
 
 

@@ -48,18 +48,19 @@ def write_arrays(
     classes: Sequence[str] | None,
     side: Callable[[int, int], int],
     on_progress: Callable[[int, int], None],
+    in_use: bool,
 ) -> None:
     """Write data sets of (image, label) or (image, label, group) as a file of arrays at `path`, whole or not at all.
 
     In the place of images, embeddings (D,). Images are resized to what `side` says of the first one's height and width.
-    A file that is there must hold the same: raises StudyMismatchError where it does not, and DataError, naming the
-    item, for what is no image or no label.
+    A file that is `in_use` by a study must hold the same: raises StudyMismatchError where it does not, and DataError,
+    naming the item, for what is no image or no label.
     """
     scratch = path.with_name(f"{path.name}.partial")
     try:
         _write(scratch, parts, classes, side, on_progress)
         source = array_source(scratch, f"data set {path.stem!r}")
-        if path.exists() and array_source(path).fingerprint() != source.fingerprint():
+        if in_use and path.exists() and array_source(path).fingerprint() != source.fingerprint():
             raise StudyMismatchError(
                 f"{str(path)!r} holds other images or labels than this data set: trainings on both cannot be compared; "
                 f"give the same (images that change at random each time are not), or start another study with name=…"

@@ -170,13 +170,19 @@ class Trained:
 @contextmanager
 def _exact() -> Iterator[None]:
     """The same result each time, in float32 where that is said: by default a GPU's convolutions give neither."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.allow_tf32 = True, False
+    cudnn: Any = torch.backends.cudnn
+    # Not by `allow_tf32`, which cannot be read where somebody has set one of the two, or `torch.backends` as a whole.
+    kinds = cudnn.conv, cudnn.rnn
+    before = cudnn.deterministic, [kind.fp32_precision for kind in kinds]
+    cudnn.deterministic = True
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.allow_tf32 = before
+        cudnn.deterministic = before[0]
+        for kind, precision in zip(kinds, before[1], strict=True):
+            kind.fp32_precision = precision
 
 
 @_exact()

@@ -24,7 +24,7 @@ from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import CamriTuneError, InputError, StoppedError, StudyMismatchError
 from camri_tune.files import code_version, sha256
 from camri_tune.memory import keep_freed_memory
-from camri_tune.own_networks import MODEL_VARIABLE, allow, identified
+from camri_tune.own_networks import FOLDER_VARIABLE, MODEL_VARIABLE, allow, identified
 from camri_tune.prefork import serve
 from camri_tune.pretrained import starting_weights
 from camri_tune.search import Plan, make_sampler
@@ -215,14 +215,16 @@ def main(arguments: list[str]) -> int:
     """Work of the processes that a run starts here: NAME DEVICE INDEX THREADS PARENT; storage in the environment."""
     name, device, index, threads, parent = arguments
     with stopping_on_signals() as stop:
+        model = os.environ.get(MODEL_VARIABLE)
         try:
+            allow(model, folder=os.environ.get(FOLDER_VARIABLE))
             work(
                 storage_url=os.environ[STORAGE_VARIABLE],
                 name=name,
                 device=device,
                 index=int(index),
                 threads=int(threads),
-                model=os.environ.get(MODEL_VARIABLE),
+                model=model,
                 asked_to_stop=_with_parent(int(parent), stop),
             )
         except CamriTuneError as error:

@@ -16,7 +16,7 @@ from camri_tune.config import Model, StudyConfig
 from camri_tune.database import STORAGE_VARIABLE
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.heartbeat import worker_id
-from camri_tune.own_networks import MODEL_VARIABLE
+from camri_tune.own_networks import FOLDER_VARIABLE, MODEL_VARIABLE, folder_of
 from camri_tune.storage import StudyStore
 from camri_tune.training import cpu_count, pick_device
 
@@ -147,7 +147,7 @@ def local_launch(
     def launch(place: int) -> Worker:
         environment = {**os.environ, STORAGE_VARIABLE: storage_url}
         if model is not None:
-            environment[MODEL_VARIABLE] = model
+            environment |= {MODEL_VARIABLE: model, FOLDER_VARIABLE: folder_of(model)}
         environment["OMP_NUM_THREADS"] = str(threads)
         log = log_folder / f"worker-{place}.log"
         try:

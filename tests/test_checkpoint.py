@@ -38,8 +38,9 @@ def test_a_resumed_training_ends_with_the_same_weights(model: Model, tmp_path: P
     state, note = found
     assert note == {"epochs": 1}
     assert state.epoch == 1
-    resumed = trained(state).classifier.state_dict()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for _ in range(2):  # an attempt that fails leaves the state as it was
+        resumed = trained(state).classifier.state_dict()
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not torch.equal(states[0].weights["head.weight"], whole["head.weight"])
 
 

@@ -275,6 +275,9 @@ def test_doctor_and_datasets_say_what_is_there() -> None:
     assert doctor.returncode == 0
     assert "torch" in doctor.stdout
     assert "trains in" in doctor.stdout
+    assert "storage      SQLite 3." in doctor.stdout
+    elsewhere = camri_tune("doctor", CAMRI_STORAGE="postgresql+psycopg://me:hunter2@host/db").stdout
+    assert "storage      postgresql+psycopg://me:***@host/db" in elsewhere
     datasets = camri_tune("datasets").stdout
     for part in ("digits", "PATH/CLASS/*", "PATH.csv", "path,label", "PATH.npz", "--group-by '(?P<group>"):
         assert part in datasets

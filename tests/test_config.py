@@ -433,3 +433,15 @@ def test_a_link_to_a_file_keeps_its_own_name_and_dots_mean_what_they_do_to_the_s
     dotted = StudyConfig.build({"dataset": "elsewhere/../more.npz"}).absolute()
     assert dotted.dataset == str(tmp_path / "blobs" / "more.npz"), "and not more.npz beside the link"
     assert own_path(Path("elsewhere/..")) == tmp_path / "blobs"
+
+
+def test_what_is_not_said_of_places_is_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMRI_DATA", "env")
+    monkeypatch.setenv("CAMRI_STORAGE", "sqlite:///env.db")
+    here = StudyConfig().in_this_environment()
+    assert (here.data_dir, here.storage) == (Path("env"), "sqlite:///env.db")
+    said = StudyConfig(data_dir=Path("data"), storage=None).in_this_environment()
+    assert (said.data_dir, said.storage) == (Path("data"), None), "also where it is the default"
+    monkeypatch.setenv("CAMRI_DATA", "x" * 300)
+    with pytest.raises(InputError, match=r"^\$CAMRI_DATA: data_dir is 'xxx"):
+        StudyConfig().in_this_environment()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from camri_tune.bundle import read_bundle
 from camri_tune.config import StudyConfig
 from camri_tune.errors import BundleError, CamriTuneError, DataError, InputError
 from camri_tune.evidence import Evidence
-from camri_tune.export import BATCH, MOST_COMPARED, RESIZE, Exported, Format, _FixedMaxPool, export
+from camri_tune.export import BATCH, MOST_COMPARED, RESIZE, Exported, Format, _FixedMaxPool, export, withdraw
 from camri_tune.files import sha256
 from camri_tune.images import read_image
 from camri_tune.sources import find_source
@@ -285,6 +286,25 @@ def test_what_is_not_ours_is_not_replaced(kind: str, folder: Path, tmp_path: Pat
         _export(folder, "torchscript", to=to)
     assert "--to" in str(raised.value)
     assert _files(tmp_path) == before
+
+
+def test_what_is_of_another_model_than_best_is_so_no_more(folder: Path, tmp_path: Path) -> None:
+    bundle = read_bundle(folder).config
+    _export(folder, "torchscript")
+    (tmp_path / "best.onnx").write_text("mine")
+    before = _files(tmp_path)
+    withdraw(tmp_path, bundle.spec, bundle.weights_sha256)
+    assert _files(tmp_path) == before
+    other = bundle.spec.model_copy(update={"logit_bias": {1: 1.5}})
+    withdraw(tmp_path, other, bundle.weights_sha256)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert {"best", "best.onnx"} < left
+    assert {re.sub(r"\d+", "0", name) for name in left - {"best", "best.onnx"} if not name.startswith("weights")} == {
+        "withdrawn-0-best.pt", "withdrawn-0-best.pt.json",
+    }  # fmt: skip
+    _export(folder, "torchscript")
+    withdraw(tmp_path, None, None)
+    assert not (tmp_path / "best.pt").exists()
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from camri_tune import bundle as bundles
 from camri_tune import cli, evaluation, images, overview
 from camri_tune.bundle import (
+    CARD,
     CONFIG,
     METRICS,
     MOST_HEADER,
@@ -382,7 +383,17 @@ def test_a_link_in_the_place_of_a_bundle_is_replaced_and_not_followed(
     assert list(folder.parent.iterdir()) == [folder], "nothing half-written stays"
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "empty"])
+@pytest.mark.parametrize("lost", [(WEIGHTS,), (METRICS, CARD), (CONFIG,), (WEIGHTS, CONFIG, CARD)])
+def test_a_bundle_that_lost_files_is_replaced(lost: tuple[str, ...], bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "best"
+    _write_again(bundle, folder)
+    for name in lost:
+        (folder / name).unlink()
+    _write_again(bundle, folder)
+    assert read_bundle(folder).classes == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "empty", "of another library"])
 def test_what_is_no_bundle_is_not_replaced(kind: str, bundle: Path, tmp_path: Path) -> None:
     """A study file can say where its study's folder is: `best` in it may be somebody's photographs."""
     folder = tmp_path / "home" / "best"
@@ -394,6 +405,10 @@ def test_what_is_no_bundle_is_not_replaced(kind: str, bundle: Path, tmp_path: Pa
     if kind == "folder":
         (folder / "photo.jpg").write_text("mine")
         (folder / CONFIG).write_text("{}")  # many things have one
+    elif kind == "of another library":
+        (folder / WEIGHTS).write_bytes(b"mine")
+        (folder / CONFIG).write_text('{"architectures": ["BertModel"]}')
+        (folder / CARD).write_text("mine")
     before = sorted(folder.parent.rglob("*"))
     assert "move it elsewhere" in _refusal(_write_again, bundle, folder, error=BundleError)
     assert sorted(folder.parent.rglob("*")) == before

@@ -12,7 +12,8 @@ PACKAGE = REPOSITORY / "camri_tune"
 # Top to bottom; a module may import only from lines below its own.
 FLOORS = [
     {"cli"},
-    {"pipeline", "comparison", "export", "predict"},
+    {"pipeline", "comparison"},
+    {"export", "predict"},
     {"report", "stages", "figures"},
     {"study_page", "study_note", "console", "dashboard", "ray_workers"},
     {"ray_foreman"},

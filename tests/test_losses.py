@@ -1,5 +1,6 @@
 """Heads and losses against naive re-derivations, and at the angles where such losses go wrong."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -358,6 +359,19 @@ def test_autocast_changes_neither_loss_nor_logits(make: MakeHead, dtype: torch.d
     assert logits.dtype == torch.float32
     assert torch.equal(loss, head(embeddings.float(), labels))
     assert torch.equal(logits, head.get_logits(embeddings.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_head
+def test_a_head_in_half_precision_computes_in_float32(make: MakeHead, dtype: torch.dtype) -> None:
+    """As in a whole model that was cast, by `half()` or by Lightning's bf16-true."""
+    head, rng = _with_weight(make(), 20).to(dtype), torch.Generator().manual_seed(21)
+    embeddings, labels = torch.randn(24, SIZE, generator=rng).to(dtype), torch.arange(24) % CLASSES
+    loss = head(embeddings, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, copy.deepcopy(head).float()(embeddings.float(), labels))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in head.parameters())
 
 
 def test_five_degrees_are_told_apart_under_autocast() -> None:

@@ -1,9 +1,11 @@
 """The networks, augmentation, and training one model with one seed, on the digits."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ from camri_tune.training import (
     Recipe,
     Trained,
     _again_in_float32,
+    _exact,
     _fast_precision,
     _optimizer,
     default_learning_rate,
@@ -893,6 +896,30 @@ def test_a_training_with_momentum_goes_on_to_the_same_weights(digits: Dataset, o
 
     whole = go()
     assert _equal_states(whole.classifier, go(states[0]).classifier)
+
+
+@pytest.mark.parametrize("precise", ["torch.backends", "torch.backends.cudnn.conv", "torch.backends.cudnn.rnn"])
+def test_a_precision_that_a_script_has_set_is_in_nobodys_way(precise: str) -> None:
+    """PyTorch refuses to say by its older flag what was set by its newer ones. In a process of its own: it stays."""
+    code = f"""
+import torch
+{precise}.fp32_precision = "ieee"
+from camri_tune.training import _exact
+with _exact():
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic
+assert {precise}.fp32_precision == "ieee"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_how_convolutions_are_computed_is_put_back() -> None:
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    with _exact():
+        assert not cudnn.allow_tf32
+    assert (cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
 
 
 @given(how=st.builds(Augmentation, *[st.floats(0, 20)] * 5, st.floats(0, 1), st.booleans()), factor=st.floats(0, 3))

@@ -154,6 +154,30 @@ def test_a_trial_that_failed_is_never_the_best() -> None:
     assert best.number > 0
 
 
+@pytest.mark.parametrize("constraint", [None, "latency"])
+def test_trials_of_another_objective_are_none_of_its_own(constraint: str | None) -> None:
+    """A study that somebody has had may hold some, with attributes and constraints of theirs."""
+    ranges: dict[str, Any] = {"margin": optuna.distributions.FloatDistribution(0.0, 0.6)}
+
+    def measure(trial: Trial, params: Mapping[str, float]) -> Answers:
+        return [0] * 3 + [1] * 4, [0] * 3 + [1] * 3 + [0]
+
+    objective = _objective(measure, 1, 0.5)
+    study = optuna.create_study(direction="maximize", sampler=objective.sampler(seed=0))
+    for margin in np.linspace(0, 0.6, 10):
+        theirs = optuna.trial.create_trial(
+            value=0.99, params={"margin": margin}, distributions=ranges, user_attrs={"accuracy": 0.4}
+        )
+        if constraint is not None:
+            theirs.set_constraint(constraint, -1.0)
+        study.add_trial(theirs)
+    assert objective.best_trial(study) is None
+    study.optimize(objective, n_trials=9)
+    best = objective.best_trial(study)
+    assert best is not None
+    assert best.number >= 10
+
+
 def test_its_sampler_stays_away_from_what_misses_the_floor() -> None:
     """Recall rises with the margin, and accuracy falls below the floor from a margin of 0.25 on."""
 

@@ -21,7 +21,8 @@ from camri_tune.datasets import open_dataset
 from camri_tune.errors import BundleError, InputError, StudyMismatchError
 from camri_tune.losses import CrossEntropyLoss
 from camri_tune.models import Classifier, build_body
-from camri_tune.own_networks import allow, allowed, factory_of, identified
+from camri_tune.own_networks import allow, allowed, factory_of, folder_of, identified
+from camri_tune.pipeline import run
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.worker import work
 from tests.command import assert_one_line_error, result_of
@@ -43,6 +44,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Write a module whose function `small` has this body into the current folder; returns the network's name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(own_networks, "_allowed", set())
+    monkeypatch.setattr(own_networks, "_imported", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
 
@@ -111,6 +113,31 @@ def test_what_it_says_of_its_images_is_heeded(write: Write) -> None:
     assert network.mean.flatten().tolist() == [127.5, 63.75, 0]
     assert network.deviation.flatten().tolist() == [127.5] * 3
     assert default_image_size(name) == 48
+
+
+def test_mean_and_size_may_be_as_networks_keep_them(write: Write) -> None:
+    """Buffers shaped as they are applied, and height and width of images."""
+    body = BODY.replace("return", "net =") + (
+        "    net.register_buffer('mean', torch.tensor([0.5, 0.25, 0]).view(1, 3, 1, 1))\n"
+        "    net.std, net.image_size = nn.Parameter(torch.ones(3, 1, 1) / 2), (48, 48)\n    return net\n"
+    )
+    name = write(body)
+    allow(name)
+    network = build_backbone(name, channels=3, image_size=16)
+    assert network.mean.flatten().tolist() == [127.5, 63.75, 0]
+    assert network.deviation.flatten().tolist() == [127.5] * 3
+    assert default_image_size(name) == 48
+
+
+def test_a_network_may_have_weights_of_volumes(write: Write) -> None:
+    """They have no channels_last format, but another."""
+    body = """
+    return nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 4, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+"""
+    name = write(body)
+    allow(name)
+    body_of_it = build_body(name, channels=3, image_size=16)
+    assert body_of_it(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 4)
 
 
 def test_a_network_may_bring_weights_of_its_own(write: Write) -> None:
@@ -186,7 +213,26 @@ def test_the_file_that_the_function_is_from_counts(write: Write, tmp_path: Path)
     before = identified(face)
     path = tmp_path / f"{inner.partition(':')[0]}.py"
     path.write_text(path.read_text().replace("ReLU", "Tanh"))
+    own_networks._imported.clear()  # as in another process
     assert identified(face) != before
+
+
+def test_workers_import_it_from_where_the_run_did(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script's folder is on its path, and not on that of the processes that it starts."""
+    name = write()
+    home = tmp_path / "scripts"
+    (home / "inner").mkdir(parents=True)
+    (tmp_path / f"{name.partition(':')[0]}.py").rename(home / f"{name.partition(':')[0]}.py")
+    (home / "inner" / "network_in.py").write_text((home / f"{name.partition(':')[0]}.py").read_text())
+    monkeypatch.syspath_prepend(home)
+    for each in (name, "inner.network_in:small"):
+        allow(each)
+        assert folder_of(each) == str(home)
+    sys.modules.pop("inner"), sys.modules.pop("inner.network_in")
+    config = StudyConfig(model=name, name="s", out=tmp_path, trials=1, epochs=1, seeds=1, limit=100, important=("3",))
+    assert run(config).baseline.test.accuracy.mean > 0
 
 
 def test_what_is_not_there_gets_one_line(write: Write) -> None:
@@ -276,7 +322,10 @@ def test_from_a_function_to_an_exported_model(write: Write, tmp_path: Path) -> N
     path.write_text(path.read_text().replace("16", "24"))
     assert_one_line_error(command(*options), "was started with model = ", name)
     assert_one_line_error(command("evaluate", best, "--model", name), "the model is of network", "bring the same file")
-    sys.modules.pop(name.partition(":")[0])
+    with pytest.raises(InputError, match="has changed since this process imported it; start the process"):
+        identified(name)
+    sys.modules.pop(name.partition(":")[0])  # as in another process
+    own_networks._imported.clear()
     assert identified(name).startswith(f"{name} (")
     with pytest.raises(StudyMismatchError, match=r"is on network .* bring the same file"):
         work(storage_url=f"sqlite:///{best.parent / 'study.db'}", name="own", device="cpu", model=name)

@@ -44,7 +44,7 @@ def _write(
 ) -> Path:
     parts: Any = {"train": train, **more}
     side_here = partial(side_of, StudyConfig(image_size=side))
-    write_arrays(path, parts, classes=classes, side=side_here, on_progress=lambda done, total: None)
+    write_arrays(path, parts, classes=classes, side=side_here, on_progress=lambda done, total: None, in_use=True)
     return path
 
 
@@ -205,6 +205,15 @@ def test_a_file_that_is_there_is_kept_where_the_data_set_is_another(tmp_path: Pa
     assert _stored(path)["labels"].tolist() == [0, 1] * 12
     assert len(path.read_bytes()) == len(before)
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_call_that_was_refused_stands_in_nobodys_way(tmp_path: Path, own_cache: Path) -> None:
+    """There is no study yet, whose trainings the file could be of."""
+    data, config = TensorDataset(PIXELS, torch.arange(24) % 2), StudyConfig(name="x", important=("bad",), out=tmp_path)
+    with pytest.raises(InputError, match="'bad' is no class here"):
+        run(config, dataset=data)
+    with pytest.raises(InputError, match="2 groups"):  # further on: these are too few
+        run(config, dataset=Items(lambda index: (PIXELS[index], int(index == 0))), classes=["good", "bad"])
 
 
 def test_what_is_missing_or_twice_is_said(tmp_path: Path) -> None:
