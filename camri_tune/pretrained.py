@@ -17,6 +17,7 @@ from camri_tune.errors import InputError
 from camri_tune.models import build_body, freeze, trunk
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep weights among other things
+MOST_WRAPPINGS = 5  # one in the other
 _MOST_NAMED = 4
 
 
@@ -59,8 +60,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"--weights {str(path)!r} cannot be read as weights alone, which execute nothing ({reason}); save the "
             f"network's state_dict() and give that file"
         ) from None
-    while isinstance(stored, Mapping) and (inner := [stored[key] for key in _WRAPPERS if _is_table(stored.get(key))]):
-        stored = inner[0]
+    for _ in range(MOST_WRAPPINGS):  # one may hold itself
+        if not _is_table(stored):
+            break
+        stored = next((stored[key] for key in _WRAPPERS if _is_table(stored.get(key))), stored)
     if not isinstance(stored, Mapping):
         raise InputError(f"--weights {str(path)!r} holds {type(stored).__name__}, not weights by their names")
     return {name: tensor for name, tensor in stored.items() if isinstance(name, str) and _is_plain(tensor)}

@@ -61,6 +61,13 @@ def _refusal(path: Path, model: str = MODEL) -> str:
 # --- what a file holds ------------------------------------------------------------------------------------------------
 
 
+def test_a_wrapping_that_holds_itself_has_no_weights(tmp_path: Path) -> None:
+    wrapping: dict[str, object] = {}
+    wrapping["model"] = wrapping
+    torch.save(wrapping, tmp_path / "weights.pth")
+    assert _refusal(tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize(
     "wrapped",
     [
