@@ -143,13 +143,14 @@ class Dataset:
     def examine(self) -> None:
         """Have `notices` tell also of what makes hours of training worth less; for a run that is about to begin.
 
-        Of a user's own data alone: the built-in sets are known. The test part is decoded for that, its images counted
-        by class and compared with the others. No model answers them, and nothing is chosen by them. Raises DataError
-        where an image of it cannot be decoded.
+        The test part is decoded for that: raises DataError where an image of it cannot be. Of a user's own data its
+        images are counted by class and compared with the others; the built-in sets are known. No model answers them,
+        and nothing is chosen by them.
         """
+        test = self.test()
         if not self._source.groups_by:
             return
-        parts = {"training": self.train, "validation": self.validation, "test": self.test()}
+        parts = {"training": self.train, "validation": self.validation, "test": test}
         own: dict[str, Part] = {"training": "train", "validation": "train", "test": "train"}
         if self._own_validation is not None:
             own["validation"] = "validation"

@@ -450,6 +450,18 @@ def test_the_test_part_of_cifar10_is_not_decoded_before_it_is_asked_for(
     assert "test_batch" in decoded
 
 
+def test_a_broken_test_image_of_cifar10_is_named_before_anything_is_trained(image_folder: MakeFolder) -> None:
+    """Afterwards every way out would be another study: one file less, one mended, or corrupt ones left out."""
+    counts = {f"cifar10/{part}/{name}": 3 for part in ("train", "test") for name in CIFAR10_CLASSES}
+    root = image_folder(counts)
+    broken = next((root / "cifar10" / "test" / "cat").iterdir())
+    broken.write_bytes(broken.read_bytes()[:40])
+    data = _open("cifar10", root)
+    with pytest.raises(DataError, match="mend or remove it") as raised:
+        data.examine()
+    assert str(broken) in message_of(raised)
+
+
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_a_damaged_file_of_cifar10_is_not_read(name: str, damage: str, small_cifar: SmallCifar) -> None:
