@@ -438,7 +438,8 @@ def evaluate(
         )
     else:
         print("the model has no temperature (or no finite logits): its numbers are scores, not probabilities")
-    print(f"the stored test figures are {'reproduced exactly' if figures['matches_stored'] else 'other than these'}")
+    if (same := figures["matches_stored"]) is not None:
+        print(f"the stored test figures are {'reproduced exactly' if same else 'other than these'}")
 
 
 def _share(share: Mapping[str, Any]) -> str:

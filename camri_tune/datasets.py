@@ -32,7 +32,7 @@ from camri_tune.folders import PIECE, Part, Source
 from camri_tune.grouping import Item, NotGroupedError
 from camri_tune.images import Images, Pieces, describe_counts, read_image, squeezed
 from camri_tune.memory import free_memory
-from camri_tune.sources import find_source, is_data_dir_of
+from camri_tune.sources import Relation, find_source, is_data_dir_of, relation_of
 from camri_tune.splits import Split, folds, hold_out_groups, limit_groups, thin_groups
 
 Progress = Callable[[int, int], None]
@@ -291,12 +291,16 @@ def open_test_images(
 
     `where` is None (the data set the model was trained on), the folder that holds it, or any folder of class folders.
     The very data set of training gives its test part, never images that the model has learned from; another folder
-    gives its `test` part where it has one, else all of it, with labels by class name.
+    gives its `test` part where it has one, else all of it, with labels by class name. Raises DataError where its
+    place says that the model may have learned from it.
     """
     config = trained_on.model_copy(update={"skip_corrupt": trained_on.skip_corrupt or skip_corrupt})
+    relation = relation_of(where, trained_on)
+    if relation == "test":
+        where = None
     if where is not None and config.dataset in BUILT_IN_DATASETS and where != config.dataset:
         if is_data_dir_of(config.dataset, Path(where)):
-            config = config.model_copy(update={"data_dir": Path(where)})
+            config, relation = config.model_copy(update={"data_dir": Path(where)}), "itself"
         else:
             config = config.model_copy(update={"dataset": where})
     elif where is not None:
@@ -306,14 +310,10 @@ def open_test_images(
     except NotGroupedError:  # the groups of training are named in other images' paths
         source = find_source(config.model_copy(update={"group_by": None}), to_judge=True)
     name = str(source.root or source.name) if config.dataset in BUILT_IN_DATASETS else config.dataset
-    changed = DataError(
-        f"data set {name!r} has changed since the model was trained on it, so what it "
-        f"learned from cannot be told from the rest: restore the folder, or name other images with --data"
-    )
     if source.fingerprint() == fingerprint.partition("-")[0]:
         data = Dataset(source, config)
         if data.fingerprint != fingerprint and not source.has("test"):  # other files than then could be decoded
-            raise changed
+            raise _untold(name, "itself")
         images = _some_of(data.test(), name)
         text = f"the test part of {source.name}, which neither trained nor chose the model{data.left_out_of_test}"
         return Unseen(images, text, data.hidden_group_size, own=True)
@@ -322,9 +322,8 @@ def open_test_images(
         known = ", ".join(map(repr, classes[:5])) + (", …" if len(classes) > 5 else "")
         raise DataError(f"class {foreign[0]!r} of {name!r} is unknown to the model, which has {known}")
     parts: list[Part] = ["test"] if source.has("test") else sorted({*source.parts, *source.packed})
-    same_place = Path(config.dataset).resolve() == Path(trained_on.dataset).resolve()
-    if parts != ["test"] and same_place:
-        raise changed
+    if parts != ["test"] and relation is not None:
+        raise _untold(name, relation)
     cache = _Cache(source, skip_corrupt, None)
     read = [cache.read(part) for part in parts]
     first = 0
@@ -335,10 +334,29 @@ def open_test_images(
     images = _some_of(images, name)
     labels = torch.tensor([list(classes).index(name) for name in source.classes])[images.labels]
     which = "the test part" if parts == ["test"] else "all images"
-    said = "has changed since the model was trained, and it may have learned from some of them"
-    text = f"{which} of {name}, which {said if same_place else 'is not the data set of training'}{cache.told(parts)}"
+    said = "is not, as it is, the data set of training"  # as far as places tell: images are not compared one by one
+    if relation is not None:
+        said = f"{_LIES[relation]}, and it may have learned from some of them"
+    text = f"{which} of {name}, which {said}{cache.told(parts)}"
     size = source.hidden_group_size if parts == ["test"] else 1
     return Unseen(replace(images, labels=labels), text, size, own=False)
+
+
+# By how images lie to the data set of training, why it is not known which of them trained a model.
+_LIES: dict[Relation, str] = {
+    "itself": "has changed since the model was trained",
+    "test": "has changed since the model was trained",
+    "in": "lies in what the model was trained on",
+    "around": "holds what the model was trained on",
+}
+
+
+def _untold(name: str, relation: Relation) -> DataError:
+    mend = "leave --data out for the test part" if relation in ("in", "around") else "restore the folder"
+    return DataError(
+        f"data set {name!r} {_LIES[relation]}, so what it learned from cannot be told from the rest: {mend}, or name "
+        f"other images with --data"
+    )
 
 
 def _some_of(images: Images, name: str) -> Images:

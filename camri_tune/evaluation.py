@@ -473,8 +473,9 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
         "calibration": _calibration(bundle, logits, labels),
         "important": list(config.important),
         "classes": list(bundle.classes),
-        "matches_stored": unseen.own
-        and all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class")),
+        "matches_stored": all(clean[key] == stored.get(key) for key in ("accuracy", "recall", "recall_per_class"))
+        if unseen.own
+        else None,  # which are of other images
     }
 
 

@@ -247,6 +247,15 @@ def _folders_of_parts(root: Path) -> dict[Part, Path]:
     return folders
 
 
+def test_folder(root: Path) -> Path | None:
+    """The folder of a data set's test part, None where it has none or cannot be looked through."""
+    try:
+        folder = _folders_of_parts(root).get("test")
+    except (OSError, DataError):
+        return None
+    return None if folder is None else folder.resolve()
+
+
 def _left_out(root: Path, parts: Iterable[Path]) -> list[str]:
     """Folders of images that lie beside the parts: somebody's classes, perhaps, one of which is called train."""
     known = set(parts)

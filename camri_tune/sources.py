@@ -10,7 +10,7 @@ from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,12 +21,23 @@ from camri_tune.augmentation import Augmentation
 from camri_tune.backbones import default_image_size
 from camri_tune.config import BUILT_IN_DATASETS, HEAD, StudyConfig, is_data_file, is_printable
 from camri_tune.errors import DataError
-from camri_tune.folders import USUAL_SIDE, Packed, Part, Source, class_folders, image_files, is_class_name
+from camri_tune.folders import (
+    PARTS,
+    USUAL_SIDE,
+    Packed,
+    Part,
+    Source,
+    class_folders,
+    image_files,
+    is_class_name,
+    test_folder,
+)
 from camri_tune.grouping import Item, NotGroupedError
 from camri_tune.images import Images
 from camri_tune.listed import listed_files
 
 Opened = TypeVar("Opened")
+Relation = Literal["itself", "test", "in", "around"]
 PHOTOGRAPHS = Augmentation(shift=0.12, zoom=0.12, light=0.1, mirror=True)
 MOST_OF_A_LIST = 2**20  # characters of a list of classes
 AWA2_URL = "https://cvml.ista.ac.at/AwA2/AwA2-data.zip"
@@ -97,6 +108,34 @@ def require_there(dataset: str) -> None:
 def is_data_dir_of(dataset: str, folder: Path) -> bool:
     """Whether `folder` holds the files of that built-in data set, as --data-dir does."""
     return any((folder / name).is_dir() for name in _FOLDERS.get(dataset, ()))
+
+
+def relation_of(where: str | None, trained_on: StudyConfig) -> Relation | None:
+    """How the images that `where` names (None: those of training) lie to the data set of training.
+
+    They are it, its test part, in it or around it; None: elsewhere. Raises DataError where there is nothing.
+    """
+    dataset = trained_on.dataset
+    if where in (None, dataset):
+        return "itself"
+    if where in BUILT_IN_DATASETS:
+        return None
+    require_there(where)
+    names = _FOLDERS.get(dataset, ())
+    places = [trained_on.data_dir / n for n in names] if dataset in BUILT_IN_DATASETS else [Path(dataset)]
+    found = (_relation(Path(where).resolve(), place.resolve()) for place in places if place.exists())
+    return next(filter(None, found), None)
+
+
+def _relation(here: Path, there: Path) -> Relation | None:
+    if here == there:
+        return "itself"
+    if here.suffix.lower() == ".npz":  # which is no file of a folder of images
+        part = PARTS.get(here.stem) if here.parent == there and holds_arrays(there) else None
+        return "test" if part == "test" else part and "in"
+    if here.is_relative_to(there):
+        return "test" if test_folder(there) == here else "in"
+    return "around" if there.is_relative_to(here) else None
 
 
 def _digits() -> Source:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from camri_tune import arrays
 from camri_tune.arrays import array_source
 from camri_tune.config import Model, StudyConfig, is_printable
-from camri_tune.datasets import Dataset, open_dataset
+from camri_tune.datasets import Dataset, open_dataset, open_test_images
 from camri_tune.errors import DataError, InputError
 from camri_tune.images import Images, resized
 from camri_tune.sources import find_source, side_of
@@ -397,3 +397,17 @@ def test_embeddings_are_no_images_to_any_network(model: Model, length: int, save
     path = save(embeddings=np.random.default_rng(0).random((24, length), np.float32), labels=_labels())
     with pytest.raises(DataError, match=r"has embeddings, but --model .* takes images"):
         open_dataset(StudyConfig(dataset=str(path), model=model))
+
+
+def test_a_file_of_a_part_is_that_part_of_what_the_model_was_trained_on(save: Save, tmp_path: Path) -> None:
+    for seed, name in enumerate(("train", "val", "test", "new")):
+        save(name=f"{name}.npz", images=_images(seed=seed), labels=_labels())
+    config = StudyConfig.build({"dataset": str(tmp_path)})
+    data = open_dataset(config)
+    options: dict[str, Any] = {"trained_on": config, "fingerprint": data.fingerprint, "classes": data.classes}
+    unseen = open_test_images(str(tmp_path / "test.npz"), **options)
+    assert unseen.own
+    assert torch.equal(unseen.images.pixels, data.test().pixels)
+    with pytest.raises(DataError, match="lies in what the model was trained on"):
+        open_test_images(str(tmp_path / "val.npz"), **options)
+    assert "is not, as it is, the data set of training" in open_test_images(str(tmp_path / "new.npz"), **options).text

@@ -722,6 +722,15 @@ def test_cifar10_is_found_in_another_folder(small_cifar: SmallCifar, tmp_path: P
     assert "neither trained nor chose" in text
 
 
+def test_the_parts_of_cifar10_in_folders_are_no_other_images(image_folder: MakeFolder) -> None:
+    root = image_folder({f"cifar10/{part}/{name}": 3 for part in ("train", "test") for name in CIFAR10_CLASSES})
+    config = _config("cifar10", root)
+    data = open_dataset(config)
+    assert same(_judged(root / "cifar10" / "test", config, data)[0], data.test())
+    with pytest.raises(DataError, match="lies in what the model was trained on"):
+        _judged(root / "cifar10" / "train", config, data)
+
+
 def test_awa2_is_found_in_another_folder_and_refused_where_it_has_changed(animals: Path, tmp_path: Path) -> None:
     """Test is drawn from all images: with one fewer, what trained the model cannot be told from the others."""
     config = _config("awa2", animals)
@@ -729,7 +738,7 @@ def test_awa2_is_found_in_another_folder_and_refused_where_it_has_changed(animal
     moved = shutil.copytree(animals, tmp_path / "moved")
     assert same(_judged(moved, config, data)[0], data.test())
     _photographs(moved)[5].unlink()
-    with pytest.raises(DataError, match="has changed since the model was trained on it") as raised:
+    with pytest.raises(DataError, match="has changed since the model was trained, so what it learned") as raised:
         _judged(moved, config, data)
     assert str(moved / "awa2") in message_of(raised)
 
@@ -740,4 +749,4 @@ def test_a_model_of_digits_is_judged_on_mnist_by_its_test_part(small_mnist: Path
         "mnist", trained_on=config, fingerprint="of digits", classes=tuple("0123456789")
     )
     assert images.pixels.shape == (100, 1, 8, 8)
-    assert "which is not the data set of training" in text
+    assert "which is not, as it is, the data set of training" in text

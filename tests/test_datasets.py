@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from camri_tune import datasets
 from camri_tune.augmentation import Augmentation
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
-from camri_tune.datasets import Dataset, open_dataset, open_test_images
+from camri_tune.datasets import Dataset, Unseen, open_dataset, open_test_images
 from camri_tune.errors import DataError
 from camri_tune.folders import Packed, Source
 from camri_tune.images import Images, read_image
@@ -528,7 +528,7 @@ def test_where_other_images_can_be_read_than_before_it_is_another_data_set(image
             unseen = open_test_images(where, trained_on=config, fingerprint=found.fingerprint, classes=whole.classes)
             assert unseen.own
             assert _shown(unseen.images) == _shown(found.test())
-            with pytest.raises(DataError, match="has changed since the model was trained on it"):
+            with pytest.raises(DataError, match="has changed since the model was trained, so what it learned"):
                 open_test_images(where, trained_on=config, fingerprint=whole.fingerprint, classes=whole.classes)
     assert len(seen) == 4
 
@@ -1186,7 +1186,7 @@ def test_a_foreign_folder_has_its_labels_by_class_name(part: str, image_folder: 
         assert _shown(images[np.flatnonzero(images.labels.numpy() == label)]) == _colours(foreign / part / name)
     assert str(foreign) in text
     assert ("test part" if part else "all images") in text
-    assert "not the data set of training" in text
+    assert "which is not, as it is, the data set of training" in text
 
 
 @pytest.mark.parametrize(("parts", "size"), [(("train", "test"), 30), (("train",), 1)])
@@ -1230,6 +1230,38 @@ def test_where_images_were_moved_about_it_is_said_that_some_may_have_been_learne
         _, text, _, own = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
         assert not own
         assert "has changed since the model was trained, and it may have learned from some of them" in text
+
+
+def test_a_folder_in_the_data_set_of_training_or_around_it_is_no_foreign_one(
+    image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its test part asked for by itself is its test part; of the rest nobody knows what trained the model."""
+    root = image_folder({f"{part}/{name}": 6 for part in ("train", "val", "TEST") for name in "ab"})
+    monkeypatch.chdir(root)
+
+    def judged(where: Path, of: Path) -> Unseen:
+        config = build_config(of)
+        data = open_dataset(config)
+        return open_test_images(str(where), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+
+    for where in (root / "TEST", Path("TEST"), root.parent / "elsewhere"):
+        if not where.exists():
+            where.symlink_to(root / "TEST")
+        unseen = judged(where, root)
+        assert unseen.own
+        assert _shown(unseen.images) == _colours(root / "TEST")
+    for part in ("train", "val"):
+        with pytest.raises(DataError, match="lies in what the model was trained on, so what it learned") as raised:
+            judged(root / part, root)
+        assert repr(str(root / part)) in message_of(raised)
+    unseen = judged(root, root / "train")
+    assert not unseen.own
+    assert "the test part of" in unseen.text
+    assert "holds what the model was trained on, and it may have learned from some of them" in unseen.text
+    assert "which is not, as it is, the data set of training" in judged(root / "val", root / "train").text
+    shutil.rmtree(root / "TEST")
+    with pytest.raises(DataError, match="holds what the model was trained on, so what it learned"):
+        judged(root, root / "train")
 
 
 @pytest.mark.parametrize(

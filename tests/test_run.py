@@ -755,6 +755,8 @@ def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
     _write_stripes(foreign, 10)
     other = json.loads(camri_tune("evaluate", bundle, "--data", foreign, "--json").stdout)
     assert other["images"] == 30
+    assert other["matches_stored"] is None
+    assert "stored test figures" not in camri_tune("evaluate", bundle, "--data", foreign).stdout
     (foreign / "zigzag").mkdir()
     Image.new("RGB", (8, 8)).save(foreign / "zigzag" / "1.png")
     assert_one_line_error(camri_tune("evaluate", bundle, "--data", foreign), "'zigzag'")
