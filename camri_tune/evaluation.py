@@ -23,7 +23,7 @@ from camri_tune.datasets import Dataset, Unseen, open_test_images, require_image
 from camri_tune.differences import Known, PairedDifference, SeedDifference, Share
 from camri_tune.errors import BundleError, CamriTuneError, InputError
 from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
-from camri_tune.images import Images, resized
+from camri_tune.images import Images, resized, with_channels
 from camri_tune.metrics import accuracy, confusion_matrix, pack, recall_per_class, unpack
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
@@ -433,12 +433,14 @@ def images_for(bundle: Bundle, where: str | None, *, data_dir: Path, skip_corrup
         classes=bundle.classes,
         skip_corrupt=skip_corrupt,
     )
-    if unseen.images.channels != config.spec.channels:
-        what = "embeddings of {} numbers" if unseen.images.are_embeddings else "images of {} channel(s)"
+    images = with_channels(unseen.images, config.spec.channels)
+    if images.channels != config.spec.channels:
+        what = "embeddings of {} numbers" if images.are_embeddings else "images of {} channel(s)"
         raise InputError(
-            f"{where!r} has {what.format(unseen.images.channels)}, but the model takes {config.spec.channels}"
+            f"data set {where or config.dataset!r} has {what.format(images.channels)}, but the model takes "
+            f"{config.spec.channels}: name such with --data"
         )
-    return unseen
+    return unseen._replace(images=images)
 
 
 def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_corrupt: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,6 +128,26 @@ def resized(images: Images, size: int) -> Images:
     # In pieces: as floats, all of them together would be large.
     pieces = [squeezed(some, size) for some in images.split(1024)]
     return Images(torch.cat(pieces), images.labels, images.groups)
+
+
+def with_channels(images: Images, channels: int) -> Images:
+    """The same images in grey (1) or RGB (3), as one takes the place of the other; what is neither is as it was."""
+    if images.are_embeddings or {images.channels, channels} != {1, 3}:
+        return images
+    if channels == 3:
+        return replace(images, store=images.store.expand(-1, 3, -1, -1))  # a view
+    grey, done = torch.empty((len(images), 1, images.side, images.side), dtype=torch.uint8), 0
+    for some in images.split(64):  # in pieces: the store may be larger than memory
+        grey[done : done + len(some)] = torch.from_numpy(to_grey(some.numpy()))
+        done += len(some)
+    return Images(grey, images.labels, images.groups)
+
+
+def to_grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB (n, 3, H, W) as Pillow's grey (n, 1, H, W)."""
+    count, _, height, width = pixels.shape
+    below_each_other = pixels.transpose(0, 2, 3, 1).reshape(count * height, width, 3)
+    return np.array(Image.fromarray(below_each_other).convert("L")).reshape(count, 1, height, width)
 
 
 def squeezed(pixels: torch.Tensor, size: int) -> torch.Tensor:

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from camri_tune.answers import Answering, meaning, number_name
 from camri_tune.arrays import embeddings_in
@@ -24,7 +23,7 @@ from camri_tune.bundle import Bundle
 from camri_tune.config import printable, shown
 from camri_tune.errors import BundleError, DataError, InputError
 from camri_tune.folders import image_files
-from camri_tune.images import read_image
+from camri_tune.images import read_image, to_grey
 from camri_tune.records import MOST_OF_A_CELL, csv_cell, named
 from camri_tune.training import cpu_count
 
@@ -114,9 +113,7 @@ class Predictions:
             pixels = read_image(Path(file), spec.image_size)
         except DataError as error:
             return error
-        if spec.channels == 1:
-            return np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
-        return pixels
+        return to_grey(pixels[None])[0] if spec.channels == 1 else pixels
 
 
 def _files_at(path: Path) -> list[str]:

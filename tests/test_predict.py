@@ -21,11 +21,13 @@ from camri_tune.answers import Answering, meaning
 from camri_tune.bundle import Bundle, ModelSpec, read_bundle
 from camri_tune.config import is_printable
 from camri_tune.errors import BundleError, DataError, InputError
+from camri_tune.evaluation import evaluate_bundle, images_for
 from camri_tune.folders import image_files
-from camri_tune.images import read_image
+from camri_tune.images import Images, read_image, to_grey, with_channels
 from camri_tune.predict import BATCH, Predictions, lines_of
 from camri_tune.records import csv_cell
 from tests.command import assert_one_line_error, camri_tune
+from tests.conftest import MakeFolder
 from tests.exported import CLASSES, make_bundle
 
 BIAS = {1: 1.4}  # about half of the images then go to class 1
@@ -126,6 +128,37 @@ def test_a_model_of_one_channel_sees_grey(tmp_path: Path) -> None:
         expected = bundle.classifier(grey).softmax(dim=1)[0]
     (image,) = _document(bundle, path)["images"]
     assert image["by_class"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_other_images_are_judged_grey_or_in_colour_as_the_model_takes_them(
+    image_folder: MakeFolder, tmp_path: Path
+) -> None:
+    """As `predict` reads their files; grey arrays as it reads grey files."""
+    root = image_folder({"go": 40, "stop": 30})
+    grey = np.stack([np.asarray(Image.open(path).convert("L")) for path in image_files(root)[0]])
+    np.savez(tmp_path / "grey.npz", images=grey, labels=[0] * 40 + [1] * 30, classes=CLASSES[:2])
+    of_grey, of_rgb = (read_bundle(make_bundle(tmp_path / str(n) / "best", channels=n)) for n in (1, 3))
+    for where in (root, tmp_path / "grey.npz"):
+        found = images_for(of_grey, str(where), data_dir=tmp_path).images
+        assert np.array_equal(found.pixels[:, 0].numpy(), grey)
+        assert found.labels.tolist() == [0] * 40 + [1] * 30
+    found = images_for(of_rgb, str(tmp_path / "grey.npz"), data_dir=tmp_path).images
+    assert np.array_equal(found.pixels.numpy(), grey[:, None].repeat(3, axis=1))
+    decided = [image["class"] for image in _document(of_grey, root)["images"]]
+    figures = evaluate_bundle(tmp_path / "1" / "best", str(root), data_dir=tmp_path)
+    assert figures["accuracy"] == np.mean(np.array(decided) == [0] * 40 + [1] * 30)
+    with pytest.raises(InputError, match=r"has images of 3 channel\(s\), but the model takes 4: name such with --data"):
+        images_for(read_bundle(make_bundle(tmp_path / "4" / "best", channels=4)), str(root), data_dir=tmp_path)
+
+
+def test_grey_is_made_of_the_rows_that_are_asked_for() -> None:
+    store = torch.randint(0, 256, (300, 3, 5, 5), dtype=torch.uint8)
+    places = np.arange(299, 99, -1)
+    some = Images(store, torch.arange(300), torch.arange(300))[places]
+    grey = with_channels(some, 1)
+    assert torch.equal(grey.labels, some.labels)
+    assert np.array_equal(grey.pixels.numpy(), to_grey(store[places].numpy()))
+    assert with_channels(grey, 3).store.untyped_storage().nbytes() == 200 * 25, "a view"
 
 
 def test_numbers_without_a_temperature_are_called_scores(tmp_path: Path, photos: Path) -> None:
