@@ -476,6 +476,8 @@ def predict(
         print(line)
     if predictions.left_out:
         _warn(f"{predictions.left_out:,} corrupt image file(s) were left out (--skip-corrupt)")
+    if predictions.passed_over:
+        _warn(f"{predictions.passed_over:,} file(s) that are no images were passed over")
     _warn(meaning(predictions.config.spec))
 
 

@@ -310,12 +310,15 @@ def open_test_images(
     except NotGroupedError:  # the groups of training are named in other images' paths
         source = find_source(config.model_copy(update={"group_by": None}), to_judge=True)
     name = str(source.root or source.name) if config.dataset in BUILT_IN_DATASETS else config.dataset
+    others = f"; {source.ignored:,} file(s) in its folder that are no images were passed over" if source.ignored else ""
     if source.fingerprint() == fingerprint.partition("-")[0]:
         data = Dataset(source, config)
         if data.fingerprint != fingerprint and not source.has("test"):  # other files than then could be decoded
             raise _untold(name, "itself")
         images = _some_of(data.test(), name)
-        text = f"the test part of {source.name}, which neither trained nor chose the model{data.left_out_of_test}"
+        text = (
+            f"the test part of {source.name}, which neither trained nor chose the model{data.left_out_of_test}{others}"
+        )
         return Unseen(images, text, data.hidden_group_size, own=True)
     foreign = sorted(set(source.classes) - set(classes))
     if foreign:
@@ -337,7 +340,7 @@ def open_test_images(
     said = "is not, as it is, the data set of training"  # as far as places tell: images are not compared one by one
     if relation is not None:
         said = f"{_LIES[relation]}, and it may have learned from some of them"
-    text = f"{which} of {name}, which {said}{cache.told(parts)}"
+    text = f"{which} of {name}, which {said}{cache.told(parts)}{others}"
     size = source.hidden_group_size if parts == ["test"] else 1
     return Unseen(replace(images, labels=labels), text, size, own=False)
 

@@ -43,8 +43,9 @@ class Predictions:
     """What a model says of image files, one after another, in the order of `paths`; folders are looked through, sorted.
 
     A file that cannot be read raises DataError, unless `on_corrupt` is there to hear of it; then it is left out, and
-    counted in `left_out`. Raises InputError, before anything is decoded, where a path is none of an image, or a folder
-    has no images. A model of embeddings takes .npz files that hold some: their rows are called PATH[0], PATH[1], ….
+    counted in `left_out`; `passed_over` counts the files in folders that are no images. Raises InputError, before
+    anything is decoded, where a path is none of an image, or a folder has no images. A model of embeddings
+    takes .npz files that hold some: their rows are called PATH[0], PATH[1], ….
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Predictions:
         self.config = bundle.config
         self.left_out = 0
         find = _arrays_at if spec.are_embeddings else _files_at
-        self._files = [file for path in paths for file in find(path)]
+        found = [find(path) for path in paths]
+        self._files = [file for files, _ in found for file in files]
+        self.passed_over = sum(others for _, others in found)
         self._answering = Answering(bundle)
         self._on_corrupt = on_corrupt
 
@@ -116,26 +119,26 @@ class Predictions:
         return to_grey(pixels[None])[0] if spec.channels == 1 else pixels
 
 
-def _files_at(path: Path) -> list[str]:
-    """The image files that a path names. Raises InputError."""
+def _files_at(path: Path) -> tuple[list[str], int]:
+    """The image files that a path names, and how many others are passed over. Raises InputError."""
     text = str(path)
     try:
         if os.path.isfile(text):
-            return [text]
+            return [text], 0
         if not os.path.isdir(text):
             what = "is no file or folder" if os.path.lexists(text) else "does not exist"
             raise InputError(f"image {shown(text)} {what}; name images, or folders of them")
-        files, _ = image_files(path)
+        files, others = image_files(path)
     except ValueError:  # a zero byte
         raise InputError(f"image {shown(text)} is no path; name images, or folders of them") from None
     except OSError as error:
         raise InputError(f"folder {shown(text)} cannot be looked through ({error.strerror}); mend that") from None
     if not files:
         raise InputError(f"folder {shown(text)} has no images; name images, or folders of them")
-    return files
+    return files, others
 
 
-def _arrays_at(path: Path) -> list[str]:
+def _arrays_at(path: Path) -> tuple[list[str], int]:
     """The file of embeddings that a path names. Raises InputError."""
     text = str(path)
     try:
@@ -147,7 +150,7 @@ def _arrays_at(path: Path) -> list[str]:
             f"{shown(text)} is no .npz file, but the model takes embeddings: save them with numpy.savez(path, "
             f"embeddings=…), and name that file"
         )
-    return [text]
+    return [text], 0
 
 
 def lines_of(predictions: Predictions, form: Format) -> Iterator[str]:
@@ -227,4 +230,4 @@ def _json(predictions: Predictions, rows: Iterator[Prediction]) -> Iterator[str]
         }
         yield f"{separator}{json.dumps(image)}"
         separator = ","
-    yield f'], "left_out": {predictions.left_out}}}'
+    yield f'], "left_out": {predictions.left_out}, "passed_over": {predictions.passed_over}}}'

@@ -1295,6 +1295,18 @@ def test_corrupt_images_to_judge_are_named_or_counted(image_folder: MakeFolder) 
     assert text.endswith("; 1 corrupt image file(s) were left out")
 
 
+def test_files_that_are_no_images_are_counted_where_a_model_is_judged(image_folder: MakeFolder) -> None:
+    root, foreign = image_folder({"a": 9, "b": 9}), image_folder({"a": 3, "b": 3})
+    (root / "a" / "photo.heic").write_bytes(b"of a format that is not read")
+    for name in ("1.dcm", "2.dcm"):
+        (foreign / "b" / name).write_bytes(b"likewise")
+    config = build_config(root)
+    data = open_dataset(config)
+    for where, count in ((None, 1), (str(foreign), 2)):
+        unseen = open_test_images(where, trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+        assert unseen.text.endswith(f"; {count} file(s) in its folder that are no images were passed over")
+
+
 def test_a_class_that_the_model_does_not_know_is_named(image_folder: MakeFolder) -> None:
     config = build_config(image_folder({"a": 5, "b": 5}))
     data = open_dataset(config)

@@ -94,6 +94,7 @@ def test_every_image_of_a_folder_gets_what_the_model_says_of_it(bundle: Bundle, 
         assert image["is_important"] == (image["class"] == 1)
         assert image["class_name"] == CLASSES[image["class"]]
     assert (document["left_out"], document["classes"], document["important"]) == (0, list(CLASSES), [1])
+    assert document["passed_over"] == 1, "the notes"
 
 
 def test_paths_are_answered_in_the_order_they_are_given(bundle: Bundle, photos: Path) -> None:
@@ -296,6 +297,7 @@ def test_the_command_says_nothing_but_the_document_on_standard_output(folder: Pa
     assert len(json.loads(done.stdout)["images"]) == BATCH + 8
     assert "007.png" in done.stderr
     assert "1 corrupt image file(s) were left out" in done.stderr
+    assert "1 file(s) that are no images were passed over" in done.stderr
     assert "need not be the likeliest" in done.stderr
     done = camri_tune("predict", folder, photos / "a", photos / "b" / "007.png")
     assert_one_line_error(done, "007.png", "--skip-corrupt")
