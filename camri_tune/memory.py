@@ -4,9 +4,15 @@ import ctypes
 import sys
 from pathlib import Path
 
-_GROUPS = (  # what a container may have and has: control groups of version 2, and of version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# What a container may have, has, and would give back, in which line: control groups of version 2, and of version 1.
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -16,10 +22,12 @@ def free_memory() -> int | None:
     info = _read("/proc/meminfo")
     if info is not None:
         found += [int(line.split()[1]) * 1024 for line in info.splitlines() if line.startswith("MemAvailable:")]
-    for most, used in _GROUPS:
+    for most, used, details, line in _GROUPS:
         limit, usage = _read(most), _read(used)
         if limit is not None and usage is not None and limit.strip().isdecimal():  # else "max"
-            found.append(max(0, int(limit) - int(usage)))
+            # Files that were read stay in memory as long as nobody needs it, and count as used.
+            kept = next((n for name, n in map(str.split, (_read(details) or "").splitlines()) if name == line), 0)
+            found.append(min(int(limit), max(0, int(limit) - int(usage) + int(kept))))
     return min(found, default=None)
 
 

@@ -20,6 +20,8 @@ MACHINE = {"/proc/meminfo": "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable: 
         ({**MACHINE, V2[0]: "9000000\n", V2[1]: "1000000\n"}, 4_096_000),
         ({**MACHINE, V2[0]: "max\n", V2[1]: "1000000\n"}, 4_096_000),
         ({V1[0]: "5000\n", V1[1]: "6000\n"}, 0),
+        ({V2[0]: "9000\n", V2[1]: "8000\n", V2[2]: "anon 500\nfile 7000\ninactive_file 6000\n"}, 7000),
+        ({V1[0]: "9000\n", V1[1]: "8000\n", V1[2]: "inactive_file 1\ntotal_inactive_file 6000\n"}, 7000),
         ({V1[0]: "5000\n"}, None),
     ],
 )
