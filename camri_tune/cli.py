@@ -552,7 +552,8 @@ def datasets() -> None:
     )
     print("mnist     70,000 handwritten digits, 28x28, 10 classes; from DATA_DIR/MNIST/raw, else downloaded")
     print("awa2      37,322 photographs of 50 animals, resized to 64x64; from DATA_DIR/awa2, else downloaded (13 GB)")
-    print("gtsrb     51,839 traffic signs at 32x32, 43 classes; from DATA_DIR/gtsrb, else downloaded")
+    print("gtsrb     51,839 traffic signs at 32x32, 43 classes; 39,209 from DATA_DIR/gtsrb/GTSRB/Training/CLASS/*.ppm,")
+    print("          else downloaded: torchvision's archive, which has 26,640 training images in the place of 39,209")
     print("PATH      a folder: PATH/train/CLASS/*, optional PATH/val and PATH/test; or PATH/CLASS/*, split by us")
     print(
         "PATH.csv  a list: columns path,label and perhaps group,split (train, validation, test); paths from its folder"

@@ -173,8 +173,18 @@ def _gtsrb(data_dir: Path) -> Source:
         if download:
             from torchvision.datasets import GTSRB  # noqa: PLC0415 - a second that data which are there need not pay
 
-            for split in ("train", "test"):
-                GTSRB(str(data_dir), split=split, download=True)
+            base.mkdir(parents=True, exist_ok=True)
+            # Elsewhere first: what an interrupted download leaves would be taken for the whole.
+            with tempfile.TemporaryDirectory(prefix="download-", dir=base) as scratch:
+                fresh = Path(scratch) / base.name
+                wanted = {"train": [training], "test": [base / "GT-final_test.csv", testing]}
+                for split, places in wanted.items():
+                    if places[-1].exists():  # nothing is fetched over what a user has laid out
+                        continue
+                    GTSRB(scratch, split=split, download=True)
+                    for place in places:
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        (fresh / place.relative_to(base)).replace(place)
         with open(base / "GT-final_test.csv", newline="") as file:
             rows = csv.DictReader(file, delimiter=";", skipinitialspace=True)
             test = [(os.path.join(testing, row["Filename"]), int(row["ClassId"])) for row in rows]

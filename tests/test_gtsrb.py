@@ -193,6 +193,33 @@ def test_gtsrb_is_downloaded_where_it_is_not_there(
     assert archives.asked == [], "downloaded once"
 
 
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("interrupted", ["GTSRB-Training_fixed.zip", "GTSRB_Final_Test_Images.zip"])
+def test_what_an_interrupted_download_left_is_not_taken_for_the_whole(
+    interrupted: str, archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the last image is unpacked: all folders are there, and one of them is not complete."""
+    _route_downloads(monkeypatch, archives.url)
+    whole = torchvision_gtsrb.download_and_extract_archive
+
+    def stopped(url: str, download_root: str, md5: str) -> None:
+        whole(url, download_root, md5)
+        if url.endswith(interrupted):
+            max(Path(download_root).rglob("*.ppm")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torchvision_gtsrb, "download_and_extract_archive", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            open_data("gtsrb", data_dir=tmp_path)
+    archives.asked.clear()
+    data = open_data("gtsrb", data_dir=tmp_path)
+    assert len(data.train) + len(data.validation) == 43 * 6
+    assert len(data.test()) == 43
+    assert ("GTSRB-Training_fixed.zip" in archives.files_asked) == ("Training" in interrupted), "no part comes twice"
+    assert sorted(path.name for path in (tmp_path / "gtsrb").iterdir()) == ["GT-final_test.csv", "GTSRB"]
+
+
 def test_without_data_and_network_the_folders_to_fill_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
