@@ -124,8 +124,11 @@ class StudyStore:
         identity["model"] = identified(config.model)
         identity["weights"] = None if config.weights is None else sha256(config.weights)
         if "identity" in attributes:
+            stored = dict(attributes["identity"])
+            if stored["dataset"].endswith(f" ({data.fingerprint})"):
+                stored["dataset"] = identity["dataset"]
             # What an earlier version could not be asked for was as it is by default.
-            _require_equal({**StudyConfig().identity(), **attributes["identity"]}, identity, config)
+            _require_equal({**StudyConfig().identity(), **stored}, identity, config)
             store._require_its_kind(attributes, comparison)
         if within is None:
             store.artifacts.check()
@@ -138,8 +141,8 @@ class StudyStore:
                 study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
         if comparison and "cells" not in attributes:
             store.set("cells", [])
-        if "identity" not in attributes:
-            store.set("identity", identity)
+        if "identity" not in attributes or attributes["identity"]["dataset"] != identity["dataset"]:
+            store.set("identity", identity)  # by the name that the data set has now
         if "id" not in attributes:
             store.set("id", uuid.uuid4().hex)
         if within is None:

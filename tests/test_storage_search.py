@@ -294,6 +294,19 @@ def test_another_data_set_under_the_same_name_is_told_by_its_content(
     create_with(folder.rename(tmp_path / "moved" / folder.name))  # the same images elsewhere are the same data set
 
 
+def test_the_same_images_under_another_name_are_the_same_data_set(
+    config: StudyConfig, digits: Dataset, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which `status` then calls by the name that it has now."""
+    before = create(config, digits).attributes["identity"]
+    monkeypatch.setattr(digits, "name", "numbers")
+    renamed = create(config, digits).attributes["identity"]
+    assert renamed == {**before, "dataset": f"numbers ({digits.fingerprint})"}
+    monkeypatch.setattr(digits, "fingerprint", digits.fingerprint[::-1])
+    with pytest.raises(StudyMismatchError, match=rf"with dataset = 'numbers \({digits.fingerprint[::-1]}\)'"):
+        create(config, digits)
+
+
 def test_where_and_how_fast_a_study_runs_may_change(
     store: StudyStore, config: StudyConfig, digits: Dataset, create: Create
 ) -> None:
