@@ -553,7 +553,7 @@ def _written_whole(
     """These arrays for pixels (N, C, S, S), to be filled, which then are a safetensors file.
 
     They are mapped into memory, for they may be larger than that. The file gets its name once it is whole. One that
-    cannot be written is only slower: then they are in memory alone.
+    cannot be written is only slower: then they are in memory alone. Raises DataError where they do not fit there.
     """
     entries: dict[str, Any] = {}
     shapes = {name: shape if name == "pixels" else shape[:1] for name in tensors}
@@ -579,10 +579,18 @@ def _written_whole(
     except OSError as error:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
-        warnings.warn(
-            f"the image cache {str(path)!r} could not be written ({error}); images are decoded again", stacklevel=2
-        )
-        yield {name: np.empty(shapes[name], kind) for name, (_, kind, _) in tensors.items()}
+        unwritten = f"the image cache {str(path)!r} could not be written ({error})"
+        try:
+            in_memory: dict[str, NDArray[Any]] = {
+                name: np.empty(shapes[name], kind) for name, (_, kind, _) in tensors.items()
+            }
+        except MemoryError:
+            raise DataError(
+                f"{unwritten}, and memory cannot hold the images, which take {end / 1e9:,.1f} GB: name a folder with "
+                f"room for them in $CAMRI_CACHE, or make them smaller with --image-size"
+            ) from None
+        warnings.warn(f"{unwritten}; images are decoded again", stacklevel=2)
+        yield in_memory
         return
     try:
         mapped = np.memmap(scratch, np.uint8, "r+", offset=start, shape=(end,))

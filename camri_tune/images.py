@@ -208,6 +208,8 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     except UnidentifiedImageError:
         empty = path.stat().st_size == 0
         raise DataError(f"image file {str(path)!r} is {'empty' if empty else 'not an image'}") from None
+    except MemoryError:
+        raise FileNotReadError(f"image file {str(path)!r} cannot be decoded for want of memory") from None
     except Exception as error:  # a dozen decoders on any bytes at all: what they raise is not to be listed
         # The system's has a number, Pillow's has none; but a head can name a place to seek that there is not.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EOVERFLOW):

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, features
 from safetensors.torch import save_file
 
 from camri_tune import datasets
+from camri_tune import images as images_module
 from camri_tune.augmentation import Augmentation
 from camri_tune.config import BUILT_IN_DATASETS, StudyConfig
 from camri_tune.datasets import Dataset, Unseen, open_dataset, open_test_images
@@ -504,6 +505,32 @@ def test_a_file_that_cannot_be_read_for_now_is_not_taken_for_corrupt(image_folde
         assert f"{str(path)!r} cannot be read (Input/output error): let it be read" in message_of(raised)
     path.unlink()
     assert _count(open_data(root, skip_corrupt=True)) == 12
+
+
+def test_want_of_memory_is_nothing_that_a_file_has(image_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder({"a": 6, "b": 6})
+
+    def lacking(*_: object) -> Image.Image:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images_module, "to_rgb", lacking)
+        with pytest.raises(DataError, match=r"cannot be decoded for want of memory: .* run again") as raised:
+            open_data(root, skip_corrupt=True)
+        assert message_of(raised)
+    assert _count(open_data(root, skip_corrupt=True)) == 12
+
+
+def test_images_that_neither_disk_nor_memory_can_hold_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    blocked = tmp_path / "a-file"
+    blocked.touch()
+    way_out = r"could not be written .* take 3,105,000\.0 GB: .*CAMRI_CACHE, or .*--image-size"
+    with (
+        pytest.raises(DataError, match=way_out) as raised,
+        datasets._written_whole(blocked / "train.safetensors", (10**12, 3, 32, 32)),
+    ):
+        pytest.fail("where there is no room, nothing is filled")
+    assert message_of(raised)
 
 
 def test_where_other_images_can_be_read_than_before_it_is_another_data_set(image_folder: MakeFolder) -> None:
