@@ -7,6 +7,7 @@ set to: its size in bytes and in pixels, and both for all threads together.
 import errno
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ _SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES_OF_FORMATS.items() if
 MOST_PIXELS = 2**28 // 3  # 89 million, in one image and in all that are being decoded
 MOST_BYTES = 2**27  # 134 million, likewise
 MOST_SCANS = 200  # passes over a JPEG; a progressive one has about ten, and a tiny file could ask for millions
+
+# A JPEG's markers but for those that have no length, and none in its coded data, where 0 or a restart comes after 0xFF.
+_SEGMENT, _SCAN, _END = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]"), b"\xff\xda", b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -228,9 +232,21 @@ def _pixels_of(opened: Image.Image, path: Path) -> int:
             f"{opened.width}x{opened.height} takes {pixels:,} pixels, but at most {MOST_PIXELS:,} are read, since more "
             f"may be a decompression bomb; save it smaller"
         )
-    if opened.format in ("JPEG", "MPO") and (scans := path.read_bytes().count(b"\xff\xda")) > MOST_SCANS:
-        raise ValueError(f"{scans:,} scans, but at most {MOST_SCANS} are read; save it as an ordinary JPEG")
+    if opened.format in ("JPEG", "MPO") and _has_many_scans(path.read_bytes()):
+        raise ValueError(f"more than the {MOST_SCANS} scans that are read; save it as an ordinary JPEG")
     return pixels
+
+
+def _has_many_scans(jpeg: bytes) -> bool:
+    """Whether the file's first image has, up to its own end: what lies behind it, such as a film, is not decoded.
+
+    Segments are skipped by their length, as decoders do, for thumbnails in them have an end of their own.
+    """
+    place = scans = 0
+    while scans <= MOST_SCANS and (found := _SEGMENT.search(jpeg, place)) and found[0] != _END:
+        scans += found[0] == _SCAN
+        place = found.end() + max(2, int.from_bytes(jpeg[found.end() : found.end() + 2]))
+    return scans > MOST_SCANS
 
 
 def to_rgb(image: Image.Image, name: str | None) -> Image.Image:

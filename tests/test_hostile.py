@@ -834,6 +834,29 @@ def test_a_jpeg_of_any_number_of_scans_is_refused(tmp_path: Path) -> None:
     assert "scans" in _refusal(read_image, path, SIDE, error=DataError)
 
 
+def test_what_lies_behind_a_jpeg_or_in_its_thumbnail_counts_for_nothing(tmp_path: Path) -> None:
+    """A motion photo has a film at its end; a thumbnail has an end of its own, which is not the image's."""
+    path, film = tmp_path / "photo.jpg", b"\0\xff\xda" * 2 * MOST_SCANS
+    thumbnail = _jpeg(5)
+    segment = b"\xff\xe1" + (2 + len(thumbnail)).to_bytes(2) + thumbnail
+    for scans in (50, MOST_SCANS):
+        content = _jpeg(scans)
+        path.write_bytes(content[:2] + segment + content[2:] + film)
+        if scans == 50:
+            assert read_image(path, SIDE).shape == (3, SIDE, SIDE)
+    assert "scans" in _refusal(read_image, path, SIDE, error=DataError)
+
+
+@pytest.mark.parametrize("between", [b"\xff\xd0", b"\xff\x02\xff\xff", b"\xff\0", b"\xff", b"\xff\xd8\xff\xff", b"\0"])
+def test_nothing_between_two_scans_hides_those_that_follow(between: bytes) -> None:
+    """Bytes that a decoder passes over have no length, whatever comes behind them."""
+    content = _jpeg(MOST_SCANS + 1)
+    first = content.index(b"\xff\xda")
+    last = content.index(b"\xff\xc4", first)
+    assert images._has_many_scans(content[:last] + between + content[last:])
+    assert not images._has_many_scans(content[:last] + between + b"\xff\xd9" + content[last:])
+
+
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
 def test_text_in_an_image_is_bounded(kind: bytes, tmp_path: Path) -> None:
     """100 KB of file for 100 MB of text."""
