@@ -195,6 +195,11 @@ def class_folders(root: Path, group_by: str | None = None, *, to_judge: bool = F
                 )
             found, others = image_files(folder / name) if (folder / name).is_dir() else ([], 0)
             ignored += others
+            if not (folder / name).is_dir() and not to_judge:
+                raise DataError(
+                    f"class folder {str(folder / name)!r} is missing; add it, with images, or remove "
+                    f"{str(folders['train'] / name)!r}"
+                )
             if not found and not to_judge:
                 raise DataError(f"class folder {str(folder / name)!r} has no images; add some or remove the folder")
             items += [Listed(path, label) for path in found]

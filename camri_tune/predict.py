@@ -124,6 +124,10 @@ def _files_at(path: Path) -> tuple[list[str], int]:
     text = str(path)
     try:
         if os.path.isfile(text):
+            if path.suffix.lower() == ".npz":
+                raise InputError(
+                    f"{shown(text)} holds arrays, but predict reads image files; evaluate takes it as --data"
+                )
             return [text], 0
         if not os.path.isdir(text):
             what = "is no file or folder" if os.path.lexists(text) else "does not exist"

@@ -99,8 +99,9 @@ def _draw_groups(
         if len(sizes) < 2:
             what = f"{sum(sizes.values())} image(s) in {len(sizes)} group(s)"
             raise DataError(
-                f"class {classes[c]!r} has {what}, but needs at least 2 groups (or ungrouped images) to set some aside "
-                f"for {purpose}: add images, provide a folder for {purpose}, or leave the class out"
+                f"class {classes[c]!r} has {what} to draw from, but needs at least 2 groups (or ungrouped images) to "
+                f"set some aside for {purpose}, and 3 in all where both test and validation are drawn: add images, "
+                f"provide a folder for {purpose}, or leave the class out"
             )
         wanted = fraction * sum(sizes.values())
         have = sum(size for g, size in sizes.items() if g in held)

@@ -742,13 +742,13 @@ def test_a_file_is_no_data_set(tmp_path: Path) -> None:
         ({"cat": 5}, ["1 class folder", "at least 2"]),
         ({"train/cat": 5, "test/cat": 5}, ["train", "1 class folder"]),
         ({"cat": 5, "dog": 0}, ["'{root}/dog'", "no images"]),
-        ({"train/cat": 5, "train/dog": 5, "val/cat": 2}, ["'{root}/val/dog'"]),
-        ({"train/cat": 5, "train/dog": 5, "test/dog": 2}, ["'{root}/test/cat'"]),
+        ({"train/cat": 5, "train/dog": 5, "val/cat": 2}, ["'{root}/val/dog' is missing", "'{root}/train/dog'"]),
+        ({"train/cat": 5, "train/dog": 5, "test/dog": 2}, ["'{root}/test/cat' is missing"]),
         ({"train/cat": 5, "train/dog": 5, "val/cat": 2, "val/dog": 0}, ["'{root}/val/dog'", "no images"]),
         ({"train/cat": 5, "train/dog": 5, "val/cat": 2, "val/dog": 2, "val/emu": 2}, ["'{root}/val/emu'", "train"]),
         ({"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/dog": 2, "test/emu": 2}, ["'{root}/test/emu'"]),
         ({"cat": 5, "dog": 1}, ["'dog'", "1 image(s)", "2 groups"]),
-        ({"cat": 5, "dog": 2}, ["'dog'", "1 image(s)", "validation"]),
+        ({"cat": 5, "dog": 2}, ["'dog'", "1 image(s) in 1 group(s) to draw from", "validation", "3 in all"]),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_gets_one_line(

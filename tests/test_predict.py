@@ -241,6 +241,12 @@ def test_a_path_that_is_none_of_an_image_is_refused_before_anything_is_said(
     assert is_printable(str(raised.value))
 
 
+def test_arrays_are_no_image_to_mend(bundle: Bundle, tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"images\.npz.* holds arrays.*evaluate takes it as --data"):
+        _document(bundle, tmp_path / "images.npz")
+
+
 def test_weights_that_give_no_numbers_are_refused(bundle: Bundle, photos: Path) -> None:
     with torch.no_grad():
         bundle.classifier.head.class_weights[0, 0] = torch.nan

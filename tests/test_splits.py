@@ -130,7 +130,9 @@ def test_patients_with_several_findings_are_split_wherever_that_is_possible(
 
 def test_a_class_of_one_group_is_named() -> None:
     labels, groups = np.array([0, 0, 1, 1, 1]), np.array([1, 2, 3, 3, 3])
-    with pytest.raises(DataError, match=r"^class 'stop' has 3 image\(s\) in 1 group\(s\), .* 2 groups .*test.*$"):
+    with pytest.raises(
+        DataError, match=r"^class 'stop' has 3 image\(s\) in 1 group\(s\) to draw from, .* 2 groups .*test.*$"
+    ):
         hold_out_groups(labels, groups, fraction=0.2, seed=0, classes=["go", "stop"], purpose="test")
 
 
