@@ -38,6 +38,10 @@ from camri_tune.training import default_learning_rate
 from camri_tune.trials import pooled_floor
 from camri_tune.workers import Launch, Workers, local_launch, places_for
 
+_WAY_OUT = (
+    "what ran out of memory or ended its workers is trained again by the same command, perhaps with fewer --workers; "
+    "else mend what it says, and start another study with --name"
+)
 ROUNDS_OF_FINALISTS = 2
 LOCK = ".lock"  # held by the run that works on a folder
 MOST_WAITING = 64  # and more than there are workers, mostly
@@ -85,7 +89,8 @@ class Stages:
             return None
         best = fixed or best_learning_rate(tried, default)
         if best is None:
-            raise CamriTuneError(f"every training of the baseline failed; the first said: {tried[0].failure}")
+            said = tried[0].failure
+            raise CamriTuneError(f"every training of the baseline failed; the first said: {said}; {_WAY_OUT}")
         found = {(r.seed, r.fold): r for r in records}
         count = max(self.config.seeds, folds)
         wanted = [(self.config.replicate_seed(index), index % folds) for index in range(count)]
@@ -100,7 +105,9 @@ class Stages:
         models = tuple(found[key] for key in wanted)
         for record in models:
             if record.state != "complete":
-                raise CamriTuneError(f"the baseline's training with seed {record.seed} failed: {record.failure}")
+                raise CamriTuneError(
+                    f"the baseline's training with seed {record.seed} failed: {record.failure}; {_WAY_OUT}"
+                )
         return Baseline(best, models[: self.config.seeds], models[self.config.seeds :])
 
     def adopt(self, baseline: Baseline, important: tuple[int, ...], ranked: Baseline | None = None) -> None:
@@ -331,7 +338,7 @@ class Crew:
             store.artifacts.sweep()
             store.set("stage", "running")
             store.set("judged", False)
-            again, once_more = store.requeue_interrupted(), store.requeue_out_of_memory()
+            again, once_more = store.requeue_interrupted(), store.requeue_blameless()
             where = f"Ray's cluster ({places[0]})" if config.launcher == "ray" else device
             epochs = config.most_epochs(data.epochs)
             most = "up to " if is_searched(config.epochs) else ""
@@ -340,7 +347,7 @@ class Crew:
             if again:
                 console.say(f"{again} interrupted training(s) queued again")
             if once_more:
-                console.say(f"{once_more} training(s) that ran out of memory queued again")
+                console.say(f"{once_more} training(s) that ran out of memory, or ended their workers, queued again")
             for notice in data.notices():
                 console.say(notice)
             try:

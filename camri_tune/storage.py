@@ -45,7 +45,8 @@ _STATES: dict[OptunaState, TrialState] = {
     OptunaState.FAIL: "failed",
 }
 MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time would end all of them
-RESUME, INTERRUPTED, WITHDRAWN, OUT_OF_MEMORY = "resume", "interrupted", "withdrawn", "out_of_memory"
+RESUME, INTERRUPTED, WITHDRAWN = "resume", "interrupted", "withdrawn"
+OUT_OF_MEMORY, WORKER_DIED = "out_of_memory", "worker_died"  # of failures for which the settings need not be to blame
 MARK = ".study"  # in a study's folder: the id of the study whose result and model lie there
 TICKET = "ticket"  # of each trial that a run has queued
 EXPORTED = "exported"  # among a study's attributes: what writes its exported model again
@@ -349,8 +350,10 @@ class StudyStore:
                 self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
 
-    def requeue_out_of_memory(self) -> int:
-        """Queue again what failed for want of memory; return how many. For a run that starts: it may have more.
+    def requeue_blameless(self) -> int:
+        """Queue again what failed for want of memory, or with its workers; return how many.
+
+        For a run that starts: it may have more memory, fewer workers, or another machine.
 
         Not a learning rate of the baseline's by which others were judged already: the models are of the best of those.
         """
@@ -362,10 +365,10 @@ class StudyStore:
             if stage == "baseline" and len(tuning) < len(trials):
                 left_alone |= tuning
             for trial in trials:
-                if OUT_OF_MEMORY in trial.user_attrs and trial.number not in left_alone:
+                if trial.user_attrs.keys() & {OUT_OF_MEMORY, WORKER_DIED} and trial.number not in left_alone:
                     self._queue_again(stage, trial, _PURPOSE)  # from its start, with the whole batch
                     count += 1
-        return count + sum(self.cell(name).requeue_out_of_memory() for name in self.attributes.get("cells", []))
+        return count + sum(self.cell(name).requeue_blameless() for name in self.attributes.get("cells", []))
 
     def requeue_interrupted(self, dead: str | None = None) -> int:
         """Give up trials whose worker is gone, and queue again what was interrupted; return how many.
@@ -381,7 +384,7 @@ class StudyStore:
         trials = self.optuna_study(stage).get_trials(deepcopy=False)
         lost = [t for t in trials if t.state == OptunaState.RUNNING and _is_lost(t, dead)]
         for trial in lost:
-            self._give_up(trial)
+            self.give_up(trial)
         if lost:
             trials = self.optuna_study(stage).get_trials(deepcopy=False)
         replaced = _replaced(trials)
@@ -396,18 +399,23 @@ class StudyStore:
         # What the sampler had chosen is kept: it is run again, not replaced.
         self.enqueue(stage, {**fixed, **trial.params}, retry_of=trial.number, **kept)
 
-    def _give_up(self, trial: FrozenTrial) -> None:
-        """End a trial whose worker died. Should the worker live after all, its next word on the trial is refused."""
+    def give_up(self, trial: FrozenTrial, reason: str = "") -> None:
+        """End a trial whose worker died, or has to for this `reason`: it is given back, but not for ever.
+
+        Should the worker live after all, its next word on the trial is refused.
+        """
         attributes, worker = trial.user_attrs, trial.user_attrs.get(WORKER, "a worker")
         further = _epochs_kept(attributes.get(RESUME)) > attributes.get("resumed_at", 0)
         attempts = 1 if further else attributes.get("attempts", 0) + 1
+        why = f" ({reason})" if reason else ""
         try:
             if attempts < MOST_ATTEMPTS:
                 self._storage.set_trial_user_attr(trial._trial_id, "attempts", attempts)
-                self.release(trial._trial_id, f"{worker} died; queued again")
+                self.release(trial._trial_id, f"{worker} died{why}; queued again")
                 return
-            reason = f"its worker died {attempts} times without getting further; the last was {worker}"
-            self._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
+            failure = f"its worker died {attempts} times without getting further; the last was {worker}{why}"
+            self._storage.set_trial_user_attr(trial._trial_id, "failure", failure)
+            self._storage.set_trial_user_attr(trial._trial_id, WORKER_DIED, True)
             self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
         except optuna.exceptions.UpdateFinishedTrialError:
             pass  # it ended at this very moment
@@ -417,7 +425,7 @@ class StudyStore:
         studies = [self.optuna_study(stage) for stage in STAGES]
         ended = (OptunaState.COMPLETE, OptunaState.PRUNED, OptunaState.FAIL)
         if any(
-            trial.user_attrs.get(WORKER) == worker and not _interrupted(trial)
+            trial.user_attrs.get(WORKER) == worker and not _interrupted(trial) and WORKER_DIED not in trial.user_attrs
             for study in studies
             for trial in study.get_trials(deepcopy=False, states=ended)
         ):

@@ -50,9 +50,10 @@ Stop = Callable[[], str | None]  # says why a worker should end, if it should
 def run_trial(trial: Trial, stage: Stage, plan: Plan, store: StudyStore, asked_to_stop: Stop = lambda: None) -> None:
     """Train, score and tell one claimed trial.
 
-    What goes wrong in training becomes its reason. What goes wrong around it (no space for a checkpoint) gives the
-    trial back and raises WorkerError or StorageError. When `asked_to_stop` gives a reason, at any step, the trial is
-    given back and StoppedError raised. A trial that was taken for abandoned meanwhile is left to whoever has it now.
+    What goes wrong in training becomes its reason. What goes wrong around it (no space for a checkpoint, a GPU that
+    computes no more) gives the trial back and raises WorkerError or StorageError. When `asked_to_stop` gives a reason,
+    at any step, the trial is given back and StoppedError raised. A trial that was taken for abandoned meanwhile is left
+    to whoever has it now.
     """
     try:
         with Heart(store.storage, trial._trial_id) as heart:
@@ -117,6 +118,9 @@ class _Run:
             self.store.release(trial._trial_id, f"given back: {_reason(error)}")
             raise WorkerError(f"a training could not be kept: {_reason(error)}") from None
         except Exception as error:
+            if not computes(self.plan.device):  # whatever this process tried next would fail as well
+                self.store.give_up(self.store.storage.get_trial(trial._trial_id), _reason(error))
+                raise WorkerError(f"{self.plan.device} does not compute any more: {_reason(error)}") from None
             ended = OptunaState.FAIL
             told = isinstance(error, TrainingDivergedError | OutOfMemoryError)
             trial.set_user_attr("failure", str(error) if told else _reason(error))
@@ -353,6 +357,21 @@ def pooled_floor(floors: Sequence[float], data: Dataset, folds: Sequence[int]) -
         return floors[folds[0]]
     sizes = {fold: len(data.fold(fold)[1]) for fold in folds}
     return sum(floors[fold] * size for fold, size in sizes.items()) / sum(sizes.values())
+
+
+def computes(device: torch.device) -> bool:
+    """Whether a device still does anything: after some errors a GPU does not, for the process that met them.
+
+    Nor does one that this PyTorch has no code for. One that has no memory left does.
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(2, device=device).sum().item()
+    except Exception as error:
+        return is_out_of_memory(error)
+    return True
 
 
 def _value(confusion: IntArray, plan: Plan) -> float:

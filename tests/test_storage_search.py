@@ -636,9 +636,9 @@ def test_what_ran_out_of_memory_is_queued_again_by_the_next_run(store: StudyStor
     assert [record.state for record in store.records("search")] == ["failed", "failed"]
     assert store.requeue_interrupted() == 0, "not while it runs: that would go on for ever"
     chosen = store.records("search")[0].params
-    assert store.requeue_out_of_memory() == 1
+    assert store.requeue_blameless() == 1
     assert [(record.number, record.state) for record in store.records("search")] == [(1, "failed"), (2, "waiting")]
-    assert store.requeue_out_of_memory() == 0
+    assert store.requeue_blameless() == 0
     queued = store.optuna_study("search").get_trials(deepcopy=False)[2]
     assert queued.system_attrs["fixed_params"] == {**PARAMS, **chosen}
     assert (queued.user_attrs["seed"], "accumulation" in queued.user_attrs) == (5, False)
@@ -671,6 +671,27 @@ def test_a_trial_that_ends_its_worker_again_and_again_fails_with_that_reason(sto
     record = _only(store, "search")
     assert record.state == "failed"
     assert record.failure == f"its worker died 5 times without getting further; the last was {DEAD}"
+    assert not store.has_finished(DEAD), "or a worker that always dies would never be said to"
+
+
+@pytest.mark.parametrize("stage", ["baseline", "search"])
+def test_what_ended_its_workers_is_queued_again_by_the_next_run(stage: Stage, store: StudyStore) -> None:
+    """Which may have fewer: where memory is short, the kernel ends those that would have trained well."""
+    store.enqueue(stage, {"learning_rate": 0.1}, seed=0)
+    for _ in range(MOST_ATTEMPTS):
+        trial = store.claim(stage)
+        assert trial is not None
+        trial.set_user_attr("worker", DEAD)
+        store.requeue_interrupted()
+    assert _only(store, stage).state == "failed"
+    assert store.requeue_interrupted() == 0, "not while this one runs"
+    assert store.requeue_blameless() == 1
+    again = store.claim(stage)
+    assert again is not None
+    assert (again.user_attrs["seed"], "attempts" in again.user_attrs) == (0, False), "with as many attempts"
+    store.optuna_study(stage).tell(again, 0.5)
+    assert _only(store, stage).state == "complete"
+    assert store.requeue_blameless() == 0
 
 
 def test_a_trial_that_gets_further_each_time_is_tried_for_ever(store: StudyStore, tmp_path: Path) -> None:
@@ -946,6 +967,50 @@ def test_whatever_goes_wrong_in_training_becomes_the_reason(
 
 
 @pytest.mark.usefixtures("no_threads_more")
+def test_a_gpu_that_does_nothing_more_ends_the_worker_and_fails_no_trial(
+    store: StudyStore, config: StudyConfig, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its context is broken, a process has every training fail at once, whatever the settings."""
+    asked: list[torch.device] = []
+
+    def broken(device: torch.device) -> bool:
+        asked.append(device)
+        return False
+
+    monkeypatch.setattr(trials, "computes", broken)
+    plan = _plan(config.model_copy(update={"model": "none"}), digits)
+    store.enqueue("search", PARAMS)
+    for attempt in range(1, MOST_ATTEMPTS + 1):
+        trial = store.claim("search")
+        assert trial is not None
+        with pytest.raises(WorkerError, match=r"^cpu does not compute any more: KeyError: 'none'"):
+            run_trial(trial, "search", plan, store)
+        assert asked == [CPU] * attempt
+        assert not store.has_finished(worker_id()), "so that it counts as fruitless"
+        assert _only(store, "search").state == ("waiting" if attempt < MOST_ATTEMPTS else "failed")
+        store.requeue_interrupted()
+    failure = _only(store, "search").failure
+    assert failure
+    assert re.search(r"its worker died 5 times without getting further; .* \(KeyError: 'none'", failure)
+
+
+def test_what_a_gpu_answers_tells_whether_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here is none: what PyTorch says of one stands in for it."""
+    assert trials.computes(CPU)
+
+    def says(error: Exception) -> None:
+        def synchronize(_device: torch.device) -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+    says(RuntimeError("CUDA error: device-side assert triggered"))
+    assert not trials.computes(torch.device("cuda"))
+    says(torch.OutOfMemoryError("CUDA out of memory"))
+    assert trials.computes(torch.device("cuda")), "another process may have all of its memory"
+
+
+@pytest.mark.usefixtures("no_threads_more")
 def test_a_checkpoint_that_cannot_be_kept_gives_the_trial_back_and_says_why(
     store: StudyStore, config: StudyConfig, digits: Dataset
 ) -> None:
@@ -996,7 +1061,7 @@ def test_where_memory_runs_out_half_the_batch_is_tried_once(
         assert record.failure
         assert record.failure.startswith("out of memory on cpu, also with half the batch at a time (RuntimeError: ")
         assert record.failure.endswith("fewer workers there, or a smaller --image-size")
-        assert store.requeue_out_of_memory() == 1
+        assert store.requeue_blameless() == 1
 
 
 @pytest.mark.usefixtures("no_threads_more")
