@@ -37,7 +37,7 @@ from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
 from camri_tune.search import looks_at_class
 from camri_tune.sources import require_there
-from camri_tune.stages import Crew, Stages, only_run
+from camri_tune.stages import Crew, Stages, only_run, require_held, show
 from camri_tune.storage import StudyStore, storage_url
 from camri_tune.table1 import Cell, Method, Outcome, Protocol, Scores, Table, paper_figures
 from camri_tune.workers import device_here
@@ -122,55 +122,60 @@ def _one_dataset(
         "search": count * config.trials,
         "finalists": len(tokens) * len(searched) * retrained * config.seeds,
     }
-    with Crew.at_work(head, planned, device, console) as crew:
-        baseline = crew.carry_out("baseline", head.plan_baseline, {"": head})
-        columns = {token: resolve_important([token], data.classes, baseline)[0] for token in tokens}
-        notices = _notices(head, baseline, list(columns.values()), console)
-        head.adopt(baseline, tuple(dict.fromkeys(columns.values())))
-        studies: dict[tuple[int, Loss], Stages] = {}
-        shown: dict[str, Stages] = {}
-        for loss in searched:
-            # A loss that does not look at the important class trains the same models whoever that is: one search
-            # serves all classes, and each chooses from it for itself.
-            owners = [(c,) for c in head.important] if looks_at_class(loss) else [head.important]
-            for classes in owners:
-                label = f"{classes[0]}.{loss}" if looks_at_class(loss) else loss
-                mine = config.model_copy(update={"loss": loss, "name": f"{config.name}.{label}"})
-                store = StudyStore.create(storage, mine, data, within=head.store)
-                study = Stages(mine, data, store)
-                study.adopt(baseline, classes)
-                shown[label] = study
-                for c in classes:
-                    studies[c, loss] = Stages(mine, data, store, important=(c,))
-        crew.carry_out("search", lambda: _all_of({k: s.plan_search(baseline) for k, s in studies.items()}), shown)
-        models = crew.carry_out(
-            "finalists", lambda: _all_of({k: _planned(s, baseline, protocol) for k, s in studies.items()}), shown
-        )
-    console.say("Judging on the test part")
-    bench = _Bench(head, baseline, protocol, device)
-    paper = paper_figures()
-    cells = []
-    for token, important in columns.items():
-        for method in methods:
-            base = {0: list(baseline.records)}
-            trained_with: Loss = "ce" if method == "threshold" else method
-            settings = models.get((important, trained_with), base)
-            params, trained, matched, matched_params = bench.measure(settings, trained_with, important)
-            cells.append(
-                Cell(
-                    dataset=config.source_name,
-                    token=token,
-                    important=important,
-                    class_name=data.classes[important],
-                    method=method,
-                    params=params,
-                    trained=matched if method == "threshold" else trained,
-                    matched=matched,
-                    matched_params=matched_params,
-                    paper=paper.get((config.source_name, token, method)),
-                )
+    with head.store.held() as heart:
+        with Crew.at_work(head, planned, device, console, heart) as crew:
+            baseline = crew.carry_out("baseline", head.plan_baseline, {"": head})
+            columns = {token: resolve_important([token], data.classes, baseline)[0] for token in tokens}
+            notices = _notices(head, baseline, list(columns.values()), console)
+            head.adopt(baseline, tuple(dict.fromkeys(columns.values())))
+            studies: dict[tuple[int, Loss], Stages] = {}
+            shown: dict[str, Stages] = {}
+            for loss in searched:
+                # A loss that does not look at the important class trains the same models whoever that is: one search
+                # serves all classes, and each chooses from it for itself.
+                owners = [(c,) for c in head.important] if looks_at_class(loss) else [head.important]
+                for classes in owners:
+                    label = f"{classes[0]}.{loss}" if looks_at_class(loss) else loss
+                    mine = config.model_copy(update={"loss": loss, "name": f"{config.name}.{label}"})
+                    store = StudyStore.create(storage, mine, data, within=head.store)
+                    study = Stages(mine, data, store)
+                    study.adopt(baseline, classes)
+                    shown[label] = study
+                    for c in classes:
+                        studies[c, loss] = Stages(mine, data, store, important=(c,))
+            crew.carry_out("search", lambda: _all_of({k: s.plan_search(baseline) for k, s in studies.items()}), shown)
+            models = crew.carry_out(
+                "finalists", lambda: _all_of({k: _planned(s, baseline, protocol) for k, s in studies.items()}), shown
             )
-    head.store.set("judged", True)
+        console.say("Judging on the test part")
+        bench = _Bench(head, baseline, protocol, device)
+        paper = paper_figures()
+        cells = []
+        for token, important in columns.items():
+            for method in methods:
+                base = {0: list(baseline.records)}
+                trained_with: Loss = "ce" if method == "threshold" else method
+                settings = models.get((important, trained_with), base)
+                params, trained, matched, matched_params = bench.measure(settings, trained_with, important)
+                cells.append(
+                    Cell(
+                        dataset=config.source_name,
+                        token=token,
+                        important=important,
+                        class_name=data.classes[important],
+                        method=method,
+                        params=params,
+                        trained=matched if method == "threshold" else trained,
+                        matched=matched,
+                        matched_params=matched_params,
+                        paper=paper.get((config.source_name, token, method)),
+                    )
+                )
+        require_held(head.store, heart)
+        head.store.set("judged", True)
+    # By now nothing works on them any more, and their notes say so.
+    for study in (head, *shown.values()):
+        show(study.store, console)
     return cells, {**_facts(head, baseline, bench.judge.test), "notices": notices}
 
 

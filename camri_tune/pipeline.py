@@ -54,7 +54,7 @@ from camri_tune.selection import (
     shared_confidence,
 )
 from camri_tune.sources import require_there, side_of
-from camri_tune.stages import Crew, Stages, only_run, show
+from camri_tune.stages import Crew, Stages, only_run, require_held, show
 from camri_tune.storage import EXPORTED, MARK, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
 from camri_tune.workers import device_here
@@ -128,20 +128,22 @@ def run(
             "finalists": min(config.most_finalists, config.trials) * config.seeds,
         }
         one = {"": stages}
-        with Crew.at_work(stages, planned, device, console) as crew:
-            baseline, notices = _settle_baseline(stages, crew, console)
-            crew.carry_out("search", lambda: stages.plan_search(baseline), one)
-            stages.check_search()
-            retrained = crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
-        result, chosen, evidence = _judge(stages, baseline, retrained, device, notices, console)
-        console.say("Writing the result and its report")
-        if evidence is not None:
-            evidence.save(config.folder / EVIDENCE)
-        else:
-            (config.folder / EVIDENCE).unlink(missing_ok=True)
-        write_text(config.folder / RESULT, json.dumps(without_nan(result.as_json()), indent=2) + "\n")
-        _export(stages, result, chosen)
-        store.set("judged", True)
+        with store.held() as heart:
+            with Crew.at_work(stages, planned, device, console, heart) as crew:
+                baseline, notices = _settle_baseline(stages, crew, console)
+                crew.carry_out("search", lambda: stages.plan_search(baseline), one)
+                stages.check_search()
+                retrained = crew.carry_out("finalists", lambda: stages.plan_finalists(baseline), one)
+            result, chosen, evidence = _judge(stages, baseline, retrained, device, notices, console)
+            require_held(store, heart)
+            console.say("Writing the result and its report")
+            if evidence is not None:
+                evidence.save(config.folder / EVIDENCE)
+            else:
+                (config.folder / EVIDENCE).unlink(missing_ok=True)
+            write_text(config.folder / RESULT, json.dumps(without_nan(result.as_json()), indent=2) + "\n")
+            _export(stages, result, chosen)
+            store.set("judged", True)
     # By now nothing works on the study any more, and both say so.
     write_report(store)
     show(store, console)

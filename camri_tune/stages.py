@@ -328,12 +328,15 @@ class Crew:
     @classmethod
     @contextmanager
     def at_work(
-        cls, study: Stages, planned: Mapping[str, int], device: torch.device, console: Console
+        cls, study: Stages, planned: Mapping[str, int], device: torch.device, console: Console, heart: Heart
     ) -> Iterator[Self]:
-        """Put the queues in order, say what will be done, and have workers serve the study meanwhile."""
+        """Put the queues in order, say what will be done, and have workers serve the study meanwhile.
+
+        `heart` is of the run that holds the study.
+        """
         config, data, store = study.config, study.data, study.store
         started = time.monotonic()
-        with heard(signal.SIGINT), _launching(study, device, console) as (launch, places), store.held() as heart:
+        with heard(signal.SIGINT), _launching(study, device, console) as (launch, places):
             store.sign()
             store.artifacts.sweep()
             store.set("stage", "running")
@@ -384,8 +387,7 @@ class Crew:
 
         def on_tick() -> None:
             raise_swallowed()
-            if self._heart.lost:
-                raise WorkerError(f"study {self._store.name!r} was taken over by another run while this one hung")
+            require_held(self._store, self._heart)
             look()
             if time.monotonic() >= self._publish_at:
                 self._publish(studies)
@@ -402,6 +404,12 @@ class Crew:
             show(study.store, self._console)
         took = time.monotonic() - started
         self._publish_at = started + max(PUBLISH_SECONDS * len(studies), took / PUBLISH_SHARE)
+
+
+def require_held(store: StudyStore, heart: Heart) -> None:
+    """Raise WorkerError where this run, whose heart it is, holds the study no more."""
+    if heart.lost:
+        raise WorkerError(f"study {store.name!r} was taken over by another run while this one hung")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +21,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from optuna.trial import TrialState
 from PIL import Image
 from torch import Tensor
 
-from camri_tune import evaluation, pipeline
+from camri_tune import evaluation, heartbeat, pipeline
 from camri_tune.bundle import read_bundle
 from camri_tune.calibration import fit_temperature, probabilities
 from camri_tune.config import Loss, StudyConfig
 from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
+from camri_tune.errors import InputError, WorkerError
 from camri_tune.evaluation import Entrant, Judge, Shown, _hidden, _Tracks
 from camri_tune.evidence import AFTER, Evidence
 from camri_tune.images import Images
 from camri_tune.models import Classifier
+from camri_tune.overview import read_overview
 from camri_tune.posthoc import tune_bias
 from camri_tune.records import Baseline
 from camri_tune.sources import find_source
@@ -712,6 +716,43 @@ def _write_stripes(folder: Path, count: int) -> None:
         for index in range(count):
             pixels = 128 + 90 * np.sin(ramp * 0.9 + rng.uniform(0, 6)) + rng.normal(0, 25, (24, 24))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.png")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_run_holds_its_study_while_it_judges(
+    taken: bool, finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another could begin it meanwhile. One that was taken for dead writes nothing over what the other writes."""
+    folder = shutil.copytree(finished[0], tmp_path / "d")
+    before = (folder / "result.json").read_bytes()
+    store = StudyStore.existing(open_storage(f"sqlite:///{folder / 'study.db'}"), "d")
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
+    judge, seen = pipeline._judge, []
+
+    def judging(*arguments: Any) -> Any:
+        seen.append(read_overview(store).running)
+        with pytest.raises(InputError, match="another run works on study 'd' now"), store.held():
+            pass
+        found = judge(*arguments)
+        if taken:
+            run = store.storage.get_all_trials(store.storage.get_study_id_from_name("d.runs"))[-2]
+            assert run.state == TrialState.RUNNING
+            store.storage.set_trial_state_values(run._trial_id, TrialState.FAIL)
+            time.sleep(1.0)
+        return found
+
+    monkeypatch.setattr(pipeline, "_judge", judging)
+    options = {"epochs": 3, "trials": 3, "seeds": 2, "finalists": 1, "tolerance": 100}
+    config = StudyConfig.build({"name": "d", "out": tmp_path, "workers": 0, **options})
+    if taken:
+        with pytest.raises(WorkerError, match="was taken over by another run"):
+            pipeline.run(config)
+        assert (folder / "result.json").read_bytes() == before
+    else:
+        pipeline.run(config)
+    assert seen == [True]
+    assert store.attributes["judged"] is not taken
+    assert not read_overview(store).running
 
 
 def test_a_folder_of_class_folders_from_data_to_model(tmp_path: Path) -> None:
