@@ -119,6 +119,8 @@ class StudyStore:
         nothing is made or changed.
         """
         store = cls(storage, config.study_name, config, within=within)
+        if within is None:
+            store.artifacts.check()  # first: it may take seconds, in which another run could make the study
         attributes = store._stored()
         # The content identifies a data set, weights and somebody's network, not the path that they lie at.
         identity = {**config.identity(), "dataset": f"{data.name} ({data.fingerprint})"}
@@ -132,7 +134,6 @@ class StudyStore:
             _require_equal({**StudyConfig().identity(), **stored}, identity, config)
             store._require_its_kind(attributes, comparison)
         if within is None:
-            store.artifacts.check()
             if "config" in attributes:
                 store._require_its_files(attributes)
             store._require_its_folder(attributes)
@@ -140,15 +141,13 @@ class StudyStore:
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
                 study.set_metric_names(["accuracy" if stage == "baseline" else "recall of the important class"])
+        attributes = store.attributes  # anew: who makes it at the same time must not get another id
         if comparison and "cells" not in attributes:
             store.set("cells", [])
         if "identity" not in attributes or attributes["identity"]["dataset"] != identity["dataset"]:
             store.set("identity", identity)  # by the name that the data set has now
         if "id" not in attributes:
             store.set("id", uuid.uuid4().hex)
-        if within is None:
-            config.folder.mkdir(parents=True, exist_ok=True)
-            write_text(config.folder / MARK, store.attributes["id"])
         store.set("classes", list(data.classes))
         if within is not None or "config" not in attributes:
             store.sign()
@@ -228,7 +227,10 @@ class StudyStore:
     def sign(self) -> None:
         """Note with the study, for its workers, how it is carried out from now on. For the run that holds it alone."""
         if self._within is None:
-            self.artifacts.claim_for(self.attributes["id"])
+            study_id = self.attributes["id"]
+            self.config.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.config.folder / MARK, study_id)
+            self.artifacts.claim_for(study_id)
         self.set("version", code_version())  # a worker must have the same
         self.set("config", self.config.model_dump(mode="json", exclude={"storage"}))
 
@@ -585,6 +587,11 @@ def _waiting_again(record: TrialRecord) -> TrialRecord:
 
 
 def _require_equal(stored: Mapping[str, Any], asked: Mapping[str, Any], config: StudyConfig) -> None:
+    for key in stored.keys() - asked.keys():
+        raise StudyMismatchError(
+            f"study {config.study_name!r} was started by another version of camri-tune with {key} = {stored[key]!r}, "
+            f"which this one does not know: go on with that version, or start another study with --name"
+        )
     for key, value in asked.items():
         if stored.get(key) != value:
             raise StudyMismatchError(

@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,13 @@ def work(
     others'. With `patience`, so many seconds are waited for the study to be there, and for a run to hold it while
     nothing is queued; None expects the study to be there, and waits for its run for ever. Raises StoppedError once
     `asked_to_stop` says why, the training at hand saved and given back; StudyMismatchError where this machine's data,
-    program or files are not the study's.
+    program or files are not the study's, or are no longer, as of another run.
     """
     store = _find(storage_url, name, patience, asked_to_stop)
     config = store.config
     if (here := data_dir or _data_here(config.data_dir)) is not None:
         config = config.model_copy(update={"data_dir": here})
-    _require_same_program(store)
+    _require_same_program(store, store.attributes)
     _require_same_files(store)
     allow(model)
     _require_same_network(store)
@@ -79,6 +80,8 @@ def work(
     samplers = {name: _sampler(store, config, index)}
     idle, run_seen = 0, time.monotonic()
     while (attributes := store.attributes).get("stage") != "done":
+        _require_same_program(store, attributes)  # the run may have ended, and another begun
+        _require_same_place(store, attributes)
         for cell in attributes.get("cells", []):
             if cell not in stores:
                 stores[cell] = store.cell(cell)
@@ -142,8 +145,8 @@ def _data_here(run_has: Path) -> Path | None:
     return Path(named) if named and not run_has.is_dir() else None
 
 
-def _require_same_program(store: StudyStore) -> None:
-    if (theirs := store.attributes.get("version")) != code_version():
+def _require_same_program(store: StudyStore, attributes: Mapping[str, Any]) -> None:
+    if (theirs := attributes.get("version")) != code_version():
         raise StudyMismatchError(
             f"study {store.name!r} is run by camri-tune {theirs}, but here it is {code_version()}: trainings of both "
             f"cannot be compared; install the same here, or give the run's command again with this one"
@@ -155,6 +158,15 @@ def _require_same_files(store: StudyStore) -> None:
         raise StudyMismatchError(
             f"study {store.name!r} keeps its checkpoints in {store.artifacts_url!r}, and that is another place as seen "
             f"from here: give its run --artifacts with a shared folder or s3://bucket/prefix"
+        )
+
+
+def _require_same_place(store: StudyStore, attributes: Mapping[str, Any]) -> None:
+    now = StudyConfig.build(attributes["config"], source=f"study {store.name!r}").artifacts_url
+    if now != store.artifacts_url:
+        raise StudyMismatchError(
+            f"study {store.name!r} keeps its checkpoints in {now!r} now, and kept them in {store.artifacts_url!r} when "
+            f"this worker joined: start it again"
         )
 
 

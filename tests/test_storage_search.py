@@ -350,6 +350,37 @@ def test_what_workers_read_changes_with_the_run_that_holds_the_study(
     assert store.attributes["config"]["data_dir"] == "/elsewhere"
 
 
+def test_two_runs_that_make_a_study_at_once_agree_on_what_it_is(
+    config: StudyConfig, digits: Dataset, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the one that works would be locked out of its own folder later."""
+    made: list[StudyStore] = []
+    naming = optuna.study.Study.set_metric_names
+
+    def between(study: optuna.Study, names: list[str]) -> None:
+        monkeypatch.undo()
+        made.append(create(config, digits))  # the other, after this one's look
+        naming(study, names)
+
+    monkeypatch.setattr(optuna.study.Study, "set_metric_names", between)
+    later = create(config, digits)
+    (first,) = made
+    mark = (config.folder / ".study").read_text()
+    assert mark == first.attributes["id"] == later.attributes["id"]
+    (config.folder / ".study").write_text("of whoever wrote last")
+    first.sign()
+    assert (config.folder / ".study").read_text() == mark, "and who holds the study says so again"
+    assert not first.has_anothers_folder()
+
+
+def test_an_option_of_another_version_is_not_dropped(
+    store: StudyStore, config: StudyConfig, digits: Dataset, create: Create
+) -> None:
+    store.set("identity", {**store.attributes["identity"], "mixup": 0.2})
+    with pytest.raises(StudyMismatchError, match=r"by another version of camri-tune with mixup = 0\.2, which this"):
+        create(config, digits)
+
+
 def test_the_storage_is_not_stored_with_the_study(config: StudyConfig, digits: Dataset, tmp_path: Path) -> None:
     """Its URL may hold a password, and every dashboard shows what is stored with a study."""
     url = f"sqlite:///{tmp_path / SECRET}.db"
@@ -622,6 +653,32 @@ def test_a_worker_that_waits_for_its_study_opens_the_database_once(
     with pytest.raises(InputError, match="study 'later' is not in this storage"):
         worker_module._find(storage_url(config), "later", 0.2, lambda: None)
     assert len(opened) == 1
+
+
+@pytest.mark.usefixtures("no_threads_more")
+@pytest.mark.parametrize("changed", ["version", "place", "trials"])
+def test_a_worker_that_outlives_its_run_serves_another_only_as_it_joined(
+    changed: str, config: StudyConfig, store: StudyStore
+) -> None:
+    stored = store.attributes["config"]
+    asked = 0
+
+    def next_run() -> str | None:
+        nonlocal asked
+        asked += 1
+        if asked == 1 and changed == "version":
+            store.set("version", "0.0.1 (elsewhere)")
+        elif asked == 1:
+            artifacts = str(config.folder / "moved") if changed == "place" else None
+            store.set("config", {**stored, "artifacts": artifacts, "trials": 99})
+        return "enough" if asked > 100 else None
+
+    match = {"version": r"is run by camri-tune 0\.0\.1", "place": "moved' now, and kept them in", "trials": "enough"}
+    with pytest.raises((StudyMismatchError, StoppedError), match=match[changed]):
+        worker_module.work(
+            storage_url=storage_url(config), name="study", device="cpu", patience=60.0, asked_to_stop=next_run
+        )
+    torch.set_flush_denormal(False)
 
 
 def test_what_ran_out_of_memory_is_queued_again_by_the_next_run(store: StudyStore) -> None:
