@@ -655,7 +655,7 @@ def _usage(error: typer.TyperException) -> str:
     """What Typer says of an argument, and the value, which it leaves out."""
     message, cause = error.format_message(), error.__cause__
     if not isinstance(cause, ValidationError):
-        return message
+        return f"{message} A database's URL is given as --storage." if "://" in message else message
     value, message = shown(cause.errors()[0]["input"]), message.replace("Value error, ", "").rstrip(".")
     return message if value in message else f"{message}, which {value} is not"
 
@@ -668,6 +668,8 @@ def _config(context: typer.Context, study: Path | None, options: Mapping[str, An
     if source is not None and source.name == "ENVIRONMENT":
         given.pop("storage")  # what a study file says goes before it
     if study is not None:
+        if re.match(r"[\w+.-]{2,}:/", str(study)):
+            raise InputError("the URL of a database is no study file: give it as --storage")
         values = read_study_file(study)
         StudyConfig.build(values, source=f"study file {str(study)!r}")  # an error names the file it stands in
     return StudyConfig.build({**values, **given}).in_this_environment()
@@ -719,8 +721,16 @@ def _result_console(as_json: bool) -> "RichConsole":
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"camri-tune: {printable(' '.join(message.split()), 4000)}", file=sys.stderr)
+    print(f"camri-tune: {printable(_without_passwords(' '.join(message.split())), 4000)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _without_passwords(message: str) -> str:
+    """A message whose URLs have none, in their login or their query: they may be given where no URL is expected."""
+    # A URL that was taken for a path has one slash left. What ends a sentence, or quotes, is not the query's.
+    message = re.sub(r"(\w:/{1,2}[^\s/:@]*):\S*@", r"\1:***@", message)
+    query = re.compile(r"([?&][\w.-]+=)[^\s&]+?(?=['\"),;]*(?:[\s&]|$))")
+    return re.sub(r"\w:/\S+", lambda url: query.sub(r"\1...", url[0]), message)
 
 
 def _warn(message: object) -> None:

@@ -238,6 +238,10 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
     """
     if reason := why_no_path(str(out)):
         raise InputError(f"--out is {shown(str(out))}, where no folder can be: {reason}; name another")
+    if name is not None and "://" in name:
+        raise InputError(
+            f"{masked(name)!r} is the URL of a database: give it as --storage, and the NAME of a study in it"
+        )
     if storage is not None:
         if name is None:
             raise InputError(

@@ -83,6 +83,36 @@ def test_a_password_in_a_storage_url_is_not_shown(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
+@pytest.mark.parametrize(
+    ("command", "login"),
+    [
+        (["run"], "me:hunter2@host/db"),
+        (["dashboard"], "me:hun/ter2@ter2@host/db"),
+        (["export"], "host/db?password=hunter2"),
+        (["status", "s"], "me:hunter2@host/db?password=hunter2"),
+    ],
+)
+def test_a_password_in_a_url_without_its_option_is_not_shown(command: list[str], login: str, tmp_path: Path) -> None:
+    done = camri_tune(*command, f"postgresql+psycopg://{login}", cwd=tmp_path)
+    assert_one_line_error(done, "--storage")
+    assert "ter2" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("'pg://me:a@b/c@host:1/db' is", "'pg://me:***@host:1/db' is"),
+        ("(pg:/me:hunter2@host/db): no", "(pg:/me:***@host/db): no"),
+        ("pg://h/db?a=1&sslpassword=x'y'; mend", "pg://h/db?a=...&sslpassword=...'; mend"),
+        ("pg://me:***@h/db?password=..., so", "pg://me:***@h/db?password=..., so"),
+        ("s3://bucket/a=b and sqlite:///x:y@z.db?", "s3://bucket/a=b and sqlite:///x:y@z.db?"),
+        ("is a?b=c of me:you@there", "is a?b=c of me:you@there"),
+    ],
+)
+def test_what_of_a_message_is_a_password(said: str, shown: str) -> None:
+    assert cli._without_passwords(said) == shown
+
+
 def test_data_folders_that_are_none_get_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "one" / "a").mkdir(parents=True)
