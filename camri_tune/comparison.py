@@ -83,7 +83,11 @@ def compare(
                 console.say(start.text)
         cells: list[Cell] = []
         facts: dict[str, object] = {}
-        for study in studies:
+        names = [study.source_name for study in studies]
+        for study, following in zip(studies, [*names[1:], "the judgement"], strict=True):
+            console.begin(study.source_name if len(studies) > 1 else "", following)
+            if len(studies) > 1:
+                console.say(f"Data set {study.source_name}, {names.index(study.source_name) + 1} of {len(names)}")
             found, about = _one_dataset(study, methods, protocol, console)
             cells += found
             facts[study.source_name] = about

@@ -28,6 +28,7 @@ class Console:
         self._live: Live | None = None
         self._reported: dict[tuple[str, str], set[int]] = {}  # of each stage and study
         self._schedule: Schedule | None = None
+        self._on, self._then = "", "the judgement"
         self._reading: tuple[float, int] | None = None  # when the first count came, and what it was
         self._records: dict[str, list[TrialRecord]] = {}  # of each stage, all studies together
 
@@ -61,8 +62,13 @@ class Console:
         elif done == total or done % 10_000 == 0:
             self.say(text)
 
+    def begin(self, on: str = "", then: str = "the judgement") -> None:
+        """Trainings of other studies come, `on` this data set where that is one of several, and `then` what follows."""
+        self._on, self._then = f" on {on}" if on else "", then
+        self._reported, self._records = {}, {}
+
     def plan(self, schedule: Schedule) -> None:
-        """What the whole run will train, for the time to go."""
+        """What the whole run will train, on the data set at hand, for the time to go."""
         self._schedule = schedule
 
     def update(self, stage: str, records: Mapping[str, Mapping[str, Sequence[TrialRecord]]]) -> None:
@@ -101,7 +107,7 @@ class Console:
         left = seconds_left(self._records, self._schedule) if self._schedule is not None else None
         if left is None:
             return "time to go: after the first training"
-        return f"about {duration(left)} to go" if left >= 1 else "then the judgement"
+        return f"about {duration(left)} to go{self._on}" if left >= 1 else f"then {self._then}"
 
     def _line(self, stage: str, label: str, record: TrialRecord) -> str:
         parts = [f"{_title(stage, label)} #{record.number}: {record.state}"]

@@ -128,6 +128,7 @@ def run(
             "finalists": min(config.most_finalists, config.trials) * config.seeds,
         }
         one = {"": stages}
+        console.begin()
         with store.held() as heart:
             with Crew.at_work(stages, planned, device, console, heart) as crew:
                 baseline, notices = _settle_baseline(stages, crew, console)

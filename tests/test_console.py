@@ -50,6 +50,26 @@ def test_what_was_finished_before_is_counted_and_not_listed(
     assert line.startswith("Search 3.wce #2: failed, ValueError: no")
 
 
+def test_another_data_set_begins_anew_and_is_named(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its trainings have the labels and the numbers of the first one's."""
+    console.begin("digits", "mnist")
+    schedule = Schedule({"baseline": 0, "search": 2, "finalists": 0}, epochs=2, workers=1)
+    said = []
+    for _ in range(2):
+        console.plan(schedule)
+        for ended in (0, 1, 2):
+            records = [_record(n, "complete" if n < ended else "waiting", accuracy=0.9) for n in range(2)]
+            console.update("search", {"search": {"l2": records}})
+            console.plan(schedule)
+        said.append(_said(capsys))
+        console.begin("mnist", "the judgement")
+    assert [[line.rsplit(", ", 1)[-1] for line in lines] for lines in said] == [
+        ["about 10 s to go on digits", "then mnist"],
+        ["about 10 s to go on mnist", "then the judgement"],
+    ]
+    assert all(line.startswith("Search l2 #") for lines in said for line in lines)
+
+
 def test_reading_says_how_far_and_how_long(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
     for done in range(500, 30_250, 500):
         console.reading(done, 30_250)
