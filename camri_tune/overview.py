@@ -41,7 +41,9 @@ class Overview:
     accuracy that a trial must keep, on all of its folds together. `running` says whether a run works on it now, on any
     machine. `constraints` are those of recall. `storage` is the database's URL without passwords, where it is not the
     study's own file. `result` is `result.json`, once there is one. `through` says whether the last run
-    has judged all that it planned. `is_comparison`: the study is the part of a comparison that has its baseline.
+    has judged all that it planned. `is_comparison`: the study is the part of a comparison that has its baseline, and
+    `together` are its records with those of the studies within it; `within` is the comparison that this one is part of.
+    `known_as` is the name under which a folder's study was started, where the folder has another by now.
     """
 
     config: StudyConfig
@@ -59,6 +61,9 @@ class Overview:
     constraints: tuple[RecallConstraint, ...] = ()
     through: bool = True
     is_comparison: bool = False
+    together: Records | None = None
+    within: str | None = None
+    known_as: str | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +129,18 @@ class Overview:
         if self.is_comparison:
             return "camri-tune compare"
         where = f' --storage "{self.storage}"' if self.storage else ""
-        return f"{self.config.command(with_places=True)}{where}"
+        config = self.config.model_copy(update={"name": self.known_as}) if self.known_as else self.config
+        return f"{config.command(with_places=True)}{where}"
+
+    @property
+    def before_command(self) -> str:
+        """What to do before `command` is given, in words that end with a blank; empty where nothing is."""
+        return f"call the folder {self.known_as!r} first, as its study is called; then " if self.known_as else ""
+
+    @property
+    def everything(self) -> Records:
+        """All that its run trains: what `schedule` counts."""
+        return self.together or self.records
 
     @property
     def finished(self) -> bool:
@@ -134,7 +150,7 @@ class Overview:
     @property
     def stage(self) -> str:
         """What is being worked on, or was last: `baseline`, `search`, `finalists`; `judged` once all is through."""
-        return "judged" if self.finished else current_stage(self.records)
+        return "judged" if self.finished else current_stage(self.everything)
 
     @property
     def failures(self) -> list[str]:
@@ -150,7 +166,7 @@ class Overview:
     @property
     def seconds_left(self) -> float | None:
         """Until the run is through, at the pace so far; None before a training has finished."""
-        return seconds_left(self.records, self.schedule) if self.schedule is not None else None
+        return seconds_left(self.everything, self.schedule) if self.schedule is not None else None
 
     def as_json(self) -> dict[str, Any]:
         """What `status --json` prints."""
@@ -212,6 +228,8 @@ def read_overview(store: StudyStore) -> Overview:
     for stage in ("search", "finalists"):
         records[stage] = [r.bound_by(asked) for r in records[stage]]
     schedule = attributes.get("schedule")
+    cells = [store.cell(name) for name in attributes.get("cells", ())]
+    shared = {**records, **{s: [r for each in cells for r in each.records(s)] for s in ("search", "finalists")}}
     return Overview(
         config=store.config,
         folder=folder,
@@ -228,6 +246,9 @@ def read_overview(store: StudyStore) -> Overview:
         constraints=constraints,
         through=attributes.get("judged", attributes.get("stage") == "done"),  # an earlier version noted no judgement
         is_comparison="cells" in attributes,
+        together=shared if cells else None,
+        within=store.within,
+        known_as=None if store.name == store.config.study_name else store.name,
     )
 
 
@@ -258,12 +279,14 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
                 f"folder {str(store.config.folder)!r} is of another study of that name; give another --out"
             )
         return store
-    folder = _folder_of(name, out)
-    config = StudyConfig().model_copy(update={"name": folder.name, "out": folder.parent})
-    database = open_storage(storage_url(config))
-    names = StudyStore.names_in(database)
-    # A folder may have been renamed, or copied, since.
-    return StudyStore.existing(database, names[0] if len(names) == 1 else folder.name).at(folder)
+    for folder in _folders_of(name, out):
+        config = StudyConfig().model_copy(update={"name": folder.name, "out": folder.parent})
+        database = open_storage(storage_url(config))
+        names = StudyStore.names_in(database)
+        if names or name is not None:
+            # A folder may have been renamed, or copied, since.
+            return StudyStore.existing(database, names[0] if len(names) == 1 else folder.name).at(folder)
+    raise InputError(f"--out {str(out)!r} has no studies; start one with camri-tune run, or name its --out")
 
 
 def studies_in(out: Path) -> list[Path]:
@@ -271,18 +294,17 @@ def studies_in(out: Path) -> list[Path]:
     return sorted((path.parent for path in out.glob("*/study.db")), key=lambda folder: _changed(folder / "study.db"))
 
 
-def _folder_of(name: str | None, out: Path) -> Path:
+def _folders_of(name: str | None, out: Path) -> list[Path]:
+    """The folder of that name; without one all, the last first, as a run that was refused leaves no study there."""
     known = studies_in(out)
     if name is None:
-        if not known:
-            raise InputError(f"--out {str(out)!r} has no studies; start one with camri-tune run, or name its --out")
-        return known[-1].resolve()
+        return [folder.resolve() for folder in reversed(known)]
     there = f"--out {str(out)!r}, which has {', '.join(folder.name for folder in known[-5:]) or 'no studies'}"
     for folder in (out / name, Path(name)):
         if reason := why_no_path(str(folder)):
             raise InputError(f"study {shown(name)} is no folder that can be opened: {reason}; give one in {there}")
         if (folder / "study.db").is_file():
-            return folder.resolve()
+            return [folder.resolve()]
     raise InputError(f"study {name!r} is not in {there}; name another --out, or the study's --storage")
 
 

@@ -266,6 +266,11 @@ class StudyStore:
         return self._storage
 
     @property
+    def within(self) -> str | None:
+        """The name of the study that this one is within."""
+        return None if self._within is None else self._within.name
+
+    @property
     def attributes(self) -> Mapping[str, Any]:
         """What is stored with the study as a whole (read anew)."""
         return self.optuna_study("search").user_attrs

@@ -61,11 +61,12 @@ def _note(overview: Overview) -> str:
         parts.append(f"**Result.** {_plain(str(overview.result['sentence']))}")
     else:
         parts.append(f"**Best trial so far.** {_best(overview)}")
-    parts += [
-        f"**Export.** {_export(overview)}",
-        f"Look at this study with `camri-tune dashboard {overview.name}`: a plain `optuna-dashboard` 0.21 does not "
-        "read the constraint, and draws trials that miss the floor as feasible.",
-    ]
+    if not overview.is_comparison and overview.within is None:  # nothing is exported, and no command opens a part
+        parts += [
+            f"**Export.** {_export(overview)}",
+            f"Look at this study with `camri-tune dashboard {overview.name}`: a plain `optuna-dashboard` 0.21 does not "
+            "read the constraint, and draws trials that miss the floor as feasible.",
+        ]
     return "\n\n".join(parts)
 
 
@@ -92,15 +93,24 @@ def _floor(overview: Overview) -> str:
 def _how_far(overview: Overview) -> str:
     if overview.stage == "judged":
         return "The run is through."
+    if overview.within is not None:
+        stage = overview.stage
+        ended = sum(r.ended for r in overview.records[stage])
+        return (
+            f"{STAGE_TITLES[stage]}: {ended} of {len(overview.records[stage])} queued so far done. The note of "
+            f"`{overview.within}` says how far the whole comparison is."
+        )
     if overview.schedule is None:
         return "Nothing is trained yet."
-    stage, schedule = overview.stage, overview.schedule
-    finished, planned = done(overview.records[stage], stage, schedule), total(overview.records, stage, schedule)
+    stage, schedule, records = overview.stage, overview.schedule, overview.everything
+    finished, planned = done(records[stage], stage, schedule), total(records, stage, schedule)
     text = f"{STAGE_TITLES[stage]}: {math.floor(finished)} of {planned} done."
     if not overview.running:
         return f"{text} No run works on it now."
     left = overview.seconds_left
-    return f"{text} About {duration(left)} to go in all." if left else f"{text} The time to go is not known yet."
+    if left is None:
+        return f"{text} The time to go is not known yet."
+    return f"{text} About {duration(left)} to go in all." if left >= 1 else f"{text} Then comes the judgement."
 
 
 def _best(overview: Overview) -> str:

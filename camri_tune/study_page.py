@@ -54,13 +54,13 @@ def _subtitle(overview: Overview) -> str:
 def _progress(overview: Overview) -> str:
     state = "is running" if overview.running else "is not finished, and nothing works on it here"
     left = overview.seconds_left if overview.running else None
-    time = f" About {duration(left)} to go." if left is not None else ""
+    time = "" if left is None else f" About {duration(left)} to go." if left >= 1 else " Then comes the judgement."
     lines = [f'<div class="verdict fair"><b>This study {state}.</b>{time}<ul>']
     for stage, title in STAGE_TITLES.items():
-        records = overview.records.get(stage, ())
+        records = overview.everything.get(stage, ())
         if overview.schedule is None or not records:
             continue
-        count = total(overview.records, stage, overview.schedule)
+        count = total(overview.everything, stage, overview.schedule)
         share = 100 * done(records, stage, overview.schedule) / count
         ended = sum(r.ended for r in records)
         lines.append(f"<li>{title}: {ended} of {count} ({share:.0f} %)</li>")
@@ -72,7 +72,8 @@ def _progress(overview: Overview) -> str:
         )
     if not overview.running:
         end = " …, the command that was given" if overview.is_comparison else ""
-        lines.append(f"<li>Go on with: <code>{escape(overview.command)}{end}</code></li>")
+        first = escape(overview.before_command)
+        lines.append(f"<li>Go on with: {first}<code>{escape(overview.command)}{end}</code></li>")
     if overview.result is not None:
         lines.append("<li>The result below is of an earlier run.</li>")
     return "".join(lines) + "</ul></div>"
@@ -356,7 +357,8 @@ def _how(overview: Overview) -> str:
             f"{len(seconds)} trainings{on_folds} on {escape(', '.join(devices))}, {duration(float(np.median(seconds)))} in the median"
             + (f"; {duration(overview.wall_seconds)} in all." if overview.wall_seconds else ".")
         )
-    lines.append(f"Command: <code>{escape(config.command())}</code>")
+    command = f"{overview.command} …" if overview.is_comparison else config.command()
+    lines.append(f"Command: <code>{escape(command)}</code>")
     return f"<h2>How it was done</h2><ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
 
 

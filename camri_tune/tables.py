@@ -16,10 +16,12 @@ from camri_tune.table1 import Table as Comparison
 def status_view(overview: Overview) -> Group:
     """A study at a glance: what is tuned, how far it is, the best so far, what failed, and the result, if any."""
     goes_on = f"`{overview.command}`" if overview.is_comparison else "the same command"
+    if overview.known_as:
+        goes_on = f"{overview.before_command}`{overview.command}`"
     idle = "finished" if overview.finished else f"no run works on it now; {goes_on} goes on"
     state = "running" if overview.running else idle
     left = overview.seconds_left if overview.running else None
-    time = f", about {duration(left)} to go" if left is not None else ""
+    time = "" if left is None else f", about {duration(left)} to go" if left >= 1 else ", then the judgement"
     lines: list[RenderableType] = [
         Text.assemble((overview.name, "bold"), f": {state}{time}"),
         Text(f"{overview.dataset}, important class {overview.important_names}, loss {overview.config.loss}"),
@@ -37,11 +39,11 @@ def status_view(overview: Overview) -> Group:
     for head in ("", "done", "running", "waiting", "failed", ""):
         table.add_column(head, justify="left" if not head else "right")
     for stage, title in STAGE_TITLES.items():
-        records = overview.records.get(stage, ())
+        records = overview.everything.get(stage, ())
         if overview.schedule is not None and records:
             counts = {state: sum(r.state == state for r in records) for state in ("running", "waiting", "failed")}
             ended = sum(r.ended for r in records)
-            count = total(overview.records, stage, overview.schedule)
+            count = total(overview.everything, stage, overview.schedule)
             bar = ProgressBar(total=count, completed=done(records, stage, overview.schedule), width=30)
             table.add_row(title, f"{ended} of {count}", *map(str, counts.values()), bar)
     lines.append(table)

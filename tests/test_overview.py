@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna_dashboard
 import pytest
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
@@ -20,6 +22,8 @@ from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.errors import InputError
 from camri_tune.overview import RESULT, find_study, read_overview, studies_in
 from camri_tune.storage import StudyStore
+from camri_tune.study_note import publish
+from camri_tune.study_page import study_page
 from camri_tune.tables import status_view
 from tests.command import assert_one_line_error, camri_tune, result_of
 from tests.studies import FLOOR, hand_made, trial
@@ -199,6 +203,68 @@ def test_a_folder_may_be_renamed_copied_and_linked(make: Make, tmp_path: Path) -
         assert overview.folder == (tmp_path / folder).resolve()
         assert overview.best is not None
     assert find_study(None, out=tmp_path, storage=None).name == "s"
+
+
+def test_a_renamed_folder_says_what_its_command_needs(make: Make, tmp_path: Path) -> None:
+    """Under another name the command is refused: the folder is of the study that lies in it."""
+    store = make()
+    assert "call the folder" not in _shown(store)
+    store.storage.close()
+    (tmp_path / "s").rename(tmp_path / "kept")
+    found = find_study("kept", out=tmp_path, storage=None)
+    overview = read_overview(found)
+    assert "--name s " in overview.command
+    assert f"call the folder 's' first, as its study is called; then `{overview.command}` goes on" in _shown(found)
+    page = study_page(overview, {}, None)
+    assert "call the folder &#x27;s&#x27; first" in page
+    assert "--name s " in page
+
+
+def test_a_folder_without_a_study_does_not_hide_the_last_one(make: Make, tmp_path: Path, empty_database: Path) -> None:
+    """A run that was refused leaves a database that is newer and empty."""
+    make()
+    (tmp_path / "refused").mkdir()
+    shutil.copy(empty_database, tmp_path / "refused" / "study.db")
+    os.utime(tmp_path / "refused" / "study.db")
+    assert studies_in(tmp_path)[-1].name == "refused"
+    assert find_study(None, out=tmp_path, storage=None).name == "s"
+    shutil.rmtree(tmp_path / "s")
+    with pytest.raises(InputError, match="has no studies; start one"):
+        find_study(None, out=tmp_path, storage=None)
+
+
+def test_a_comparison_is_as_far_as_the_studies_within_it(make: Make, digits: Dataset) -> None:
+    store = make([])
+    store.set("cells", [])
+    planned = {"baseline": 2, "search": 2, "finalists": 2}
+    store.set("schedule", {"planned": planned, "epochs": 2, "workers": 1, "folds": 1})
+    config = store.config.model_copy(update={"name": "s.l2", "loss": "l2"})
+    cell = StudyStore.create(store.storage, config, digits, within=store)
+    cell.optuna_study("search").add_trial(trial(0.8, 0.93))
+    with store.held():
+        assert read_overview(store).seconds_left == pytest.approx((1 + 2) * 3.0)
+        cell.optuna_study("search").add_trial(trial(0.8, 0.93))
+        for seed in (0, 1):
+            cell.optuna_study("finalists").add_trial(trial(0.8, 0.93, source_trial=0, seed=seed))
+        overview = read_overview(store)
+        assert (overview.seconds_left, overview.stage) == (0.0, "finalists")
+        assert "s: running, then the judgement" in _shown(store)
+        assert re.search(r"Search +│ +2 of 2 ", _shown(store))
+        publish(overview, store)
+        assert "Finalists on fresh seeds: 2 of 2 done. Then comes the judgement." in _note(store)
+    store.set("judged", True)
+    publish(read_overview(store), store)
+    publish(read_overview(store.cell("s.l2")), cell)
+    assert "The run is through." in _note(store)
+    assert "2 of 2 queued so far done. The note of `s` says how far the whole comparison is." in _note(cell)
+    for each in (store, cell):
+        assert "Export" not in _note(each)
+        assert "camri-tune dashboard" not in _note(each)
+    assert "Command: <code>camri-tune compare …</code>" in study_page(read_overview(store), {}, None)
+
+
+def _note(store: StudyStore) -> str:
+    return str(optuna_dashboard.get_note(store.optuna_study("search")))
 
 
 def test_to_look_at_a_study_is_no_work_on_it(make: Make, tmp_path: Path) -> None:
