@@ -109,8 +109,14 @@ def run(
     with prefork.at_hand(), only_run(config.folder), console:
         if arrays is not None:
             parts = {part: data for part, data in given.items() if data is not None}
-            side, in_use = partial(side_of, config), (config.folder / MARK).exists()
-            write_arrays(arrays, parts, classes=classes, side=side, on_progress=console.reading, in_use=in_use)
+            write_arrays(
+                arrays,
+                parts,
+                classes=classes,
+                side=partial(side_of, config),
+                on_progress=console.reading,
+                in_use=(config.folder / MARK).exists(),
+            )
             config = config.model_copy(update={"dataset": str(arrays.resolve())})
         data = open_dataset(config, console.reading)
         check_important(config.important, data.classes)
