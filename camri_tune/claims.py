@@ -302,11 +302,12 @@ def _who_chose(result: Result) -> str:
 
 def _confidence(result: Result, best: Best) -> str:
     """At which confidence the bounds hold, each and together."""
-    count, classes = result.candidates, len(best.recall_difference)
+    count, classes = max(result.candidates, result.sharing), len(best.recall_difference)
     recall = next(iter(best.recall_difference.values()))
     if count == classes == 1:
         return "accuracy's bound holds at about 95 %, one-sided, recall's likewise."
-    why = f"all {count} finalists that could have been judged" if count > 1 else "one finalist"
+    at_first = " at an earlier look" if count > result.candidates else ""
+    why = f"all {count} finalists that could have been judged{at_first}" if count > 1 else "one finalist"
     return (
         f"accuracy's bounds hold together at about 95 %, one-sided, recall's likewise, for {why}"
         f"{f' and {classes} classes' if classes > 1 else ''}: each of accuracy's at "

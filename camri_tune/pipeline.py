@@ -243,8 +243,11 @@ def _judge(
     def breaks(number: int, confidence: float) -> bool:
         return any(one.status == "broken" for one in judge.constraints(entrants[number], old, confidence))
 
-    verdict, number, found = certify(order, judged, config.epsilon / 100, breaks)
-    best = None if number is None else judge.best(number, entrants[number], old, shared_confidence(len(order)))
+    # Whoever has seen what several settings show does not get a surer bound by asking for fewer of them again.
+    sharing = max(len(order), stages.store.attributes.get("test_candidates", 0))
+    verdict, number, found = certify(order, judged, config.epsilon / 100, breaks, sharing)
+    best = None if number is None else judge.best(number, entrants[number], old, shared_confidence(sharing))
+    stages.store.set("test_candidates", sharing)
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
@@ -256,7 +259,7 @@ def _judge(
     if threshold is not None and config.loss != "ce" and not stages.constraints:  # of which a bias knows nothing
         text = bias_alone(threshold, best, named(stages.important[0], stages.data.classes))
         notices += [] if text is None else [text]
-    result = _result(stages, baseline, judge, old, verdict, best, threshold, finals, reads, notices)
+    result = _result(stages, baseline, judge, old, verdict, best, threshold, finals, reads, sharing, notices)
     if best is None:
         return result, None, None
     entrant = entrants[best.trial]
@@ -399,6 +402,7 @@ def _result(
     threshold: Threshold | None,
     finals: Sequence[Finalist],
     test_reads: int,
+    sharing: int,
     notices: Sequence[str],
 ) -> Result:
     config, data, important = stages.config, stages.data, stages.important
@@ -440,6 +444,7 @@ def _result(
         best=best,
         finalists=tuple(finals),
         test_reads=test_reads,
+        sharing=sharing,
         trials={state: sum(r.state == state for r in records) for state in ("complete", "pruned", "failed")},
         wall_seconds=float(stages.store.attributes["wall_seconds"]),
         versions=versions(),

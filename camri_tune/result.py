@@ -141,7 +141,8 @@ class Result:
     """What a study found, as `result.json` holds it. `best` is None exactly when the verdict is `none`.
 
     `provenance` says which data chose and which judged (see claims.py). `threshold` is None with several important
-    classes, whose biases would be at odds. `rate_was_tuned`: validation chose the baseline's learning rate.
+    classes, whose biases would be at odds. `rate_was_tuned`: validation chose the baseline's learning rate. `sharing`:
+    how many settings share the doubt, the `candidates` or those of an earlier look at test, if these were more.
     """
 
     study: str
@@ -171,6 +172,7 @@ class Result:
     constraints: tuple[RecallConstraint, ...] = ()
     threshold: Threshold | None = None
     rate_was_tuned: bool = True
+    sharing: int = 0
 
     @property
     def candidates(self) -> int:
@@ -231,6 +233,7 @@ class Result:
             "images": self.images,
             "folds": self.folds,
             "test_reads": self.test_reads,
+            "test_candidates": self.sharing,
             "baseline": {"params": {"learning_rate": self.baseline_learning_rate}, **self.baseline.as_json()},
             "best": best.as_json() if best else None,
             "threshold": self.threshold.as_json() if self.threshold else None,

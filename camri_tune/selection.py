@@ -106,6 +106,7 @@ def certify(
     judge: Callable[[int, float], PairedDifference | None],
     epsilon: float,
     breaks: Callable[[int, float], bool] = lambda _number, _confidence: False,
+    sharing: int = 0,
 ) -> tuple[Verdict, int | None, dict[int, PairedDifference]]:
     """Judge settings in a fixed order until one is certified: its accuracy is shown to be within `epsilon`, a fraction.
 
@@ -121,11 +122,12 @@ def certify(
     holding at that confidence; None where its files are damaged, and it is passed over. Returns the verdict, which
     setting is exported (where nothing was certified, the first in the order) and everything that was judged. All
     settings share the 5 % of doubt evenly (Bonferroni), so that a certificate is wrong in about 5 % of studies at most,
-    however many settings were judged. About: Tango's bound is approximate (6.7 % with one setting, 540 images and none
-    gained), and a rare loss of whole groups that the test set happens not to hold cannot be seen in it
+    however many settings were judged. Where more were `sharing` it at an earlier look at test, so many still do: to ask
+    for fewer afterwards makes nothing surer. About: Tango's bound is approximate (6.7 % with one setting, 540 images
+    and none gained), and a rare loss of whole groups that the test set happens not to hold cannot be seen in it
     (`benchmarks/certificate.py`).
     """
-    confidence = shared_confidence(len(order))
+    confidence = shared_confidence(max(len(order), sharing))
     judged: dict[int, PairedDifference] = {}
     for number in order:
         found = judge(number, confidence)

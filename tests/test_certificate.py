@@ -168,6 +168,17 @@ def test_no_process_that_trains_reads_the_test_images(tmp_path: Path, monkeypatc
     assert readers == {"run": {"train", "test"}, "worker": {"train"}}
 
 
+def test_a_smaller_search_on_the_same_test_set_is_judged_no_more_gently(tmp_path: Path) -> None:
+    """Fewer trials have fewer finalists: what two of them shared the doubt of is not one's alone afterwards."""
+    command = ["run", "--epochs", "1", "--seeds", "1", "--tolerance", "100", "--limit", "200", "--out", tmp_path]
+    first = result_of(camri_tune(*command, "--trials", "8", "--json"))
+    fewer = result_of(camri_tune(*command, "--trials", "4", "--json"))
+    assert (len(first["finalists"]), len(fewer["finalists"])) == (2, 1)
+    assert first["accuracy_difference"]["confidence"] == fewer["accuracy_difference"]["confidence"] == 0.975
+    assert first["test_candidates"] == fewer["test_candidates"] == 2
+    assert "at an earlier look" in " ".join(fewer["provenance"])
+
+
 def test_a_second_selection_on_the_same_test_set_is_said(tmp_path: Path) -> None:
     command = ["run", "--epochs", "1", "--seeds", "1", "--tolerance", "100", "--limit", "200", "--out", tmp_path]
     first = result_of(camri_tune(*command, "--trials", "1", "--json"))

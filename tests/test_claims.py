@@ -524,6 +524,12 @@ def test_one_finalist_has_all_the_doubt_to_itself() -> None:
     assert "accuracy's bound holds at about 95 %, one-sided, recall's likewise." in claimed
 
 
+def test_who_shared_the_doubt_at_an_earlier_look_shares_it_still() -> None:
+    best = _best(_difference(1, 1, 5678, at=0.975), _difference(1, 0, 90, at=0.975))
+    claimed = provenance(replace(_result(best, kept=1), sharing=2))[2]
+    assert "for all 2 finalists that could have been judged at an earlier look: each of accuracy's at 97.5 %" in claimed
+
+
 def test_a_learning_rate_that_was_given_was_not_chosen() -> None:
     given = replace(_result(None, kept=0), rate_was_tuned=False)
     assert "They ranked 20 trial(s) and 5 finalist(s)" in provenance(given)[0]

@@ -247,6 +247,19 @@ def test_all_that_may_be_judged_share_the_doubt(count: int, confidence: float) -
     assert shared_confidence(count) == pytest.approx(confidence)
 
 
+def test_fewer_at_a_later_look_have_no_more_confidence() -> None:
+    """A bound that two settings miss at 97.5 % each is not met by the one that is left, at 95 %."""
+    counts = (30, 60, 10_000)
+    alone, shared = (tango_interval(*counts, confidence=2 * at - 1).low for at in (0.95, 0.975))
+    epsilon = -(alone + shared) / 2
+    assert certify([5], _judge({5: counts}, []), epsilon)[0] == "certified"
+    asked: list[tuple[int, float]] = []
+    assert certify([5], _judge({5: counts}, asked), epsilon, sharing=2)[0] == "feasible"
+    assert asked == [(5, shared_confidence(2))]
+    certify([5, 6, 7], _judge(dict.fromkeys((5, 6, 7), counts), asked), epsilon, sharing=2)
+    assert asked[-1] == (7, shared_confidence(3)), "more share it from then on"
+
+
 @pytest.mark.parametrize(("gained", "lost", "passes"), [(40, 20, True), (30, 60, True), (20, 60, False)])
 def test_certified_means_that_the_lower_bound_keeps_epsilon(gained: int, lost: int, passes: bool) -> None:
     low = tango_interval(gained, lost, 10_000, confidence=0.90).low
