@@ -1,7 +1,8 @@
 """Many methods under one protocol: the paper's Table 1, on any data set.
 
 Every method gets the same budget: as many trials in a search of its own for each important class, and its finalists
-retrained on the cross-entropy baseline's seeds. All searches on a data set share that baseline and one crew of workers.
+retrained on the cross-entropy baseline's seeds. What an earlier call searched beyond that does not count. All searches
+on a data set share that baseline and one crew of workers.
 """
 
 import re
@@ -142,11 +143,11 @@ def _one_dataset(
                     label = f"{classes[0]}.{loss}" if looks_at_class(loss) else loss
                     mine = config.model_copy(update={"loss": loss, "name": f"{config.name}.{label}"})
                     store = StudyStore.create(storage, mine, data, within=head.store)
-                    study = Stages(mine, data, store)
+                    study = Stages(mine, data, store, equal_budget=True)
                     study.adopt(baseline, classes)
                     shown[label] = study
                     for c in classes:
-                        studies[c, loss] = Stages(mine, data, store, important=(c,))
+                        studies[c, loss] = Stages(mine, data, store, important=(c,), equal_budget=True)
             crew.carry_out("search", lambda: _all_of({k: s.plan_search(baseline) for k, s in studies.items()}), shown)
             models = crew.carry_out(
                 "finalists", lambda: _all_of({k: _planned(s, baseline, protocol) for k, s in studies.items()}), shown

@@ -55,14 +55,24 @@ class Stages:
     """One study's work: what it plans next, and what it has found out so far.
 
     `important` is given where the study's trials serve other classes than those it was searched for; else it is settled
-    as soon as it is known.
+    as soon as it is known. On an `equal_budget` no more of the search counts than its first `trials`, whatever an
+    earlier run asked for: so many every method of a comparison has.
     """
 
-    def __init__(self, config: StudyConfig, data: Dataset, store: StudyStore, important: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: StudyConfig,
+        data: Dataset,
+        store: StudyStore,
+        important: tuple[int, ...] = (),
+        *,
+        equal_budget: bool = False,
+    ) -> None:
         self.config = config
         self.data = data
         self.store = store
         self.important = important
+        self.equal_budget = equal_budget
         self.folds = 1
         self.constraints: tuple[RecallConstraint, ...] = ()
         self._searching = False
@@ -151,11 +161,10 @@ class Stages:
         No more than `MOST_WAITING` at a time: whoever looks at the queue reads all that waits. Queued as well is who
         will be a finalist whatever the trials that are left come to, so that no worker waits for the last of them.
         """
-        records = self.records("search")
         if not self._searching:  # an earlier run may have been asked for more
             self._searching = True
-            self.store.withdraw("search", max(0, len(records) - self.config.trials))
-            records = self.records("search")
+            self.store.withdraw("search", max(0, len(self.store.records("search")) - self.config.trials))
+        records = self.records("search")
         self._queue_search(baseline.learning_rate, records)
         left = _left(records) + max(0, self.config.trials - len(records))
         sure = max(0, self.config.most_finalists - left)  # each that is left may come before one of them
@@ -297,6 +306,8 @@ class Stages:
     def records(self, stage: Stage) -> list[TrialRecord]:
         """Trials of a stage, with the recall of this study's important classes and the constraints that bind them."""
         found = [r.for_classes(self.important) for r in self.store.records(stage)]
+        if stage == "search" and self.equal_budget:
+            found = found[: self.config.trials]
         return found if stage == "baseline" else [r.bound_by([c.name for c in self.constraints]) for r in found]
 
 

@@ -483,6 +483,21 @@ def test_a_class_and_a_method_that_come_later_train_only_what_is_new(finished: C
     }
 
 
+def test_trials_of_an_earlier_call_that_asked_for_more_give_no_method_an_advantage(
+    finished: Compared, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "compare")
+    more = _compare(tmp_path, "--important", "worst1", "--methods", "camri", "--trials", "6", "--workers", "2")
+    assert {cell["method"] for cell in more.table["cells"]} == {"ce", "camri"}
+    assert max(_counts(more.folder).values()) == 6
+    again = _compare(tmp_path, *ASKED)
+    assert _without_time(again.table) == _without_time(finished.table)
+    paper = _compare(tmp_path, "--important", "worst1", "--methods", "camri", "--protocol", "paper")
+    (worst,) = {cell["class"] for cell in paper.table["cells"]}
+    retrained = {r.source_trial for r in _store(paper.folder, f"{worst}.camri").records("finalists")}
+    assert len(retrained - {0, 1}) <= 1, "but for the finalist of the six"
+
+
 def test_the_papers_protocol_retrains_what_is_missing_and_chooses_by_test(
     finished: Compared, digits: Dataset, tmp_path: Path
 ) -> None:

@@ -529,6 +529,26 @@ def test_a_run_that_asks_for_fewer_trials_than_the_last_one_trains_no_more(make:
     assert _train(more, "search", _equal()) == 2
 
 
+def test_on_an_equal_budget_no_more_counts_than_was_asked_for_now(make: Callable[..., Stages]) -> None:
+    """An earlier run of a comparison may have been asked for more, of some methods and not of others."""
+    stages = make(trials=6)
+    baseline = _baseline(stages)
+    stages.adopt(baseline, (3,))
+    stages.plan_search(baseline)
+    for number in range(5):  # the last waits
+        assert _train_one(stages, "search", _equal(recall=0.1 * number))
+    fewer = make(trials=3)
+    for equal, count, best in ((False, 5, [4, 3]), (True, 3, [2, 1])):
+        found = Stages(fewer.config, fewer.data, fewer.store, equal_budget=equal)
+        found.adopt(baseline, (3,))
+        trials = found.plan_search(baseline)
+        assert trials is not None
+        assert [r.number for r in trials] == list(range(count)), "what waits is withdrawn"
+        assert found.plan_finalists(baseline) is None
+        queued = [trial["source_trial"] for trial in _waiting(found, "finalists")]
+        assert list(dict.fromkeys(queued[-4:])) == best
+
+
 def test_a_trial_that_somebody_queued_beside_the_run_is_not_withdrawn(make: Callable[..., Stages]) -> None:
     stages = make(trials=7)
     baseline = _baseline(stages)
