@@ -78,7 +78,8 @@ def comparison_page(table: Table) -> str:
     """A whole page: for each data set recall over accuracy as a picture, then every figure with its interval."""
     parts = [f"<h1>{escape(table.folder.name)}: {len(table.columns())} important classes, one protocol</h1>"]
     kind = "note" if table.protocol == "ours" else "warning"
-    parts.append(f'<p class="{kind}">{escape(legend(table))}</p>')
+    brackets = "In brackets 95 % intervals: over seeds for means (Student's t), over seeds and images for gains."
+    parts.append(f'<p class="{kind}">{escape(legend(table))} {escape(brackets)}</p>')
     for number, dataset in enumerate(dict.fromkeys(cell.dataset for cell in table.cells)):
         facts = table.facts["datasets"][dataset]
         columns = [table.column(*column) for column in table.columns() if column[0] == dataset]
@@ -167,9 +168,10 @@ def _scores(outcome: Outcome | None) -> tuple[str, str]:
 
 
 def _figure(figure: Figure, mark: str = "") -> str:
-    interval = figure.interval
+    sd, interval = figure.sd, figure.interval
+    scatter = "" if sd is None else f" ± {sd:.4f}"
     span = f"<small>[{interval.low:.4f}, {interval.high:.4f}]</small>" if interval else ""
-    return f"{figure.mean:.4f}{mark}{span}"
+    return f"{figure.mean:.4f}{scatter}{mark}{span}"
 
 
 def _gain(outcome: Outcome | None) -> str:

@@ -304,7 +304,8 @@ def comparison_markdown(table: Table) -> str:
         ]
         heads = [head.replace("|", _PIPE) for head in heads]
         views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
-        views.append(("with a bias tuned to the baseline's validation accuracy", lambda c: cell_text(c, c.matched)))
+        tuned_to = f"the baseline's validation accuracy{table.less}"
+        views.append((f"with a bias tuned to {tuned_to}", lambda c: cell_text(c, c.matched)))
         if any(cell.paper for cells in columns.values() for cell in cells):
             views.append(("the paper's figures", lambda c: f"{c.paper[0]:.4f} / {c.paper[1]:.4f}" if c.paper else "-"))
         for what, show in views:

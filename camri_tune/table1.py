@@ -130,6 +130,12 @@ class Table:
         """The name of its files, without the ending."""
         return "comparison" if self.protocol == "ours" else "comparison-paper"
 
+    @property
+    def less(self) -> str:
+        """What accuracy may give up, in words, after what it is compared with; empty where it may give up nothing."""
+        tolerance = self.facts.get("tolerance", 0.0)
+        return f" less {tolerance:g} points" if tolerance else ""
+
     def columns(self) -> list[tuple[str, str]]:
         """(data set, important class as asked for), in order."""
         return list(dict.fromkeys((cell.dataset, cell.token) for cell in self.cells))
@@ -184,12 +190,10 @@ def legend(table: Table) -> str:
                 f"intervals count them as fewer, by what validation's tracks show."
             )
         more += [f" {name}: {notice}" for notice in about.get("notices", ())]
-    tolerance = table.facts.get("tolerance", 0.0)
-    less = f" less {tolerance:g} points" if tolerance else ""
     return (
         f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
-        f"method and class. '-': no setting kept mean accuracy at cross-entropy's{less}; with a bias it may be another "
-        f"setting that is shown. †: mean accuracy on test came out "
+        f"method and class. '-': no setting kept mean accuracy at cross-entropy's{table.less}; with a bias it may be "
+        f"another setting that is shown. †: mean accuracy on test came out "
         f"below cross-entropy's. Bold: the highest recall, where it beats the runner-up seed by seed (95 % interval "
         f"over seeds and images above zero).{''.join(more)}"
     )

@@ -126,7 +126,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         best = best_of(cells)
         title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
         table = Table(title=Text(title), title_justify="left")
-        for head in ("", "recall", "accuracy", "gain in recall", "recall, bias", "accuracy, bias", "paper"):
+        for head in ("", "recall", "accuracy", "gain in recall, points", "recall, bias", "accuracy, bias", "paper"):
             # On a narrow terminal cells are broken at blanks, and no figure is cut.
             width = 8 if head else 1
             table.add_column(head, justify="left" if not head else "right", overflow="fold", min_width=width)
