@@ -213,13 +213,15 @@ def few_test_images(best: Best, classes: Sequence[str]) -> list[str]:
     lines = []
     for c, share in best.exported_recall.items():
         if share.n < FEW_IMAGES or share.effective_n < FEW_IMAGES:
-            most = binomial_interval(share.effective_n, share.effective_n).low
-            few = f"{share.n} test images"
-            if share.effective_n < share.n:
-                few += f"{tracks(share)}, which count as {share.effective_n:.0f} independent ones"
+            few, if_all = f"{share.n} test images", "with all of them right"
+            if share.effective_n < share.n:  # a difference has a count of its own
+                count = f"{share.effective_n:.0f} independent ones"
+                few += f"{tracks(share)}, which count as {count} for one model's recall"
+            if share.all_right_n not in (None, share.effective_n):
+                if_all += ", when a group counts as one,"
             lines.append(
                 f"Class {named(c, classes)} has only {few}: one image is {100 / share.n:.1f} points of recall, and "
-                f"even with all of them right no more is shown (95 %) than a recall of {most:.3f}."
+                f"even {if_all} no more is shown (95 %) than a recall of {share.most_shown:.3f}."
             )
     return lines
 

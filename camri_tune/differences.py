@@ -49,7 +49,8 @@ class Share:
     """Right answers of one model on n images, with a binomial interval, exact where every image counts alone.
 
     `effective_n` is how many independent images they count as (see `stats.effective_size`, and `stats.hidden_size`
-    where they come in `hidden` groups).
+    where they come in `hidden` groups), and `all_right_n` how many they would, were all of them right (None: as many):
+    no one group is worse than another then.
     """
 
     right: int
@@ -57,6 +58,7 @@ class Share:
     effective_n: float
     hidden: Hidden | None = None
     confidence: float = 0.975  # one-sided, of each end of the interval
+    all_right_n: float | None = None
 
     @classmethod
     def of(
@@ -67,8 +69,10 @@ class Share:
         confidence: float = 0.975,
     ) -> "Share":
         """From whether each image (N,) was right, and which images (N,) belong together."""
-        size = _effective(right.astype(np.float64), groups, confidence, hidden)
-        return cls(int(right.sum()), len(right), size, hidden, confidence)
+        size, best = (
+            _effective(values.astype(np.float64), groups, confidence, hidden) for values in (right, np.ones_like(right))
+        )
+        return cls(int(right.sum()), len(right), size, hidden, confidence, best)
 
     @property
     def value(self) -> float:
@@ -77,6 +81,12 @@ class Share:
     @property
     def interval(self) -> Interval:
         return binomial_interval(self.value * self.effective_n, self.effective_n, 2 * self.confidence - 1)
+
+    @property
+    def most_shown(self) -> float:
+        """The lower end of the interval, were all images right."""
+        n = self.effective_n if self.all_right_n is None else self.all_right_n
+        return binomial_interval(n, n, 2 * self.confidence - 1).low
 
     @property
     def exact(self) -> bool:

@@ -364,15 +364,39 @@ def test_a_class_with_sixty_test_images_says_so() -> None:
 def test_many_frames_of_few_tracks_are_few_images() -> None:
     best = replace(_best(_difference(1, 1, 500), _difference(1, 0, 60)), exported_recall={1: Share(280, 300, 9.6)})
     (line,) = few_test_images(best, CLASSES)
-    assert "has only 300 test images, which count as 10 independent ones: one image is 0.3 points" in line
+    assert "has only 300 test images, which count as 10 independent ones for one model's recall: one image" in line
+    assert "is 0.3 points of recall, and even with all of them right no more is shown (95 %)" in line
     assert f"a recall of {0.025 ** (1 / 9.6):.3f}." in line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "groups", "images", "counts", "most"),
+    [
+        ([*range(15)], [0] * 15 + [*range(1, 8)] * 3 + [1] * 4, 40, 2, 0.511),
+        ([0, 7, 14], [*range(10)] * 6, 60, 45, 0.612),
+    ],
+)
+def test_what_all_images_right_would_show_is_what_the_interval_says_then(
+    wrong: list[int], groups: list[int], images: int, counts: int, most: float
+) -> None:
+    """However the errors that were made lie in the groups: without any nothing varies, and each group counts once."""
+    right, together = np.ones(images, bool), np.array(groups)
+    if_all = Share.of(right, together)
+    right[wrong] = False
+    best = replace(_best(_difference(1, 1, 500), _difference(1, 0, 60)), exported_recall={1: Share.of(right, together)})
+    (line,) = few_test_images(best, CLASSES)
+    assert f"has only {images} test images, which count as {counts} independent ones for one model's recall" in line
+    assert line.endswith(
+        f"all of them right, when a group counts as one, no more is shown (95 %) than a recall of {most}."
+    )
+    assert if_all.interval.low == pytest.approx(most, abs=5e-4)
 
 
 def test_sixty_frames_of_two_unnamed_tracks_are_two_signs() -> None:
     share = Share(58, 60, 4.1, Hidden(30, 1.0))
     best = replace(_best(_difference(1, 1, 500), _difference(1, 0, 60)), exported_recall={1: share})
     (line,) = few_test_images(best, CLASSES)
-    assert "has only 60 test images of about 2 unnamed tracks, which count as 4 independent ones: one image" in line
+    assert "has only 60 test images of about 2 unnamed tracks, which count as 4 independent ones for one" in line
     assert f"a recall of {0.025 ** (1 / 4.1):.3f}." in line
 
 
