@@ -55,7 +55,7 @@ def rank_settings(
         )
 
     def key(number: int) -> tuple[float, float, int]:
-        return -bounds[number], -Figure(tuple(_of(r.accuracy) for r in retrained[number])).mean, number
+        return -round(bounds[number], 12), -Figure(tuple(_of(r.accuracy) for r in retrained[number])).mean, number
 
     return sorted((number for number in bounds if keeps(number)), key=key)
 

@@ -224,6 +224,13 @@ def test_equal_recalls_rank_by_number() -> None:
     assert resolve_important(["worst1", "worst2", "worst3"], NAMES, _baseline(0.5, 0.25, 0.5, 0.25, 0.5)) == (1, 3, 0)
 
 
+def test_equal_means_of_several_seeds_rank_by_number() -> None:
+    rows = zip((0.8, 0.7, 0.6), (0.7, 0.7, 0.7), (0.6, 0.7, 0.8), strict=True)
+    records = [TrialRecord(n, "complete", {}, seed=n, recall_per_class=row) for n, row in enumerate(rows)]
+    ranked = resolve_important(["worst1", "worst2", "worst3"], ["a", "b", "c"], Baseline(1e-3, tuple(records)))
+    assert ranked == (0, 1, 2)
+
+
 def test_the_mean_over_seeds_ranks_the_classes() -> None:
     """Class 0 is the worse one in the first seed, class 1 in the second and on average."""
     records = [

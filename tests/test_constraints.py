@@ -363,6 +363,12 @@ def _drop_json(lost: int) -> dict[str, Any]:
 # --- before the search, and when nothing was found --------------------------------------------------------------------
 
 
+def test_a_baseline_at_its_floor_is_not_said_to_be_below_it() -> None:
+    records = tuple(TrialRecord(n, "complete", {}, recall_per_class=(0.7,), seed=n) for n in range(3))
+    floors = recall_constraints({0: 0.7}, None, [[0.7]], [[2_000]])
+    assert doubtful_constraints(floors, Baseline(1e-3, records).recall_per_class, [2_000], [2_000], CLASSES) == []
+
+
 def test_small_classes_and_a_baseline_below_its_floor_are_said_before_the_search() -> None:
     images = [[12, 300, 2_000]]
     floors = recall_constraints({0: 0.9, 1: 0.95, 2: 0.9}, None, [[0.9] * 3], images)

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from camri_tune import error_charts
 from camri_tune.evidence import AFTER, BEFORE, Evidence, angles, kinds_of_images
+from camri_tune.records import Figure
 
 
 def _evidence() -> Evidence:
@@ -104,3 +106,12 @@ def test_what_does_not_fit_the_study_is_no_evidence(changes: dict[str, np.ndarra
     path = tmp_path / "evidence.safetensors"
     replace(_evidence(), **changes).save(path)
     assert Evidence.load(path, 4) is None
+
+
+# What is drawn of it
+
+
+def test_a_class_whose_seeds_only_changed_places_has_lost_nothing() -> None:
+    before, after = [Figure((0.8, 0.7, 0.6)), Figure((0.6, 0.7, 0.8))], [Figure((0.6, 0.7, 0.8)), Figure((0.7,) * 3)]
+    lines = [t.name for t in error_charts.recall_of_classes(before, after, ["a", "b"], [0]).data if t.mode == "lines"]
+    assert lines == ["gained recall, or kept it"]

@@ -108,6 +108,13 @@ def test_one_seed_has_a_mean_but_no_spread() -> None:
     assert figure.as_json() == {"mean": 0.9, "sd": None, "n": 1, "values": [0.9], "interval": None}
 
 
+def test_a_mean_does_not_depend_on_the_order_of_its_seeds() -> None:
+    """As sums of binary fractions these three differ, in both directions."""
+    means = [Figure(values).mean for values in ((0.8, 0.7, 0.6), (0.6, 0.7, 0.8), (0.7, 0.7, 0.7))]
+    assert means == [0.7] * 3
+    assert Figure((1 / 3,) * 3).sd == 0.0
+
+
 def test_of_several_important_classes_each_seeds_worst_is_measured() -> None:
     """The mean of the worst, not the worst of the means: class 1 is the worse one in seed 0, class 2 in seed 1."""
     measured = Measured.over_seeds([0.8, 0.9], [(0.1, 0.5, 0.7), (0.2, 0.9, 0.6)], important=[1, 2])

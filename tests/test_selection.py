@@ -116,6 +116,15 @@ def test_settings_are_ranked_by_recall_then_accuracy_then_age() -> None:
     assert rank_settings(retrained) == [7, 1, 2, 3]
 
 
+def test_rounding_decides_no_order() -> None:
+    """The same recalls in another order: accuracy decides, and where that is the same, too, age."""
+    recalls = (0.8, 0.7, 0.6)
+    less = [_trial(n, recall, 0.95) for n, recall in enumerate(recalls)]
+    as_less, accurate = ([_trial(n, recall, a) for n, recall in enumerate(recalls[::-1])] for a in (0.95, 0.99))
+    assert rank_settings({0: less, 1: as_less, 2: accurate}) == [2, 0, 1]
+    assert rank_settings({0: as_less, 1: less, 2: accurate}) == [2, 0, 1]
+
+
 def test_of_two_settings_of_one_mean_the_steadier_goes_first() -> None:
     steady = [_trial(n, recall) for n, recall in enumerate((0.90, 0.91, 0.92))]
     wild = [_trial(n, recall) for n, recall in enumerate((0.82, 0.93, 0.99))]
