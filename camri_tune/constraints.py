@@ -162,11 +162,9 @@ class ClassOnTest:
     def as_json(self) -> dict[str, Any]:
         return {
             "of": "recall" if isinstance(self.measured, Share) else "difference to the baseline model",
+            **self.measured.as_json(),
             "value": self.value,
-            "interval": list(self.measured.interval),
             "confidence": self.measured.confidence,
-            "n": self.measured.n,
-            "effective_n": self.measured.effective_n,
             "status": self.status,
         }
 

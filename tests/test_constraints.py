@@ -49,6 +49,7 @@ from camri_tune.records import Baseline, Measured, TrialRecord
 from camri_tune.result import Best, Finalist, Side
 from camri_tune.search import make_sampler
 from camri_tune.selection import certify, finalists, rank_models, rank_settings
+from camri_tune.stats import tango_interval
 from camri_tune.storage import StudyStore
 from camri_tune.study_page import _verdict
 from tests.command import assert_one_line_error, camri_tune, result_of
@@ -354,6 +355,22 @@ def test_the_table_has_every_class_that_is_near_its_limit() -> None:
     assert rows[0][-1] == "not measured"
     assert rows[1][2:4] == ("90.00 %, 90.00 %", "-, -")
     assert "-8.00 points to the baseline model [" in rows[1][4]
+
+
+def test_what_is_stored_of_a_class_has_the_counts_from_which_anyone_has_its_bound() -> None:
+    right, old, groups = np.arange(60) < 50, np.arange(60) < 55, np.arange(60) // 6
+    of_drop = ClassOnTest(0, -0.05, PairedDifference.of(right, old, groups, 0.99)).as_json()
+    assert (of_drop["gained"], of_drop["lost"], of_drop["n"], of_drop["status"]) == (0, 5, 60, "missed")
+    assert sum(one["lost"] * one["groups"] for one in of_drop["by_group"]) == 5
+    assert (of_drop["of"], of_drop["value"], of_drop["confidence"]) == (
+        "difference to the baseline model",
+        -5 / 60,
+        0.99,
+    )
+    share = of_drop["effective_n"] / 60
+    assert of_drop["interval"] == list(tango_interval(0, 5 * share, 60 * share, 0.98))
+    of_floor = ClassOnTest(0, 0.9, Share.of(right, groups, None, 0.99)).as_json()
+    assert (of_floor["of"], of_floor["right"], of_floor["n"], of_floor["confidence"]) == ("recall", 50, 60, 0.99)
 
 
 def _drop_json(lost: int) -> dict[str, Any]:
