@@ -38,11 +38,11 @@ def rank_settings(
 ) -> list[int]:
     """Source trials whose means over seeds keep the accuracy floor and all `constraints`, and one model of whose does.
 
-    Those of the highest lower bound of recall come first. Where accuracy alone is to be kept there always is such a
-    model; with several constraints each could be kept by another one, and none could be exported. `retrained` maps a
-    finalist's trial number to its retrained models on validation. Of equal bounds the higher mean accuracy goes first,
-    then the earlier trial. A setting with a failed seed has not shown that it trains reliably, and
-    is left out.
+    Those of the highest lower bound of recall come first; of the highest mean where no variance gives a bound. Where
+    accuracy alone is to be kept there always is such a model; with several constraints each could be kept by another
+    one, and none could be exported. `retrained` maps a finalist's trial number to its retrained models on validation.
+    Of equal bounds the higher mean accuracy goes first, then the earlier trial. A setting with a failed seed has not
+    shown that it trains reliably, and is left out.
     """
     bounds = recall_bounds(retrained)
 
@@ -55,7 +55,9 @@ def rank_settings(
         )
 
     def key(number: int) -> tuple[float, float, int]:
-        return -round(bounds[number], 12), -Figure(tuple(_of(r.accuracy) for r in retrained[number])).mean, number
+        bound, models = bounds[number], retrained[number]
+        recall = _mean_recall(models).mean if bound is None else round(bound, 12)
+        return -recall, -Figure(tuple(_of(r.accuracy) for r in models)).mean, number
 
     return sorted((number for number in bounds if keeps(number)), key=key)
 
@@ -65,29 +67,33 @@ def mean_shortfall(models: Sequence[TrialRecord]) -> float:
     return Figure(tuple(_above(r.constraint) for r in models)).mean
 
 
-def recall_bounds(retrained: Mapping[int, Sequence[TrialRecord]]) -> dict[int, float]:
+def recall_bounds(retrained: Mapping[int, Sequence[TrialRecord]]) -> dict[int, float | None]:
     """One-sided 95 % lower bound of the mean recall over seeds, of each setting whose seeds all trained.
 
     Student's t, where a setting's variance over seeds is drawn towards what all settings show together: with few seeds
-    its own is mostly chance, and to order by it picks worse settings (`benchmarks/certificate.py`). With one seed there
-    is none, and the bound is the recall.
+    its own is mostly chance, and to order by it picks worse settings (`benchmarks/certificate.py`). None where no
+    variance is known: with one seed, or where the seeds of every setting agree.
     """
     figures = {
-        number: Figure(tuple(_of(r.recall) for r in records))
+        number: _mean_recall(records)
         for number, records in retrained.items()
         if records and all(r.state == "complete" for r in records)
     }
     variances = {number: figure.sd**2 for number, figure in figures.items() if figure.sd is not None}
-    if not variances:
-        return {number: figure.mean for number, figure in figures.items()}
-    shared = sum(variances.values()) / len(variances)
-    bounds = {}
+    shared = sum(variances.values()) / max(len(variances), 1)
+    if shared < 1e-24:  # none but rounding's
+        return dict.fromkeys(figures)
+    bounds: dict[int, float | None] = {}
     for number, figure in figures.items():
         own = len(figure.values) - 1
         freedom = own + SHARED_FREEDOM
         variance = (own * variances.get(number, 0.0) + SHARED_FREEDOM * shared) / freedom
         bounds[number] = figure.mean - float(special.stdtrit(freedom, CONFIDENCE)) * math.sqrt(variance / (own + 1))
     return bounds
+
+
+def _mean_recall(models: Sequence[TrialRecord]) -> Figure:
+    return Figure(tuple(_of(r.recall) for r in models))
 
 
 def rank_models(records: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -229,7 +229,7 @@ def _finalists(result: Mapping[str, Any]) -> str:
         else:
             recall, accuracy = _figure(validation["recall"]), _figure(validation["accuracy"])
             scores = (
-                f"<td>{_with_sd(recall)}</td><td>{_percent(finalist['recall_lower_bound'])}</td>"
+                f"<td>{_with_sd(recall)}</td><td>{_percent(finalist['recall_lower_bound']) or '-'}</td>"
                 f"<td>{_with_sd(accuracy)}</td>"
             )
         if judged is None:
@@ -255,7 +255,7 @@ def _finalists(result: Mapping[str, Any]) -> str:
         )
     order = " Those that kept accuracy come first, in the order in which test judged them until one was certified."
     order = order if result["best"] is not None else " None was judged on test."
-    head = "<tr><th>trial</th><th>recall</th><th>its lower bound</th><th>accuracy</th><th>what test said</th></tr>"
+    head = "<tr><th>trial</th><th>recall</th><th>its lower bound (95 %, one-sided)</th><th>accuracy</th><th>what test said</th></tr>"
     return (
         f'<h2>Finalists</h2><p class="note">The best trials, trained again on {result["seeds"]} fresh seed(s): means ± sd '
         f"on validation.{order}</p>"

@@ -17,6 +17,7 @@ from camri_tune.evidence import Evidence, kinds_of_images
 from camri_tune.overview import EVIDENCE, RESULT, find_study
 from camri_tune.report import write_report
 from camri_tune.search import parameter_importance
+from camri_tune.study_page import _finalists
 from tests.command import camri_tune, result_of
 from tests.studies import FLOOR, hand_made, trial
 
@@ -288,6 +289,15 @@ def test_names_of_classes_are_text(finished: tuple[Path, dict[str, Any]], browse
             assert page.locator("img[src=x]").count() == 0
             assert page.get_by_text("<img src=x onerror=alert(8)>").first.is_visible()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_finalist_whose_recall_has_no_bound_has_a_dash() -> None:
+    figure = {"values": [0.9]}
+    finalist = {"trial": 3, "params": {}, "validation": {"recall": figure, "accuracy": figure}, "kept_accuracy": True}
+    judged = {"accuracy_difference": None, "recall_lower_bound": None}
+    page = _finalists({"finalists": [{**finalist, **judged}], "best": None, "seeds": 1})
+    assert "<td>90.00 %</td><td>-</td><td>90.00 %</td>" in page
+    assert "<th>its lower bound (95 %, one-sided)</th>" in page
 
 
 def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:

@@ -135,6 +135,7 @@ def test_of_two_settings_of_one_mean_the_steadier_goes_first() -> None:
 def test_the_bound_of_a_lone_setting_is_student_t_with_a_little_more_freedom() -> None:
     recalls = (0.90, 0.91, 0.95)
     (bound,) = recall_bounds({4: [_trial(n, recall) for n, recall in enumerate(recalls)]}).values()
+    assert bound is not None
     half = stats.t.ppf(0.95, 2 + 4) * np.std(recalls, ddof=1) / math.sqrt(3)
     assert bound == pytest.approx(np.mean(recalls) - half)
 
@@ -148,9 +149,12 @@ def test_a_settings_scatter_is_drawn_towards_what_all_show() -> None:
     assert bounds[1] == pytest.approx(0.9 - stats.t.ppf(0.95, 6) * math.sqrt((2 * 0.01 + 4 * shared) / 6 / 3))
 
 
-def test_one_seed_is_its_own_bound() -> None:
-    assert recall_bounds({0: [_trial(0, 0.8)], 1: [_trial(1, 0.9)]}) == {0: 0.8, 1: 0.9}
-    assert rank_settings({0: [_trial(0, 0.8)], 1: [_trial(1, 0.9)]}) == [1, 0]
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_without_a_variance_there_is_no_bound_and_the_mean_decides(seeds: int) -> None:
+    """One seed shows none, and seeds that all agree show none either."""
+    retrained = {number: [_trial(n, recall) for n in range(seeds)] for number, recall in enumerate((0.7, 0.9, 0.8))}
+    assert recall_bounds(retrained) == {0: None, 1: None, 2: None}
+    assert rank_settings(retrained) == [1, 2, 0]
 
 
 def test_the_mean_over_seeds_keeps_the_floor_not_each_seed() -> None:
