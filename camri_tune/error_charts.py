@@ -14,6 +14,7 @@ from camri_tune.evidence import AFTER, BEFORE, Evidence
 from camri_tune.records import Figure
 
 WHITE_TO_BLUE = [(0, "#ffffff"), (0.02, "#d3e5f2"), (0.2, "#6aaed6"), (1, "#08306b")]
+MOST_RIVALS = 8  # bars of each kind of error
 DRAWN = 1_500  # points of a scatter of images
 
 
@@ -51,7 +52,9 @@ def confusions(evidence: Evidence, classes: Sequence[str], important: Sequence[i
                 type="rect", x0=-0.5, x1=count - 0.5, y0=c - 0.5, y1=c + 0.5, row=1, col=column,
                 line={"color": VERMILION, "width": 1.5},
             )  # fmt: skip
-    figure.update_layout(coloraxis={"colorscale": WHITE_TO_BLUE, "cmin": 0, "cmax": 25, "colorbar": {"title": "%"}})
+    shades = list(range(0, 30, 5))
+    bar = {"title": "%", "tickvals": shades, "ticktext": [*map(str, shades[:-1]), f"{shades[-1]} or more"]}
+    figure.update_layout(coloraxis={"colorscale": WHITE_TO_BLUE, "cmin": 0, "cmax": shades[-1], "colorbar": bar})
     return dressed(figure, None, None, height=520)
 
 
@@ -63,14 +66,17 @@ def errors_of(evidence: Evidence, classes: Sequence[str], important: Sequence[in
         np.fill_diagonal(matrix, 0)  # errors alone
     missed = [matrix[own].sum(axis=0) for matrix in matrices]
     alarms = [np.where(np.isin(np.arange(len(classes)), own), 0, matrix[:, own].sum(axis=1)) for matrix in matrices]
-    places = []
-    for before, after in (missed, alarms):
-        order = np.argsort(before + after, kind="stable")[-8:]
-        places.append(order[(before + after)[order] > 0])
+    places, titles = [], []
+    for (before, after), title in (missed, "missed, and taken for …"), (alarms, "false alarms: images of …"):
+        both = before + after
+        order = np.argsort(both, kind="stable")[-MOST_RIVALS:]
+        places.append(order[both[order] > 0])
+        cut = np.count_nonzero(both) > MOST_RIVALS
+        titles.append(f"{title} (the {MOST_RIVALS} most frequent)" if cut else title)
     heights = [max(len(rows), 1) for rows in places]
     figure = make_subplots(
         rows=2,
-        subplot_titles=("missed, and taken for …", "false alarms: images of …"),
+        subplot_titles=titles,
         row_heights=heights,
         vertical_spacing=90 / (195 + 34 * sum(heights)),
     )

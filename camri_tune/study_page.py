@@ -291,7 +291,10 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
     ]
     if evidence is None:
         return [*parts, '<p class="note">The images behind these figures were not kept (evidence.safetensors).</p>']
-    n = len(evidence.labels)
+    n, own = len(evidence.labels), int(np.isin(evidence.labels, important).sum())
+    some = (
+        f" Of its own {own:,} images {error_charts.DRAWN:,} are drawn, at random." if own > error_charts.DRAWN else ""
+    )
     return [
         *parts,
         "<h2>The important class's errors</h2>",
@@ -306,7 +309,7 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         "<h2>Around the important class</h2>",
         f"<p class=\"note\">Each mark is a test image, by its embedding's angle to the important class's weight and to "
         f"the nearest other weight. Above the line the important class is nearer: there a cosine head answers with it (a dense head, such as the baseline's, also weighs lengths and a bias, and a tuned bias moves the line). Of other classes "
-        f"the {error_charts.DRAWN:,} that come nearest are drawn.</p>",
+        f"the {error_charts.DRAWN:,} that come nearest are drawn.{some}</p>",
         picture(error_charts.embedding(evidence, classes, important), "embedding", wide=True),
     ]
 

@@ -2,6 +2,8 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from camri_tune import error_charts
 from camri_tune.evidence import AFTER, BEFORE, Evidence, angles, kinds_of_images
 from camri_tune.records import Figure
+from camri_tune.study_page import _before_and_after
 
 
 def _evidence() -> Evidence:
@@ -115,3 +118,34 @@ def test_a_class_whose_seeds_only_changed_places_has_lost_nothing() -> None:
     before, after = [Figure((0.8, 0.7, 0.6)), Figure((0.6, 0.7, 0.8))], [Figure((0.6, 0.7, 0.8)), Figure((0.7,) * 3)]
     lines = [t.name for t in error_charts.recall_of_classes(before, after, ["a", "b"], [0]).data if t.mode == "lines"]
     assert lines == ["gained recall, or kept it"]
+
+
+def _errors(rivals: int, images: int = 40) -> Evidence:
+    """Images of class 0 alone, which both models take for so many other classes in turn."""
+    labels, pixels = np.zeros(images, np.int64), np.zeros((0, 1, 1, 1), np.uint8)
+    answers, places = np.tile(1 + np.arange(images) % rivals, (2, 1)), np.ones((2, images), np.float32)
+    return Evidence(labels, answers, places, places, np.zeros(0, np.int64), pixels)
+
+
+@pytest.mark.parametrize(("rivals", "end"), [(8, "taken for …"), (9, "taken for … (the 8 most frequent)")])
+def test_where_not_all_rivals_are_drawn_it_is_said(rivals: int, end: str) -> None:
+    figure = error_charts.errors_of(_errors(rivals), [str(c) for c in range(12)], [0])
+    missed, alarms = [annotation.text for annotation in figure.layout.annotations]
+    assert (missed, alarms) == (f"missed, and {end}", "false alarms: images of …")
+    assert len(figure.data[0].y) == 8
+
+
+def test_the_darkest_shade_is_a_share_and_all_above() -> None:
+    colours = error_charts.confusions(_errors(1), ["a", "b"], [0]).layout.coloraxis
+    assert (colours.colorbar.tickvals[-1], colours.colorbar.ticktext[-1]) == (colours.cmax, "25 or more")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_where_not_all_images_of_the_class_are_drawn_it_is_said(more: int) -> None:
+    figure = {"values": [0.5]}
+    side: dict[str, Any] = {"test": {"recall_per_class": [figure, figure]}, "exported": {"seed": 0}}
+    side["exported"]["compared_with_seed"] = 0
+    evidence = _errors(1, error_charts.DRAWN + more)
+    seen: Any = SimpleNamespace(classes=["a", "b"], important=[0])
+    page = "".join(_before_and_after(seen, {"seeds": 1, "baseline": side, "best": side}, evidence))
+    assert ("Of its own 1,501 images 1,500 are drawn, at random." in page) == (more == 1)
