@@ -100,9 +100,9 @@ class Finalist:
     """A setting that was retrained on fresh seeds, as validation ranked it, and what test said of it, if it was asked.
 
     `recall_bound` is the lower bound of its mean recall on validation; None where a training failed, and where seeds
-    show no variance. `misses` says of
-    each constraint of recall, by name, by how much each class missed it: in the means over seeds, at most 0 where it is
-    kept. Where all means keep it and no one model keeps everything, it is `split`, and cannot be exported.
+    show no variance. `misses` says of each constraint of recall, by name, by how much each class missed it: in the
+    means over seeds, at most 0 where it is kept. Where all means keep it and no one model keeps everything, it is
+    `split`, and cannot be exported.
     """
 
     trial: int
