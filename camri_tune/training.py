@@ -171,18 +171,18 @@ class Trained:
 def _exact() -> Iterator[None]:
     """The same result each time, in float32 where that is said: by default a GPU's convolutions give neither."""
     cudnn: Any = torch.backends.cudnn
-    # Not by `allow_tf32`, which cannot be read where somebody has set one of the two, or `torch.backends` as a whole.
-    kinds = cudnn.conv, cudnn.rnn
-    before = cudnn.deterministic, [kind.fp32_precision for kind in kinds]
-    cudnn.deterministic = True
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
+    try:
+        flags: list[tuple[Any, str, Any, Any]] = [(cudnn, "allow_tf32", cudnn.allow_tf32, False)]
+    except RuntimeError:  # it cannot be read where a script has set what PyTorch has in its place by now
+        flags = [(kind, "fp32_precision", kind.fp32_precision, "ieee") for kind in (cudnn.conv, cudnn.rnn)]
+    flags.append((cudnn, "deterministic", cudnn.deterministic, True))
+    for place, name, _, exact in flags:
+        setattr(place, name, exact)
     try:
         yield
     finally:
-        cudnn.deterministic = before[0]
-        for kind, precision in zip(kinds, before[1], strict=True):
-            kind.fp32_precision = precision
+        for place, name, before, _ in flags:
+            setattr(place, name, before)
 
 
 @_exact()

@@ -907,7 +907,6 @@ import torch
 from camri_tune.training import _exact
 with _exact():
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.deterministic
 assert {precise}.fp32_precision == "ieee"
 """
