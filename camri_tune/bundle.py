@@ -252,13 +252,15 @@ def write_bundle(folder: Path, *, weights: Path, config: BundleConfig, metrics: 
 
 def _is_bundle(folder: Path) -> bool:
     """Whether a folder is one of ours, whole or not: others, too, have a model.safetensors and a config.json."""
-    if not folder.is_dir():
+    try:
+        names = set(os.listdir(folder))
+    except OSError:  # a file, or a folder that may not be read
         return False
     try:
-        return "weights_sha256" in json.loads(_content(folder / CONFIG))
-    except (BundleError, ValueError, TypeError, RecursionError):  # gone, or damaged
-        names = set(os.listdir(folder))
+        stored = json.loads(_content(folder / CONFIG))
+    except (BundleError, ValueError, RecursionError):  # gone, or damaged
         return METRICS in names and names <= {WEIGHTS, CONFIG, METRICS, CARD}
+    return isinstance(stored, dict) and "weights_sha256" in stored
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -22,7 +22,16 @@ import typer
 from pydantic import ValidationError
 
 from camri_tune import prefork
-from camri_tune.config import MOST_WORKERS, NAME_RULE, StudyConfig, is_name, printable, read_study_file, shown
+from camri_tune.config import (
+    MOST_WORKERS,
+    NAME_RULE,
+    StudyConfig,
+    is_name,
+    names_a_database,
+    printable,
+    read_study_file,
+    shown,
+)
 from camri_tune.errors import CamriTuneError, InputError
 from camri_tune.interrupts import heard
 from camri_tune.memory import keep_freed_memory
@@ -655,7 +664,7 @@ def _usage(error: typer.TyperException) -> str:
     """What Typer says of an argument, and the value, which it leaves out."""
     message, cause = error.format_message(), error.__cause__
     if not isinstance(cause, ValidationError):
-        return f"{message} A database's URL is given as --storage." if "://" in message else message
+        return f"{message} A database's URL is given as --storage." if names_a_database(message) else message
     value, message = shown(cause.errors()[0]["input"]), message.replace("Value error, ", "").rstrip(".")
     return message if value in message else f"{message}, which {value} is not"
 
@@ -668,7 +677,7 @@ def _config(context: typer.Context, study: Path | None, options: Mapping[str, An
     if source is not None and source.name == "ENVIRONMENT":
         given.pop("storage")  # what a study file says goes before it
     if study is not None:
-        if re.match(r"[\w+.-]{2,}:/", str(study)):
+        if names_a_database(str(study)):
             raise InputError("the URL of a database is no study file: give it as --storage")
         values = read_study_file(study)
         StudyConfig.build(values, source=f"study file {str(study)!r}")  # an error names the file it stands in

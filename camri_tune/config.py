@@ -417,6 +417,11 @@ class StudyConfig(BaseModel):
         return self.model_dump(mode="json", exclude=set(EXECUTION_FIELDS))
 
 
+def names_a_database(text: str) -> bool:
+    """Whether a text holds the URL of a database; taken for a path it may have lost a slash."""
+    return re.search(r"\b(sqlite|postgres|postgresql|mysql|mariadb|oracle|mssql|grpc)(\+\w+)?:/", text) is not None
+
+
 def floor_of(text: object) -> tuple[str, float]:
     """The class (as `important` names it) and the share of 'CLASS>=SHARE', where 0.9 and 90% are the same share.
 

@@ -252,13 +252,12 @@ def _folders_of_parts(root: Path) -> dict[Part, Path]:
     return folders
 
 
-def test_folder(root: Path) -> Path | None:
-    """The folder of a data set's test part, None where it has none or cannot be looked through."""
+def part_folders(root: Path) -> dict[Part, Path]:
+    """Folders of a data set's parts; none where it has none, or cannot be looked through."""
     try:
-        folder = _folders_of_parts(root).get("test")
+        return {part: folder.resolve() for part, folder in _folders_of_parts(root).items()}
     except (OSError, DataError):
-        return None
-    return None if folder is None else folder.resolve()
+        return {}
 
 
 def _left_out(root: Path, parts: Iterable[Path]) -> list[str]:

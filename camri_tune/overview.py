@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from camri_tune.config import StudyConfig, shown, why_no_path
+from camri_tune.config import StudyConfig, names_a_database, shown, why_no_path
 from camri_tune.constraints import RecallConstraint
 from camri_tune.database import masked, open_storage
 from camri_tune.errors import InputError
@@ -259,7 +259,7 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
     """
     if reason := why_no_path(str(out)):
         raise InputError(f"--out is {shown(str(out))}, where no folder can be: {reason}; name another")
-    if name is not None and "://" in name:
+    if name is not None and names_a_database(name):
         raise InputError(
             f"{masked(name)!r} is the URL of a database: give it as --storage, and the NAME of a study in it"
         )

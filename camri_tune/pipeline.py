@@ -39,7 +39,7 @@ from camri_tune.files import is_writable_folder, write_text
 from camri_tune.folders import Part
 from camri_tune.images import Images
 from camri_tune.overview import EVIDENCE, RESULT
-from camri_tune.own_networks import allow, identified
+from camri_tune.own_networks import allow
 from camri_tune.pretrained import starting_weights
 from camri_tune.records import BIAS, Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
 from camri_tune.report import Facts, model_card, write_report
@@ -247,7 +247,7 @@ def _judge(
     sharing = max(len(order), stages.store.attributes.get("test_candidates", 0))
     verdict, number, found = certify(order, judged, config.epsilon / 100, breaks, sharing)
     best = None if number is None else judge.best(number, entrants[number], old, shared_confidence(sharing))
-    stages.store.set("test_candidates", sharing)
+    stages.store.set("test_candidates", max(sharing, stages.store.attributes.get("test_candidates", 0)))
     reads = _note_reading(stages, [retrained[number] for number in found], baseline.records)
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
@@ -347,7 +347,8 @@ def _export(stages: Stages, result: Result, chosen: TrialRecord | None) -> None:
         group_by=config.group_by,
         skip_corrupt=config.skip_corrupt,
         input=EMBEDDINGS if spec.are_embeddings else IMAGES,
-        network=identified(config.model) if is_own_model(config.model) else "",
+        # As it was when the study began: the file may have been edited since, the processes that trained go on with it.
+        network=stages.store.attributes["identity"]["model"] if is_own_model(config.model) else "",
     )
     place = stages.seeds().index(best.exported_seed)
     metrics = {

@@ -30,7 +30,7 @@ from camri_tune.folders import (
     class_folders,
     image_files,
     is_class_name,
-    test_folder,
+    part_folders,
 )
 from camri_tune.grouping import Item, NotGroupedError
 from camri_tune.images import Images
@@ -113,7 +113,8 @@ def is_data_dir_of(dataset: str, folder: Path) -> bool:
 def relation_of(where: str | None, trained_on: StudyConfig) -> Relation | None:
     """How the images that `where` names (None: those of training) lie to the data set of training.
 
-    They are it, its test part, in it or around it; None: elsewhere. Raises DataError where there is nothing.
+    They are it, its test part, in what was learned from, or around it; None: elsewhere, as far as folders tell, which
+    are not looked up in lists. Raises DataError where there is nothing.
     """
     dataset = trained_on.dataset
     if where in (None, dataset):
@@ -134,8 +135,13 @@ def _relation(here: Path, there: Path) -> Relation | None:
         part = PARTS.get(here.stem) if here.parent == there and holds_arrays(there) else None
         return "test" if part == "test" else part and "in"
     if here.is_relative_to(there):
-        return "test" if test_folder(there) == here else "in"
-    return "around" if there.is_relative_to(here) else None
+        parts = part_folders(there)
+        if parts.get("test") == here:
+            return "test"
+        # What lies beside its parts no training has read.
+        learned = [folder for part, folder in parts.items() if part != "test"] if "train" in parts else [there]
+        return "in" if any(here.is_relative_to(folder) for folder in learned) else None
+    return "around" if there.is_dir() and there.is_relative_to(here) else None
 
 
 def _digits() -> Source:

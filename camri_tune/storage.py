@@ -349,9 +349,12 @@ class StudyStore:
         self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
 
     def withdraw(self, stage: Stage, count: int) -> None:
-        """Take so many trials that a run has queued, and nobody has taken, out of a queue, the last first."""
+        """Take so many trials that a run has queued, and nobody has taken, out of a queue, the last first.
+
+        None that was begun before: it stands for the trial that it replaces, which is not the last.
+        """
         waiting = self.optuna_study(stage).get_trials(deepcopy=False, states=(OptunaState.WAITING,))
-        ours = [trial for trial in waiting if TICKET in trial.user_attrs]
+        ours = [t for t in waiting if TICKET in t.user_attrs and "retry_of" not in t.user_attrs]
         for trial in ours[max(0, len(ours) - count) :]:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken and has ended by now
                 self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)

@@ -15,6 +15,7 @@ from camri_tune.config import (
     MOST_TRIALS,
     SEEDS_APART,
     StudyConfig,
+    names_a_database,
     read_study_file,
 )
 from camri_tune.errors import InputError
@@ -445,3 +446,14 @@ def test_what_is_not_said_of_places_is_as_the_environment_says(monkeypatch: pyte
     monkeypatch.setenv("CAMRI_DATA", "x" * 300)
     with pytest.raises(InputError, match=r"^\$CAMRI_DATA: data_dir is 'xxx"):
         StudyConfig().in_this_environment()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("postgresql+psycopg://me:hunter2@host/db", True), ("(sqlite:///study.db)", True), ("grpc:/host:1", True),
+        ("s3://bucket/prefix", False), ("ray://host:1", False), ("https://host/x.csv", False), ("mysql", False),
+    ],
+)  # fmt: skip
+def test_the_url_of_a_database_is_told_from_others(text: str, names: bool) -> None:
+    assert names_a_database(text) is names

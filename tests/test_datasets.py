@@ -1281,6 +1281,10 @@ def test_a_folder_in_the_data_set_of_training_or_around_it_is_no_foreign_one(
         with pytest.raises(DataError, match="lies in what the model was trained on, so what it learned") as raised:
             judged(root / part, root)
         assert repr(str(root / part)) in message_of(raised)
+    shutil.copytree(root / "TEST", root / "new", dirs_exist_ok=True)  # beside the parts, where no training looks
+    (root / "new" / "a" / "more.png").write_bytes(next((root / "TEST" / "a").iterdir()).read_bytes())
+    assert "which is not, as it is, the data set of training" in judged(root / "new", root).text
+    shutil.rmtree(root / "new")
     unseen = judged(root, root / "train")
     assert not unseen.own
     assert "the test part of" in unseen.text

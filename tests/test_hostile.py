@@ -393,7 +393,7 @@ def test_a_bundle_that_lost_files_is_replaced(lost: tuple[str, ...], bundle: Pat
     assert read_bundle(folder).classes == CLASSES
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "empty", "of another library"])
+@pytest.mark.parametrize("kind", ["folder", "file", "empty", "of another library", "a list"])
 def test_what_is_no_bundle_is_not_replaced(kind: str, bundle: Path, tmp_path: Path) -> None:
     """A study file can say where its study's folder is: `best` in it may be somebody's photographs."""
     folder = tmp_path / "home" / "best"
@@ -405,6 +405,8 @@ def test_what_is_no_bundle_is_not_replaced(kind: str, bundle: Path, tmp_path: Pa
     if kind == "folder":
         (folder / "photo.jpg").write_text("mine")
         (folder / CONFIG).write_text("{}")  # many things have one
+    elif kind == "a list":
+        (folder / CONFIG).write_text('["weights_sha256"]')
     elif kind == "of another library":
         (folder / WEIGHTS).write_bytes(b"mine")
         (folder / CONFIG).write_text('{"architectures": ["BertModel"]}')

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import camri_tune
-from camri_tune import own_networks
+from camri_tune import own_networks, pipeline
 from camri_tune.backbones import build_backbone, default_image_size
 from camri_tune.bundle import ModelSpec, load_classifier, read_bundle, save_weights
 from camri_tune.config import StudyConfig, is_own_model, package_of, read_study_file, require_model_name
@@ -231,8 +232,20 @@ def test_workers_import_it_from_where_the_run_did(
         allow(each)
         assert folder_of(each) == str(home)
     sys.modules.pop("inner"), sys.modules.pop("inner.network_in")
-    config = StudyConfig(model=name, name="s", out=tmp_path, trials=1, epochs=1, seeds=1, limit=100, important=("3",))
-    assert run(config).baseline.test.accuracy.mean > 0
+    before, judge = identified(name), pipeline._judge
+
+    def edited_meanwhile(*arguments: Any) -> Any:
+        file = home / f"{name.partition(':')[0]}.py"
+        file.write_text(file.read_text() + "# an afterthought\n")
+        return judge(*arguments)
+
+    monkeypatch.setattr(pipeline, "_judge", edited_meanwhile)
+    config = StudyConfig(
+        model=name, name="s", out=tmp_path, trials=1, epochs=1, seeds=1, limit=100, tolerance=100, important=("3",)
+    )
+    result = run(config)
+    assert result.best is not None
+    assert json.loads((Path(result.folder) / "best" / "config.json").read_text())["network"] == before
 
 
 def test_what_is_not_there_gets_one_line(write: Write) -> None:

@@ -715,6 +715,10 @@ def test_what_is_withdrawn_is_nobodys_and_counts_no_more(store: StudyStore) -> N
     store.withdraw("search", 5)
     assert len(store.records("search")) == 2, "who is at work stays there"
     store.optuna_study("search").tell(running, 0.5)
+    store.storage.set_trial_user_attr(claimed._trial_id, "worker", DEAD)
+    assert store.requeue_interrupted() == 1
+    store.withdraw("search", 5)
+    assert [(record.number, record.state) for record in store.records("search")] == [(0, "complete"), (4, "waiting")]
 
 
 def test_a_trial_that_ends_its_worker_again_and_again_fails_with_that_reason(store: StudyStore) -> None:
