@@ -103,26 +103,17 @@ def test_a_network_comes_from_the_current_folder_and_is_the_same_for_a_seed(writ
     assert torch.equal(found, again.eval()(images))
 
 
-def test_what_it_says_of_its_images_is_heeded(write: Write) -> None:
-    body = (
-        BODY.replace("return", "net =")
-        + "    net.mean, net.std, net.image_size = (0.5, 0.25, 0), torch.ones(3) / 2, 48\n    return net\n"
-    )
-    name = write(body)
-    allow(name)
-    network = build_backbone(name, channels=3, image_size=16)
-    assert network.mean.flatten().tolist() == [127.5, 63.75, 0]
-    assert network.deviation.flatten().tolist() == [127.5] * 3
-    assert default_image_size(name) == 48
-
-
-def test_mean_and_size_may_be_as_networks_keep_them(write: Write) -> None:
-    """Buffers shaped as they are applied, and height and width of images."""
-    body = BODY.replace("return", "net =") + (
-        "    net.register_buffer('mean', torch.tensor([0.5, 0.25, 0]).view(1, 3, 1, 1))\n"
-        "    net.std, net.image_size = nn.Parameter(torch.ones(3, 1, 1) / 2), (48, 48)\n    return net\n"
-    )
-    name = write(body)
+@pytest.mark.parametrize(
+    "said",
+    [
+        "net.mean, net.std, net.image_size = (0.5, 0.25, 0), torch.ones(3) / 2, 48",
+        # Buffers and parameters, shaped as they are applied; height and width.
+        "net.register_buffer('mean', torch.tensor([0.5, 0.25, 0]).view(1, 3, 1, 1)); net.image_size = (48, 48); "
+        "net.std = nn.Parameter(torch.ones(3, 1, 1) / 2)",
+    ],
+)
+def test_what_it_says_of_its_images_is_heeded(said: str, write: Write) -> None:
+    name = write(BODY.replace("return", "net =") + f"    {said}\n    return net\n")
     allow(name)
     network = build_backbone(name, channels=3, image_size=16)
     assert network.mean.flatten().tolist() == [127.5, 63.75, 0]
