@@ -592,9 +592,9 @@ def doctor() -> None:
         print(f"{device!s:12} {label}, trains in {'bfloat16' if has_fast_bfloat16(device) else 'float32'}")
     url = os.environ.get(STORAGE_VARIABLE)
     print(f"{'storage':12} {masked(url) if url else f'SQLite {sqlite3.sqlite_version}, a file in each folder'}")
-    for url, install in (("postgresql://", "psycopg[binary]"), ("grpc://", "grpcio"), ("s3://", "boto3")):
+    for kind, install in (("postgresql", "psycopg[binary]"), ("grpc", "grpcio"), ("s3", "boto3")):
         package = install.partition("[")[0]
-        print(f"{url:13}{package} {_version(package, install)}")
+        print(f"{kind:12} {package} {_version(package, install)}")
 
 
 def _version(package: str, install: str) -> str:
