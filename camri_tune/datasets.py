@@ -297,7 +297,7 @@ def open_test_images(
     config = trained_on.model_copy(update={"skip_corrupt": trained_on.skip_corrupt or skip_corrupt})
     relation = relation_of(where, trained_on)
     if relation == "test":
-        where = None
+        where, relation = None, "itself"
     if where is not None and config.dataset in BUILT_IN_DATASETS and where != config.dataset:
         if is_data_dir_of(config.dataset, Path(where)):
             config, relation = config.model_copy(update={"data_dir": Path(where)}), "itself"
@@ -348,14 +348,13 @@ def open_test_images(
 # By how images lie to the data set of training, why it is not known which of them trained a model.
 _LIES: dict[Relation, str] = {
     "itself": "has changed since the model was trained",
-    "test": "has changed since the model was trained",
     "in": "lies in what the model was trained on",
     "around": "holds what the model was trained on",
 }
 
 
 def _untold(name: str, relation: Relation) -> DataError:
-    mend = "leave --data out for the test part" if relation in ("in", "around") else "restore the folder"
+    mend = "restore the folder" if relation == "itself" else "leave --data out for the test part"
     return DataError(
         f"data set {name!r} {_LIES[relation]}, so what it learned from cannot be told from the rest: {mend}, or name "
         f"other images with --data"

@@ -65,7 +65,8 @@ def factory_of(name: Model) -> Callable[[], Any]:
             f"returns a module; name one that it has"
         )
     for file in _files_of(name, factory):
-        _imported.setdefault(file, sha256(Path(file)))
+        if file not in _imported:
+            _imported[file] = sha256(Path(file))
     return factory  # type: ignore[no-any-return]
 
 
