@@ -425,6 +425,7 @@ def evaluate(
 ) -> None:
     """Measure an exported model; on its own test part this reproduces the stored figures."""
     from camri_tune.evaluation import evaluate_bundle  # noqa: PLC0415
+    from camri_tune.metrics import Precision  # noqa: PLC0415
     from camri_tune.records import named  # noqa: PLC0415
 
     allow(model)
@@ -437,6 +438,8 @@ def evaluate(
     for c in figures["important"]:
         share = figures["shares"]["recall"][str(c)]
         print(f"recall of {named(c, figures['classes'])}: {'no such images' if share is None else _share(share)}")
+        precision = figures["shares"]["precision"][str(c)]
+        print(f"precision of {named(c, figures['classes'])}: {Precision(precision['right'], precision['answers'])}")
     if (found := figures["calibration"]) is not None:
         before = found["before"]
         print(

@@ -24,7 +24,7 @@ from camri_tune.differences import Known, PairedDifference, SeedDifference, Shar
 from camri_tune.errors import BundleError, CamriTuneError, InputError
 from camri_tune.evidence import SHOWN, SIDE, Evidence, angles, kinds_of_images
 from camri_tune.images import Images, resized, with_channels
-from camri_tune.metrics import accuracy, confusion_matrix, pack, recall_per_class, unpack
+from camri_tune.metrics import Precision, accuracy, confusion_matrix, pack, recall_per_class, unpack
 from camri_tune.models import Classifier
 from camri_tune.posthoc import tune_bias
 from camri_tune.records import BIAS, Measured, TrialRecord, biases_of, measured_on_validation, without_nan
@@ -248,6 +248,8 @@ class Judge:
         """
         labels, groups, important = self.test.labels.numpy(), self.test.groups.numpy(), self._important
         chosen = self._right(new.chosen, new.loss)
+        answers = (self.shown(entrant.chosen, entrant.loss).answers for entrant in (old, new))
+        before, after = (confusion_matrix(labels, a, len(self._data.classes)) for a in answers)
         tracks = self._tracks(new, old)
         of_class = {c: labels == c for c in important}
         shared = 1 - (1 - confidence) / len(important)
@@ -259,6 +261,7 @@ class Judge:
             exported_seed=new.chosen.seed or 0,
             exported_accuracy=Share.of(chosen, groups, shares[None]),
             exported_recall={c: Share.of(chosen[own], groups[own], shares[c]) for c, own in of_class.items()},
+            precision={c: (Precision.of(before, c), Precision.of(after, c)) for c in important},
             baseline_seed=old.chosen.seed or 0,
             accuracy_difference=self._difference(new, old, None, confidence, tracks),
             recall_difference={c: self._difference(new, old, c, shared, tracks) for c in important},
@@ -451,7 +454,8 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
     logits = predict_logits(bundle.classifier, images, torch.device("cpu"))
     answers = logits.argmax(dim=1).numpy()
     labels, groups = images.labels.numpy(), images.groups.numpy()
-    recalls = recall_per_class(confusion_matrix(labels, answers, len(bundle.classes)))
+    confusion = confusion_matrix(labels, answers, len(bundle.classes))
+    recalls = recall_per_class(confusion)
     present = [c for c in config.important if not math.isnan(recalls[c])]
     figures = {
         "accuracy": float((answers == labels).mean()),
@@ -471,6 +475,7 @@ def evaluate_bundle(folder: Path, where: str | None, *, data_dir: Path, skip_cor
         "shares": {
             "accuracy": overall.as_json(),
             "recall": {str(c): shares[c].as_json() if c in shares else None for c in config.important},
+            "precision": {str(c): Precision.of(confusion, c).as_json() for c in config.important},
         },
         "calibration": _calibration(bundle, logits, labels),
         "important": list(config.important),

@@ -1,6 +1,7 @@
-"""Accuracy and recall from predictions. Pure NumPy."""
+"""Accuracy, recall and precision from predictions. Pure NumPy."""
 
 import base64
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,29 @@ def recall_per_class(confusion: IntArray) -> NDArray[np.float64]:
     shares = np.full(len(totals), np.nan)
     np.divide(np.diag(confusion), totals, out=shares, where=totals > 0)
     return shares
+
+
+class Precision(NamedTuple):
+    """How many of the images that a model takes for a class are of it: `right` of its `answers`.
+
+    Unlike recall it is also a matter of how frequent the class is among the images.
+    """
+
+    right: int
+    answers: int
+
+    @classmethod
+    def of(cls, confusion: IntArray, c: int) -> "Precision":
+        """Of class `c` by counts (C, C)."""
+        return cls(int(confusion[c, c]), int(confusion[:, c].sum()))
+
+    def __str__(self) -> str:
+        share = f" ({self.right / self.answers:.4f})" if self.answers else ""
+        return f"{self.right:,} of {self.answers:,}{share}"
+
+    def as_json(self) -> dict[str, Any]:
+        """`value` is None where the model answers with the class to no image."""
+        return {"value": self.right / self.answers if self.answers else None, **self._asdict()}
 
 
 def pack(truths: NDArray[np.bool_]) -> str:

@@ -75,6 +75,11 @@ def model_card(result: Result, bundle: BundleConfig, facts: Facts) -> str:
     of_recall = "; ".join(
         f"recall of {named(c, classes)} {_paired(found)}" for c, found in best.recall_difference.items()
     )
+    of_answers = "; ".join(
+        f"of the test images that it takes for {named(c, classes)}, {new} are, of those that the baseline model takes "
+        f"for it, {old}"
+        for c, (old, new) in best.precision.items()
+    )
     over_seeds = ", ".join(
         f"recall of {named(c, classes)} on test {_gain(found)} points" for c, found in best.recall_over_seeds.items()
     )
@@ -109,6 +114,8 @@ accuracy what was to stay; what was shown of both, and what was not, is said abo
 
 Against the baseline model of seed {best.baseline_seed}, on the same test images: accuracy {_paired(accuracy)};
 {of_recall}.
+
+Precision, which is also a matter of how frequent a class is among the images: {of_answers}.
 
 ## Over {result.seeds} seeds
 | mean ± sd | baseline (cross-entropy) | this setting ({result.loss}: {params}) |

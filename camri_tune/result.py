@@ -7,6 +7,7 @@ from typing import Any, Literal
 from camri_tune.calibration import Calibration
 from camri_tune.constraints import OnTest, RecallConstraint
 from camri_tune.differences import CONFIDENCE, PairedDifference, SeedDifference, Share
+from camri_tune.metrics import Precision
 from camri_tune.records import Measured, named
 
 Verdict = Literal["certified", "feasible", "none"]
@@ -27,7 +28,8 @@ class Side:
 class Best:
     """The chosen setting (its trial, its parameters, its R models) and the one model of them that is exported.
 
-    `exported_recall` is of that one model on test. `accuracy_difference` and `recall_difference` compare it with the
+    `exported_recall` is of that one model on test; `precision` of it and, first, of the baseline model that it is
+    compared with, by important class. `accuracy_difference` and `recall_difference` compare it with the
     baseline model of `baseline_seed`, which the same rule chose on validation, on the same test images; those
     `_over_seeds` compare all R models of both, seed by seed. What is said of recall is said of each important class by
     itself: pooled, one could hide what another loses. `calibration` is of the exported model's probabilities on test; a
@@ -41,6 +43,7 @@ class Best:
     exported_seed: int
     exported_accuracy: Share
     exported_recall: dict[int, Share]
+    precision: dict[int, tuple[Precision, Precision]]
     baseline_seed: int
     accuracy_difference: PairedDifference
     recall_difference: dict[int, PairedDifference]
@@ -60,7 +63,9 @@ class Best:
                 "test": {
                     "accuracy": self.exported_accuracy.as_json(),
                     "recall": {str(c): share.as_json() for c, share in self.exported_recall.items()},
+                    "precision": {str(c): new.as_json() for c, (_, new) in self.precision.items()},
                 },
+                "compared_with_test": {"precision": {str(c): old.as_json() for c, (old, _) in self.precision.items()}},
                 "calibration": self.calibration.as_json() if self.calibration else None,
             },
             "recall_difference": {str(c): found.as_json() for c, found in self.recall_difference.items()},

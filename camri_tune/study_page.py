@@ -14,6 +14,7 @@ from PIL import Image
 from camri_tune import charts, error_charts
 from camri_tune.constraint_claims import TABLE_HEAD, constraint_table
 from camri_tune.evidence import AFTER, BEFORE, SHOWN, Evidence, kinds_of_images
+from camri_tune.metrics import Precision
 from camri_tune.overview import Overview
 from camri_tune.pages import page, picture
 from camri_tune.progress import STAGE_TITLES, done, duration, total
@@ -299,7 +300,8 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         *parts,
         "<h2>The important class's errors</h2>",
         f'<p class="note">The exported model (seed {result["best"]["exported"]["seed"]}) beside the baseline model '
-        f"(seed {result['best']['exported']['compared_with_seed']}) on the same {n:,} test images.</p>",
+        f"(seed {result['best']['exported']['compared_with_seed']}) on the same {n:,} test images. "
+        f"{escape(_precision(evidence, classes, important))}</p>",
         picture(error_charts.errors_of(evidence, classes, important), "errors"),
         *_gallery(evidence, classes, important),
         "<h2>Confusion</h2>",
@@ -312,6 +314,16 @@ def _before_and_after(overview: Overview, result: Mapping[str, Any], evidence: E
         f"the {error_charts.DRAWN:,} that come nearest are drawn.{some}</p>",
         picture(error_charts.embedding(evidence, classes, important), "embedding", wide=True),
     ]
+
+
+def _precision(evidence: Evidence, classes: Sequence[str], important: Sequence[int]) -> str:
+    """What the errors cost where images are taken for an important class."""
+    before, after = (evidence.confusion(side, len(classes)) for side in (BEFORE, AFTER))
+    return " ".join(
+        f"Of the images that it takes for {named(c, classes)}, {Precision.of(after, c)} are (precision); of those that "
+        f"the baseline model takes for it, {Precision.of(before, c)}."
+        for c in important
+    )
 
 
 def _gallery(evidence: Evidence, classes: Sequence[str], important: list[int]) -> list[str]:

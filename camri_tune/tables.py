@@ -107,6 +107,9 @@ def result_table(result: Result) -> Table:
             *before,
             _share(best.exported_accuracy.value, best.exported_accuracy.interval),
         )
+        for c, (old, new) in best.precision.items():
+            name = f"the two models compared: precision of {named(c, result.classes)} on test"
+            table.add_row(name, str(old), *before[1:], str(new))
         biases = [", ".join(f"bias {bias:+.3g}" for bias in threshold.biases)] if threshold else []
         rate = f"learning_rate {result.baseline_learning_rate:.3g}"
         table.add_row("parameters", rate, *biases, parameters(best.params))

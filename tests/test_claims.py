@@ -24,6 +24,7 @@ from camri_tune.claims import (
 from camri_tune.config import is_printable, printable
 from camri_tune.constraints import ClassOnTest, OnTest, recall_constraints
 from camri_tune.differences import PairedDifference, SeedDifference, Share
+from camri_tune.metrics import Precision
 from camri_tune.records import Measured, figure_head, named
 from camri_tune.report import Facts, escaped, model_card
 from camri_tune.result import Best, Finalist, Result, Side, Threshold, Verdict
@@ -118,6 +119,7 @@ def _best(accuracy: PairedDifference, recall: PairedDifference, *others: PairedD
         side=Side(measured, measured),
         exported_seed=0,
         exported_accuracy=Share(90, 100, 100),
+        precision={0: (Precision(8, 9), Precision(9, 12))},
         exported_recall={0: Share(9, 10, 10)},
         baseline_seed=1,
         accuracy_difference=accuracy,

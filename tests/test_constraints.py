@@ -322,6 +322,7 @@ def _best(*constraints: OnTest, gained: int = 60) -> Best:
         0,
         share,
         {0: share},
+        {},
         1,
         accuracy,
         recall,

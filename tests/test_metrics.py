@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camri_tune.metrics import IntArray, accuracy, confusion_matrix, important_recall, pack, recall_per_class, unpack
+from camri_tune.metrics import (
+    IntArray,
+    Precision,
+    accuracy,
+    confusion_matrix,
+    important_recall,
+    pack,
+    recall_per_class,
+    unpack,
+)
 
 
 @st.composite
@@ -47,6 +56,19 @@ def test_accuracy_and_recall_are_shares_of_right_answers(drawn: tuple[int, list[
             assert recall == pytest.approx(answers.count(c) / len(answers))
         else:
             assert math.isnan(recall), "a class without examples has no recall, not a bad one"
+
+
+@given(drawn=_answers())
+def test_precision_is_a_share_of_the_answers(drawn: tuple[int, list[tuple[int, int]]]) -> None:
+    classes, pairs = drawn
+    confusion = confusion_matrix(*_arrays(pairs), classes)
+    for c in range(classes):
+        labels = [a for a, b in pairs if b == c]
+        precision = Precision.of(confusion, c)
+        assert precision == (labels.count(c), len(labels))
+        value = precision.as_json()["value"]
+        assert value == (pytest.approx(labels.count(c) / len(labels)) if labels else None)
+        assert str(precision).startswith(f"{labels.count(c)} of {len(labels)}")
 
 
 @given(drawn=_answers(), data=st.data())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from camri_tune.differences import GroupCounts, Known, PairedDifference, SeedDifference, Share
+from camri_tune.metrics import Precision
 from camri_tune.records import Baseline, Figure, Measured, TrialRecord, TrialState, measured_on_validation, named
 from camri_tune.result import Best, Finalist, Result, Side
 from camri_tune.stats import (
@@ -367,6 +368,7 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
         side=Side(measured, measured),
         exported_seed=1,
         exported_accuracy=Share(93, 100, 100),
+        precision={0: (Precision(8, 9), Precision(9, 12))},
         exported_recall={0: Share(19, 20, 20)},
         baseline_seed=0,
         accuracy_difference=_difference(3, 2, 100),
@@ -384,6 +386,8 @@ def test_a_result_with_a_model_has_its_evidence_in_json() -> None:
     assert value["best"]["exported"]["seed"] == 1
     assert value["best"]["exported"]["test"]["accuracy"]["right"] == 93
     assert value["best"]["exported"]["test"]["recall"]["0"]["n"] == 20
+    assert value["best"]["exported"]["test"]["precision"]["0"] == {"value": 0.75, "right": 9, "answers": 12}
+    assert value["best"]["exported"]["compared_with_test"]["precision"]["0"]["right"] == 8
     assert set(value["best"]["recall_difference"]) == {"0", "1"}
     assert value["best"]["recall_difference"]["0"]["gained"] == 2
     assert value["best"]["recall_difference"]["1"]["lost"] == 3

@@ -33,7 +33,7 @@ from camri_tune.database import open_storage
 from camri_tune.datasets import Dataset, Unseen, open_dataset
 from camri_tune.errors import InputError, WorkerError
 from camri_tune.evaluation import Entrant, Judge, Shown, _hidden, _Tracks
-from camri_tune.evidence import AFTER, Evidence
+from camri_tune.evidence import AFTER, BEFORE, Evidence
 from camri_tune.images import Images
 from camri_tune.models import Classifier
 from camri_tune.overview import read_overview
@@ -262,7 +262,8 @@ def test_evaluating_gives_the_important_class_an_interval_too(finished: tuple[Pa
     figures = json.loads(camri_tune("evaluate", folder / "best", "--json").stdout)
     (c,) = result["important"]
     stored = result["best"]["exported"]["test"]
-    assert figures["shares"] == stored == {"accuracy": stored["accuracy"], "recall": {str(c): stored["recall"][str(c)]}}
+    assert figures["shares"] == stored
+    assert {name: set(stored[name]) for name in ("recall", "precision")} == {"recall": {str(c)}, "precision": {str(c)}}
     assert figures["accuracy_interval"] == stored["accuracy"]["interval"]
     text = camri_tune("evaluate", folder / "best").stdout
     low, high = stored["recall"][str(c)]["interval"]
@@ -270,6 +271,30 @@ def test_evaluating_gives_the_important_class_an_interval_too(finished: tuple[Pa
         f"recall of {c}: {stored['recall'][str(c)]['value']:.4f} [{low:.4f}, {high:.4f}] (exact 95 % interval)" in text
     )
     assert f"{c} ({c})" not in text
+
+
+def test_precision_is_told_of_both_models_wherever_recall_is(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    (c,), exported = result["important"], result["best"]["exported"]
+    evidence = Evidence.load(folder / "evidence.safetensors", len(result["classes"]))
+    assert evidence is not None
+    told = []
+    for side, test in ((BEFORE, exported["compared_with_test"]), (AFTER, exported["test"])):
+        taken = evidence.answers[side] == c
+        answers, right = int(taken.sum()), int((evidence.labels[taken] == c).sum())
+        assert test["precision"][str(c)] == {"value": right / answers, "right": right, "answers": answers}
+        told.append(f"{right:,} of {answers:,} ({right / answers:.4f})")
+    before, after = told
+    assert f"precision of {c}: {after}\n" in camri_tune("evaluate", folder / "best").stdout
+    assert f"takes for {c}, {after} are (precision); of those that the baseline model takes for it, {before}." in (
+        folder / "report.html"
+    ).read_text(encoding="utf-8")
+    assert f"takes for {c}, {after} are, of those that the baseline model takes for it, {before}." in (
+        folder / "best" / "README.md"
+    ).read_text(encoding="utf-8")
+    again = camri_tune("run", "--out", folder.parent, "--name", "d", *SMALL)
+    (row,) = (line for line in again.stdout.splitlines() if f"precision of {c} on test" in line)
+    assert row.index(before) < row.rindex(after)
 
 
 class _Grouped(Dataset):
