@@ -739,8 +739,9 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _without_passwords(message: str) -> str:
     """A message whose URLs have none, in their login or their query: they may be given where no URL is expected."""
-    # A URL that was taken for a path has one slash left. What ends a sentence, or quotes, is not the query's.
-    message = re.sub(r"(\w:/{1,2}[^\s/:@]*):\S*@", r"\1:***@", message)
+    # A URL that was taken for a path has one slash left; a user's name may hold @ and /. What ends a sentence, or
+    # quotes, is not the query's.
+    message = re.sub(r"(\w:/{1,2}(?:[^\s/:][^\s:]*)?):\S*@", r"\1:***@", message)
     query = re.compile(r"([?&][\w.-]+=)[^\s&]+?(?=['\"),;]*(?:[\s&]|$))")
     return re.sub(r"\w:/\S+", lambda url: query.sub(r"\1...", url[0]), message)
 

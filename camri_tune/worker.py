@@ -3,6 +3,8 @@
 Workers hold no state of their own. `run` starts some (workers.py); `camri-tune worker` joins from any machine.
 """
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -246,6 +248,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # as in cli.py: a run waits for its workers to have ended
     if sys.argv[1:]:
         sys.exit(main(sys.argv[1:]))
     import_sql()
