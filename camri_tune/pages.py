@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from camri_tune.progress import duration
 from camri_tune.records import Figure, parameters
 from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Table, below, best_of, legend
 
@@ -36,6 +37,7 @@ small { color: #555; display: block; font-weight: 400; } .note { color: #444; } 
 .pair { display: flex; gap: 2rem; font-size: 1.7rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .pair small { font-size: .85rem; } .scroll { overflow-x: auto; } .wide { min-width: 44rem; }
 td:first-child { min-width: 7rem; } td:first-child small { max-width: 26rem; }
+.figures td:not(:first-child) { white-space: nowrap; }
 .gallery { display: flex; flex-wrap: wrap; gap: .7rem; } .gallery figure { margin: 0; width: 6rem; }
 .gallery img { width: 6rem; height: 6rem; image-rendering: pixelated; background: #eee; }
 .gallery figcaption { font-size: .78rem; line-height: 1.25; overflow-wrap: anywhere; }
@@ -88,7 +90,8 @@ def comparison_page(table: Table) -> str:
         parts.append(
             f'<p class="note">{facts["train"]:,} training, {facts["validation"]:,} validation, {facts["test"]:,} '
             f"test images; {facts['epochs']} epochs; network {escape(str(table.facts['model']))}; "
-            f"{facts['wall_seconds'] / 60:,.0f} minutes of training here.</p>{drawn}"
+            f"{duration(facts['wall_seconds'])} of training here. Large marks are means, small ones single seeds; the "
+            f"dotted line is cross-entropy's mean accuracy.</p>{drawn}"
         )
         parts += [_column(cells) for cells in columns]
     return page(table.folder.name, "\n".join(parts))
@@ -97,7 +100,7 @@ def comparison_page(table: Table) -> str:
 def recall_over_accuracy(columns: Sequence[Sequence[Cell]]) -> go.Figure:
     """One panel for each important class: each method's mean on test, large, and its seeds, small."""
     # Plotly reads tags in a text, as HTML does.
-    titles = [escape(f"{cells[0].token}: {cells[0].important} ({cells[0].class_name})") for cells in columns]
+    titles = [escape(cells[0].heading) for cells in columns]
     figure = make_subplots(cols=len(columns), subplot_titles=titles, horizontal_spacing=0.07)
     named: set[Method] = set()
     for place, cells in enumerate(columns, start=1):
@@ -149,8 +152,9 @@ def _column(cells: Sequence[Cell]) -> str:
         tds = "".join(f"<td>{text}</td>" for text in texts[:-1]) + f'<td class="paper">{texts[-1]}</td>'
         rows.append(f'<tr class="best">{tds}</tr>' if cell is best else f"<tr>{tds}</tr>")
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    title = f"{first.dataset}, {first.token}: class {first.important} ({first.class_name})"
-    return f"<h3>{escape(title)}</h3><table><tr>{head}</tr>{''.join(rows)}</table>"
+    title = f"{first.dataset}, {first.heading}"
+    table = f'<table class="figures"><tr>{head}</tr>{"".join(rows)}</table>'
+    return f'<h3>{escape(title)}</h3><div class="scroll">{table}</div>'
 
 
 def _parameters(cell: Cell) -> str:

@@ -305,11 +305,7 @@ def comparison_markdown(table: Table) -> str:
     for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
         tokens = [token for name, token in table.columns() if name == dataset]
         columns = {token: table.column(dataset, token) for token in tokens}
-        heads = [
-            f"{token}: {named(first.important, {first.important: first.class_name})}"
-            for token, (first, *_) in columns.items()
-        ]
-        heads = [head.replace("|", _PIPE) for head in heads]
+        heads = [first.heading.replace("|", _PIPE) for first, *_ in columns.values()]
         views: list[tuple[str, Callable[[Cell], str]]] = [("as trained", lambda c: cell_text(c, c.trained))]
         tuned_to = f"the baseline's validation accuracy{table.less}"
         views.append((f"with a bias tuned to {tuned_to}", lambda c: cell_text(c, c.matched)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from camri_tune.config import Loss
 from camri_tune.differences import Known, SeedDifference
 from camri_tune.errors import InputError
-from camri_tune.records import Figure
+from camri_tune.records import Figure, named
 
 Method = Literal[Loss, "threshold"]
 METHODS: tuple[Method, ...] = ("ce", "threshold", "wce", "crwwce", "l2", "arcface", "camri", "cosface-i")
@@ -100,6 +100,12 @@ class Cell:
     matched: Outcome | None
     paper: tuple[float, float] | None
     matched_params: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def heading(self) -> str:
+        """The class, and the rank that it was asked for as."""
+        text = f"class {named(self.important, {self.important: self.class_name})}"
+        return text if self.token in (str(self.important), self.class_name) else f"{self.token}: {text}"
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -127,8 +127,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     for dataset, token in comparison.columns():
         cells = comparison.column(dataset, token)
         best = best_of(cells)
-        title = f"{dataset}, {token}: class {cells[0].important} ({cells[0].class_name})"
-        table = Table(title=Text(title), title_justify="left")
+        table = Table(title=Text(f"{dataset}, {cells[0].heading}"), title_justify="left")
         for head in ("", "recall", "accuracy", "gain in recall, points", "recall, bias", "accuracy, bias", "paper"):
             # On a narrow terminal cells are broken at blanks, and no figure is cut.
             width = 8 if head else 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,6 +22,9 @@ from camri_tune.report import cell_text, comparison_csv, comparison_markdown, wr
 from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Protocol, Scores, Table, below, best_of
 from camri_tune.tables import comparison_tables
 from tests.samples import MANY, hits_of
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 EVIL = "<b>x & y</b></script>|z"  # a class's name is its folder's
 CE_RECALL, CE_ACCURACY = (0.50, 0.52), (0.90, 0.92)
@@ -165,7 +168,10 @@ def test_the_markdown_has_tables_of_even_rows() -> None:
     for heading, rows in tables.items():
         assert [row[0] for row in rows[1:]] == [TITLES[method] for method, *_ in FULL]
         assert len(rows[0]) == (2 if heading.startswith(theirs) else 3)
-    assert tables["gtsrb, as trained"][0][1:] == [f"worst1: 7 ({EVIL})".replace("|", "\\|"), "median: 7 (stop)"]
+    assert tables["gtsrb, as trained"][0][1:] == [
+        f"worst1: class 7 ({EVIL})".replace("|", "\\|"),
+        "median: class 7 (stop)",
+    ]
 
 
 def test_the_markdown_says_what_a_bias_may_give_up() -> None:
@@ -251,6 +257,40 @@ def test_names_on_the_page_are_text(page: _Page) -> None:
     assert "a <b> & c: 3 important classes" in text
 
 
+@pytest.mark.parametrize(
+    ("token", "name", "heading"),
+    [
+        ("worst1", "stop", "worst1: class 7 (stop)"),
+        ("worst1", "7", "worst1: class 7"),
+        ("7", "stop", "class 7 (stop)"),
+        ("stop", "stop", "class 7 (stop)"),
+        ("7", "7", "class 7"),
+    ],
+)
+def test_a_class_is_named_once(token: str, name: str, heading: str) -> None:
+    assert _column("gtsrb", token, name, EVEN)[0].heading == heading
+
+
+_LINES = """element => {
+    const range = document.createRange();
+    range.selectNode(element.firstChild);
+    return range.getClientRects().length;
+}"""
+
+
+def test_on_a_phone_the_page_is_no_wider_and_no_figure_is_broken(browser: "Browser", tmp_path: Path) -> None:
+    path = tmp_path / "comparison.html"
+    path.write_text(comparison_page(_table()), encoding="utf-8")
+    shown = browser.new_page(viewport={"width": 360, "height": 900})
+    shown.goto(path.as_uri())
+    shown.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+    figures = shown.get_by_text(re.compile(r"^0\.\d{4} ± 0\.\d{4}"))
+    assert figures.count() > 4
+    assert {figures.nth(place).evaluate(_LINES) for place in range(figures.count())} == {1}
+    shown.close()
+
+
 def test_the_page_stands_alone(page: _Page) -> None:
     assert not [tag for tag, attributes in page.tags if tag == "link" or "src" in attributes or "href" in attributes]
     whole = [script for script in page.scripts if len(script) > 1_000_000]
@@ -289,7 +329,7 @@ def test_the_page_has_every_figure(page: _Page) -> None:
 
 def test_the_page_says_what_was_measured_on_what(page: _Page) -> None:
     text = "\n".join(page.texts)
-    assert "1,234 training, 100 validation, 50 test images; 3 epochs; network compact; 2 minutes" in text
+    assert "1,234 training, 100 validation, 50 test images; 3 epochs; network compact; 2 min of training here" in text
     assert "validation chose every setting" in text
     assert "In brackets 95 % intervals: over seeds for means (Student's t), over seeds and images for gains." in text
 
@@ -358,7 +398,7 @@ def test_names_in_the_picture_are_text() -> None:
     """Plotly would read the tags in them."""
     figure = recall_over_accuracy([_table().column("gtsrb", "worst1")])
     (title,) = [annotation.text for annotation in figure.layout.annotations]
-    assert title == "worst1: 7 (&lt;b&gt;x &amp; y&lt;/b&gt;&lt;/script&gt;|z)"
+    assert title == "worst1: class 7 (&lt;b&gt;x &amp; y&lt;/b&gt;&lt;/script&gt;|z)"
 
 
 def test_every_method_has_a_colour_of_its_own() -> None:
