@@ -302,6 +302,10 @@ def _focus(figure: go.Figure, overview: Overview, floor: float) -> None:
     room = max(highest - lowest, 0.2)
     left = lowest - 0.4 * room
     figure.update_xaxes(range=[left, min(highest + 0.25 * room, 100.2)])
+    if (beyond := sum(value < left for value in values)) > 0:
+        text = f"← {beyond} trial{'s' if beyond > 1 else ''} further left"
+        at_the_left = {"x": 0.0, "xref": "paper", "xanchor": "left", "y": 0.0, "yref": "paper", "yanchor": "bottom"}
+        figure.add_annotation(text=text, showarrow=False, **at_the_left)
     recalls = [100 * _known(t.recall) for t in complete if 100 * _known(t.accuracy) >= left]
     recalls += [recall for _, recall in means]
     room = max(max(recalls) - min(recalls), 1.0)

@@ -210,7 +210,8 @@ class SeedDifference:
     ) -> "SeedDifference":
         """From whether each seed's models (R, N) were right on each image, and which images (N,) belong together."""
         differences = _less(new, old)
-        interval = crossed_interval(differences, groups, hidden=hidden)
+        found = crossed_interval(differences, groups, hidden=hidden)
+        interval = None if found is None else Interval(max(-1.0, found.low), min(1.0, found.high))  # as shares are
         return cls(tuple(differences.mean(axis=1).tolist()), interval)
 
     @property

@@ -312,6 +312,17 @@ def test_a_difference_over_seeds_is_that_of_each_pair() -> None:
     assert one.in_points()[1] == ""
 
 
+def test_no_difference_of_shares_is_beyond_a_whole() -> None:
+    """Of two seeds that scatter, Student's t alone would reach from -3 to 4."""
+    new, old = np.array([[True] * 100, [True] * 60 + [False] * 40]), np.zeros((2, 100), bool)
+    plain = crossed_interval(new.astype(float) - old)
+    assert plain is not None
+    assert plain.low < -1
+    assert plain.high > 1
+    assert SeedDifference.of(new, old).interval == (-1, 1)
+    assert SeedDifference.of(old, new).interval == (-1, 1)
+
+
 def test_a_worse_model_has_a_negative_difference() -> None:
     difference = _difference(2, 10, 100)
     assert difference.estimate == -0.08

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from optuna.trial import TrialState as OptunaState
 
+from camri_tune.charts import recall_accuracy
 from camri_tune.config import StudyConfig
 from camri_tune.datasets import Dataset, open_dataset
 from camri_tune.evidence import Evidence, kinds_of_images
-from camri_tune.overview import EVIDENCE, RESULT, find_study
+from camri_tune.overview import EVIDENCE, RESULT, find_study, read_overview
 from camri_tune.report import write_report
 from camri_tune.search import parameter_importance
 from camri_tune.study_page import _finalists
@@ -328,6 +329,18 @@ def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Br
     finally:
         path.write_text(whole)
         assert camri_tune("report", folder).returncode == 0
+
+
+def test_trials_that_went_to_pieces_are_counted_beside_the_plane(
+    tmp_path: Path, digits: Dataset, empty_database: Path
+) -> None:
+    near = [trial(0.8 + n / 100, FLOOR + n / 1000) for n in range(8)]
+    for far, said in ((0, []), (1, ["← 1 trial further left"]), (2, ["← 2 trials further left"])):
+        store = hand_made(tmp_path, digits, empty_database, [*near, *[trial(0.2, 0.3)] * far], name=f"far-{far}")
+        figure = recall_accuracy(read_overview(store))
+        assert [note.text for note in figure.layout.annotations if "further left" in note.text] == said
+        left, _ = figure.layout.xaxis.range
+        assert sum(x < left for trace in figure.data if trace.mode == "markers" for x in trace.x) == far
 
 
 def test_importance_needs_trials_that_differ(tmp_path: Path, digits: Dataset, empty_database: Path) -> None:
