@@ -18,7 +18,8 @@ from camri_tune.files import sha256
 # By which a run tells its workers which one it was given, and the folder that it was imported from.
 MODEL_VARIABLE, FOLDER_VARIABLE = "CAMRI_TUNE_MODEL", "CAMRI_TUNE_MODEL_FOLDER"
 _allowed: set[Model] = set()
-_imported: dict[str, str] = {}  # files of modules, and their SHA-256 when this process first saw them
+# Files of modules: the spec that a module was imported by, which importlib.reload replaces, and the SHA-256 then.
+_imported: dict[str, tuple[object, str]] = {}
 
 
 def allow(name: Model | None, *, folder: str | None = None) -> None:
@@ -64,17 +65,21 @@ def factory_of(name: Model) -> Callable[[], Any]:
             f"network {name!r}: module {place!r} has no function {attribute!r}, which is called without arguments and "
             f"returns a module; name one that it has"
         )
-    for file in _files_of(name, factory):
-        if file not in _imported:
-            _imported[file] = sha256(Path(file))
+    for file, spec in _files_of(name, factory).items():
+        if file not in _imported or _imported[file][0] is not spec:
+            _imported[file] = spec, sha256(Path(file))
     return factory  # type: ignore[no-any-return]
 
 
-def _files_of(name: Model, factory: Callable[[], Any]) -> list[str]:
-    """The file of the module that is named, and of the one that the function is from; none that they import."""
-    modules = dict.fromkeys([name.partition(":")[0], getattr(factory, "__module__", None)])
-    files = [getattr(sys.modules.get(module or ""), "__file__", None) for module in modules]
-    return [file for file in files if file and os.path.isfile(file)]
+def _files_of(name: Model, factory: Callable[[], Any]) -> dict[str, object]:
+    """The file of the module that is named, and of the one that the function is from; none that they import.
+
+    Each with the spec that its module was imported by.
+    """
+    names = dict.fromkeys([name.partition(":")[0], getattr(factory, "__module__", None)])
+    modules = [sys.modules.get(module or "") for module in names]
+    found = {getattr(module, "__file__", None): getattr(module, "__spec__", None) for module in modules}
+    return {file: spec for file, spec in found.items() if file and os.path.isfile(file)}
 
 
 def identified(name: Model) -> str:
@@ -86,10 +91,10 @@ def identified(name: Model) -> str:
         return name
     digests = {file: sha256(Path(file)) for file in _files_of(name, factory_of(name))}
     for file, digest in digests.items():
-        if digest != _imported[file]:
+        if digest != _imported[file][1]:
             raise InputError(
-                f"network {name!r}: {file!r} has changed since this process imported it; start the process (the "
-                f"notebook's kernel) again"
+                f"network {name!r}: {file!r} has changed since this process imported it; reload the module, or "
+                f"start the process (the notebook's kernel) again"
             )
     return f"{name} ({', '.join(digests.values())})"
 

@@ -55,7 +55,7 @@ from camri_tune.selection import (
 )
 from camri_tune.sources import require_there, side_of
 from camri_tune.stages import Crew, Stages, only_run, require_held, show
-from camri_tune.storage import EXPORTED, MARK, StudyStore, storage_url
+from camri_tune.storage import EXPORTED, StudyStore, holds_a_study, storage_url
 from camri_tune.torch_data import file_for, write_arrays
 from camri_tune.workers import device_here
 
@@ -115,7 +115,7 @@ def run(
                 classes=classes,
                 side=partial(side_of, config),
                 on_progress=console.reading,
-                in_use=(config.folder / MARK).exists(),
+                in_use=holds_a_study(config.folder),
             )
             config = config.model_copy(update={"dataset": str(arrays.resolve())})
         data = open_dataset(config, console.reading)

@@ -134,14 +134,14 @@ def _relation(here: Path, there: Path) -> Relation | None:
     if here.suffix.lower() == ".npz":  # which is no file of a folder of images
         part = PARTS.get(here.stem) if here.parent == there and holds_arrays(there) else None
         return "test" if part == "test" else part and "in"
-    if here.is_relative_to(there):
-        parts = part_folders(there)
-        if parts.get("test") == here:
-            return "test"
-        # What lies beside its parts no training has read.
-        learned = [folder for part, folder in parts.items() if part != "test"] if "train" in parts else [there]
-        return "in" if any(here.is_relative_to(folder) for folder in learned) else None
-    return "around" if there.is_dir() and there.is_relative_to(here) else None
+    parts = part_folders(there)  # which may be links that lead elsewhere
+    if parts.get("test") == here:
+        return "test"
+    # What lies beside its parts no training has read.
+    learned = [folder for part, folder in parts.items() if part != "test"] if "train" in parts else [there]
+    if any(here.is_relative_to(folder) for folder in learned):
+        return "in"
+    return "around" if any(folder.is_dir() and folder.is_relative_to(here) for folder in (there, *learned)) else None
 
 
 def _digits() -> Source:
@@ -185,10 +185,11 @@ def _gtsrb(data_dir: Path) -> Source:
                 fresh = Path(scratch) / base.name
                 wanted = {"train": [training], "test": [base / "GT-final_test.csv", testing]}
                 for split, places in wanted.items():
-                    if places[-1].exists():  # nothing is fetched over what a user has laid out
+                    missing = [place for place in places if not place.exists()]
+                    if not missing:  # nothing is fetched over what a user has laid out
                         continue
                     GTSRB(scratch, split=split, download=True)
-                    for place in places:
+                    for place in missing:
                         place.parent.mkdir(parents=True, exist_ok=True)
                         (fresh / place.relative_to(base)).replace(place)
         with open(base / "GT-final_test.csv", newline="") as file:

@@ -163,7 +163,7 @@ class Stages:
         """
         if not self._searching:  # an earlier run may have been asked for more
             self._searching = True
-            self.store.withdraw("search", max(0, len(self.store.records("search")) - self.config.trials))
+            self.store.withdraw("search", keep=self.config.trials)
         records = self.records("search")
         self._queue_search(baseline.learning_rate, records)
         left = _left(records) + max(0, self.config.trials - len(records))
@@ -305,9 +305,8 @@ class Stages:
 
     def records(self, stage: Stage) -> list[TrialRecord]:
         """Trials of a stage, with the recall of this study's important classes and the constraints that bind them."""
-        found = [r.for_classes(self.important) for r in self.store.records(stage)]
-        if stage == "search" and self.equal_budget:
-            found = found[: self.config.trials]
+        first = self.config.trials if stage == "search" and self.equal_budget else None
+        found = [r.for_classes(self.important) for r in self.store.records(stage, first=first)]
         return found if stage == "baseline" else [r.bound_by([c.name for c in self.constraints]) for r in found]
 
 

@@ -63,6 +63,11 @@ def storage_url(config: StudyConfig) -> str:
     return sqlalchemy.URL.create("sqlite", database=path).render_as_string(hide_password=False)
 
 
+def holds_a_study(folder: Path) -> bool:
+    """Whether a study has been at work in its folder: by its mark, which copies may lack, or by what it left."""
+    return any((folder / name).exists() for name in (MARK, "study.db", "artifacts", "result.json"))
+
+
 class Claimed(NamedTuple):
     """A trial that this process alone may run now."""
 
@@ -289,17 +294,17 @@ class StudyStore:
         """The database's number of the study behind a queue."""
         return self.optuna_study(stage)._study_id
 
-    def records(self, stage: Stage) -> list[TrialRecord]:
-        """Every trial of a queue that counts, in order of its number.
+    def records(self, stage: Stage, *, first: int | None = None) -> list[TrialRecord]:
+        """Every trial of a queue that counts, or so many that were queued `first`, in order of its number.
 
         One that is queued again lives on in its successor. An interrupted one waits itself until that is queued:
         whoever counts must not take it for missing, or it would be replaced and queued again as well.
         """
         ended, found = self._ended[stage], []
         trials = self.optuna_study(stage).get_trials(deepcopy=False)
-        left_out = _replaced(trials) | {t.number for t in trials if WITHDRAWN in t.user_attrs}
+        standing = set(_standing(trials)[:first])
         for trial in trials:
-            if trial.number in left_out:
+            if trial.number not in standing:
                 continue
             if (record := ended.get(trial.number)) is not None:
                 found.append(record)
@@ -348,14 +353,14 @@ class StudyStore:
         self._storage.set_trial_user_attr(trial_id, INTERRUPTED, True)
         self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
 
-    def withdraw(self, stage: Stage, count: int) -> None:
-        """Take so many trials that a run has queued, and nobody has taken, out of a queue, the last first.
+    def withdraw(self, stage: Stage, *, keep: int) -> None:
+        """Take out of a queue what a run has queued and nobody has taken beyond the first `keep` trials.
 
-        None that was begun before: it stands for the trial that it replaces, which is not the last.
+        One that is queued again stands where the first that it replaces stood.
         """
-        waiting = self.optuna_study(stage).get_trials(deepcopy=False, states=(OptunaState.WAITING,))
-        ours = [t for t in waiting if TICKET in t.user_attrs and "retry_of" not in t.user_attrs]
-        for trial in ours[max(0, len(ours) - count) :]:
+        trials = self.optuna_study(stage).get_trials(deepcopy=False)
+        waiting = {t.number: t for t in trials if t.state == OptunaState.WAITING and TICKET in t.user_attrs}
+        for trial in [waiting[number] for number in _standing(trials)[keep:] if number in waiting]:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken and has ended by now
                 self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
@@ -534,6 +539,15 @@ class StudyStore:
 def _replaced(trials: Sequence[FrozenTrial]) -> set[int]:
     """The numbers of those that were queued again."""
     return {t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs}
+
+
+def _standing(trials: Sequence[FrozenTrial]) -> list[int]:
+    """The numbers of those that count, each where the first stood that it was queued again for."""
+    places: dict[int, int] = {}
+    for trial in trials:
+        places[trial.number] = places.get(trial.user_attrs.get("retry_of", -1), trial.number)
+    left_out = _replaced(trials) | {t.number for t in trials if WITHDRAWN in t.user_attrs}
+    return sorted(places.keys() - left_out, key=places.__getitem__)
 
 
 def _interrupted(trial: FrozenTrial) -> bool:

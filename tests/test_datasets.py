@@ -1295,6 +1295,25 @@ def test_a_folder_in_the_data_set_of_training_or_around_it_is_no_foreign_one(
         judged(root, root / "train")
 
 
+def test_parts_that_are_links_are_what_they_lead_to(image_folder: MakeFolder, tmp_path: Path) -> None:
+    big = image_folder({f"{part}/{name}": 6 for part in ("train", "test") for name in "ab"})
+    root = tmp_path / "linked"
+    root.mkdir()
+    for part in ("train", "test"):
+        (root / part).symlink_to(big / part)
+    config = build_config(root)
+    data = open_dataset(config)
+
+    def judged(where: Path) -> Unseen:
+        return open_test_images(str(where), trained_on=config, fingerprint=data.fingerprint, classes=data.classes)
+
+    for where in (root / "test", big / "test"):
+        assert judged(where).own
+    for where in (root / "train", big / "train"):
+        with pytest.raises(DataError, match="lies in what the model was trained on"):
+            judged(where)
+
+
 @pytest.mark.parametrize(
     ("counts", "labels"),
     [({"test/a": 2, "test/c": 3}, [0, 0, 2, 2, 2]), ({"b": 4}, [1] * 4), ({"train/a": 2, "test/b": 2}, [1, 1])],

@@ -220,6 +220,21 @@ def test_what_an_interrupted_download_left_is_not_taken_for_the_whole(
     assert sorted(path.name for path in (tmp_path / "gtsrb").iterdir()) == ["GT-final_test.csv", "GTSRB"]
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_test_images_without_their_list_are_completed(
+    archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an earlier version's download left them that was interrupted between the two."""
+    _route_downloads(monkeypatch, archives.url)
+    open_data("gtsrb", data_dir=tmp_path)
+    images = tmp_path / "gtsrb" / "GTSRB" / "Final_Test" / "Images"
+    mine = max(images.iterdir())
+    written = mine.stat().st_mtime_ns
+    (tmp_path / "gtsrb" / "GT-final_test.csv").unlink()
+    assert len(open_data("gtsrb", data_dir=tmp_path).test()) == 43
+    assert mine.stat().st_mtime_ns == written, "what is there stays"
+
+
 def test_without_data_and_network_the_folders_to_fill_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

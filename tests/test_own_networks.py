@@ -1,5 +1,6 @@
 """Networks of the user's own: built from what somebody named here, and from nobody else's word."""
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -296,6 +297,22 @@ def test_no_file_and_no_storage_has_code_imported(write: Write, tmp_path: Path) 
     assert (tmp_path / "executed").exists(), "it would have worked"
 
 
+def test_a_module_that_is_reloaded_is_another_network(write: Write, tmp_path: Path) -> None:
+    """As a notebook's %autoreload does it. An edit alone is none: what is in memory is as it was."""
+    name = write()
+    place = name.partition(":")[0]
+    path = tmp_path / f"{place}.py"
+    allow(name)
+    before = identified(name)
+    path.write_text(path.read_text().replace("16", "24"))
+    with pytest.raises(InputError, match=r"has changed since this process imported it; reload the module, or start"):
+        identified(name)
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules[place])
+    assert identified(name) != before
+    assert factory_of(name)()[0].out_channels == 24
+
+
 # --- a study of one ---------------------------------------------------------------------------------------------------
 
 SMALL = ["--epochs", "3", "--trials", "2", "--seeds", "1", "--finalists", "1", "--tolerance", "100", "--folds", "1"]
@@ -326,7 +343,7 @@ def test_from_a_function_to_an_exported_model(write: Write, tmp_path: Path) -> N
     path.write_text(path.read_text().replace("16", "24"))
     assert_one_line_error(command(*options), "was started with model = ", name)
     assert_one_line_error(command("evaluate", best, "--model", name), "the model is of network", "bring the same file")
-    with pytest.raises(InputError, match="has changed since this process imported it; start the process"):
+    with pytest.raises(InputError, match="has changed since this process imported it; reload the module, or start"):
         identified(name)
     sys.modules.pop(name.partition(":")[0])  # as in another process
     own_networks._imported.clear()

@@ -161,6 +161,8 @@ def test_the_mean_over_seeds_keeps_the_floor_not_each_seed() -> None:
     above = [_trial(0, constraint=-0.25), _trial(1, constraint=0.25)]
     below = [_trial(2, constraint=-0.25), _trial(3, constraint=0.375)]
     assert rank_settings({0: above, 1: below}) == [0], "a mean at the floor keeps it"
+    barely = [_trial(4, constraint=-0.25), _trial(5, constraint=0.25 + 1e-6)]
+    assert rank_settings({0: above, 1: barely}) == [0], "and none below it, by however little"
 
 
 @pytest.mark.parametrize("state", ["waiting", "running", "pruned", "failed"])

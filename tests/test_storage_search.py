@@ -705,20 +705,47 @@ def test_what_is_withdrawn_is_nobodys_and_counts_no_more(store: StudyStore) -> N
     running = _claimed(store, "search", PARAMS)
     for scale in (8.0, 9.0, 10.0):
         store.enqueue("search", {"scale": scale})
-    store.withdraw("search", 2)
+    store.withdraw("search", keep=2)
     assert [(record.number, record.state) for record in store.records("search")] == [(0, "running"), (1, "waiting")]
     assert store.requeue_interrupted() == 0
     claimed = store.claim("search")
     assert claimed is not None
     assert claimed.number == 1
     assert store.claim("search") is None
-    store.withdraw("search", 5)
+    store.withdraw("search", keep=0)
     assert len(store.records("search")) == 2, "who is at work stays there"
     store.optuna_study("search").tell(running, 0.5)
     store.storage.set_trial_user_attr(claimed._trial_id, "worker", DEAD)
     assert store.requeue_interrupted() == 1
-    store.withdraw("search", 5)
+    store.withdraw("search", keep=2)
     assert [(record.number, record.state) for record in store.records("search")] == [(0, "complete"), (4, "waiting")]
+    store.withdraw("search", keep=1)
+    assert [record.number for record in store.records("search")] == [0]
+
+
+def test_a_trial_that_is_queued_again_stands_where_it_stood(store: StudyStore) -> None:
+    """Of ten, two were interrupted: one of the first five, which is trained again, and one that nobody asks for now."""
+    for _ in range(10):
+        store.enqueue("search", PARAMS)
+    for number in range(8):
+        trial = store.claim("search")
+        assert trial is not None
+        if number in (3, 7):
+            store.storage.set_trial_user_attr(trial._trial_id, "worker", DEAD)
+        else:
+            store.optuna_study("search").tell(trial, 0.5)
+    assert store.requeue_interrupted() == 2
+    assert [r.number for r in store.records("search") if r.state == "waiting"] == [8, 9, 10, 11]
+    assert [r.number for r in store.records("search", first=5)] == [0, 1, 2, 4, 10]
+    store.withdraw("search", keep=5)
+    assert [r.number for r in store.records("search")] == [0, 1, 2, 4, 5, 6, 10]
+    successor = store.claim("search")
+    assert successor is not None
+    store.storage.set_trial_user_attr(successor._trial_id, "worker", DEAD)
+    assert store.requeue_interrupted() == 1
+    store.withdraw("search", keep=5)
+    assert [r.number for r in store.records("search", first=5)] == [0, 1, 2, 4, 12]
+    assert len(store.records("search")) == 7
 
 
 def test_a_trial_that_ends_its_worker_again_and_again_fails_with_that_reason(store: StudyStore) -> None:

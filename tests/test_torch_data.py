@@ -18,6 +18,7 @@ from camri_tune.datasets import open_dataset
 from camri_tune.errors import DataError, InputError, StudyMismatchError
 from camri_tune.images import read_image
 from camri_tune.sources import side_of
+from camri_tune.storage import MARK
 from camri_tune.torch_data import write_arrays
 from tests.command import camri_tune, result_of
 
@@ -241,8 +242,13 @@ def test_the_example_of_run_works_and_the_command_line_goes_on_with_it(
     assert again.returncode in (0, 3), again.stderr
     for key in ("baseline", "trials", "images", "verdict"):
         assert result_of(again)[key] == json.loads(json.dumps(result.as_json()[key])), "nothing was trained anew"
-    with pytest.raises(StudyMismatchError, match=r"stripes\.npz' holds other images"):
-        run(example.globs["config"], dataset=Items(lambda index: (PIXELS[index], index % 2)))
+    stored = Path("runs/stripes/stripes.npz").read_bytes()
+    for mark in (Path("runs/stripes") / MARK, None):  # a study of an earlier version, or a copy, has none
+        with pytest.raises(StudyMismatchError, match=r"stripes\.npz' holds other images"):
+            run(example.globs["config"], dataset=Items(lambda index: (PIXELS[index], index % 2)))
+        assert Path("runs/stripes/stripes.npz").read_bytes() == stored
+        if mark is not None:
+            mark.unlink()
 
 
 def test_a_study_of_embeddings(tmp_path: Path, own_cache: Path) -> None:
