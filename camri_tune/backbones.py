@@ -208,10 +208,13 @@ def _of_torchvision(name: str) -> _Design:
     weights = models.get_model_weights(name)
     wanted = weights.DEFAULT.transforms.keywords
     mean, deviation = (wanted.get(key, usual) for key, usual in zip(("mean", "std"), _IMAGENET, strict=True))
+    of_inception = name in ("googlenet", "inception_v3")
+    if of_inception:  # with weights torchvision has them undo ImageNet's, since they were trained on -1 to 1
+        mean = deviation = (0.5,) * 3
 
     def build(side: int) -> nn.Module:
         options: dict[str, Any] = {}
-        if name in ("googlenet", "inception_v3"):
+        if of_inception:
             options = {"aux_logits": False, "init_weights": True}  # one loss, not three
         elif name.startswith("vit_"):
             options = {"image_size": side}

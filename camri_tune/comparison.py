@@ -1,8 +1,9 @@
 """Many methods under one protocol: the paper's Table 1, on any data set.
 
 Every method gets the same budget: as many trials in a search of its own for each important class, and its finalists
-retrained on the cross-entropy baseline's seeds. What an earlier call searched beyond that does not count. All searches
-on a data set share that baseline and one crew of workers.
+retrained on the cross-entropy baseline's seeds. A loss that does not look at the class has one search for all of them,
+by the lowest of their recalls. What an earlier call searched beyond that does not count. All searches on a data set
+share that baseline and one crew of workers.
 """
 
 import re
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from camri_tune import prefork
 from camri_tune.baseline import START_FACTORS, check_important, resolve_important
 from camri_tune.claims import smoothed_labels
-from camri_tune.config import Loss, StudyConfig
+from camri_tune.config import RECIPE_FIELDS, SEARCHABLE, Loss, StudyConfig
 from camri_tune.console import Console
 from camri_tune.constraints import ROUNDING
 from camri_tune.database import open_storage
@@ -36,7 +37,7 @@ from camri_tune.pretrained import starting_weights
 from camri_tune.ranges import is_searched, text_of
 from camri_tune.records import Baseline, Figure, TrialRecord
 from camri_tune.report import write_comparison
-from camri_tune.search import looks_at_class
+from camri_tune.search import SPACES, looks_at_class, require_searchable
 from camri_tune.sources import require_there
 from camri_tune.stages import Crew, Stages, only_run, require_held, show
 from camri_tune.storage import StudyStore, storage_url
@@ -66,6 +67,7 @@ def compare(
     console = console or Console(quiet=True)
     config = config.in_this_environment()
     allow(config.model)
+    require_searchable(config, [loss for loss in SPACES if loss in methods], "any of --methods")
     for dataset in datasets:
         require_there(dataset)
     folder = (config.out / (config.name or "compare")).resolve()
@@ -93,10 +95,20 @@ def compare(
             cells += found
             facts[study.source_name] = about
         common = ("model", "trials", "finalists", "seeds", "tolerance", "seed")
-        settings = {key: getattr(config, key) for key in common}
+        settings = {key: getattr(config, key) for key in common} | {"options": _options(config)}
         table = Table(tuple(cells), protocol, {**settings, "datasets": facts, "versions": versions()}, folder)
         write_comparison(table)
         return table
+
+
+def _options(config: StudyConfig) -> dict[str, str]:
+    """What was asked of all trainings and searches that is not the default, by its option, as it can be given again."""
+    found = {}
+    for name in ["weights", "image_size", *RECIPE_FIELDS, *SEARCHABLE]:
+        value = getattr(config, name)
+        if value != StudyConfig.model_fields[name].default:
+            found[f"--{name.replace('_', '-')}"] = str(value) if isinstance(value, Path) else text_of(value)
+    return found
 
 
 def _study_of(dataset: str, config: StudyConfig, folder: Path) -> StudyConfig:
@@ -154,7 +166,7 @@ def _one_dataset(
             )
         console.say("Judging on the test part")
         bench = _Bench(head, baseline, protocol, device)
-        paper = paper_figures()
+        paper = _papers(config)
         cells = []
         for token, important in columns.items():
             for method in methods:
@@ -173,7 +185,7 @@ def _one_dataset(
                         trained=matched if method == "threshold" else trained,
                         matched=matched,
                         matched_params=matched_params,
-                        paper=paper.get((config.source_name, token, method)),
+                        paper=paper.get((token, method)),
                     )
                 )
         require_held(head.store, heart)
@@ -182,6 +194,11 @@ def _one_dataset(
     for study in (head, *shown.values()):
         show(study.store, console)
     return cells, {**_facts(head, baseline, bench.judge.test), "notices": notices}
+
+
+def _papers(config: StudyConfig) -> dict[tuple[str, str], tuple[float, float]]:
+    """The paper's figures by class and method; none of a folder or a file that only has its data set's name."""
+    return {(token, method): pair for (name, token, method), pair in paper_figures().items() if name == config.dataset}
 
 
 def _notices(head: Stages, baseline: Baseline, important: Sequence[int], console: Console) -> list[str]:

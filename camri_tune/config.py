@@ -257,6 +257,13 @@ class StudyConfig(BaseModel):
             raise ValueError("must be left out with --model head, which has neither a network nor images")
         return value
 
+    @field_validator("backbone_lr")
+    @classmethod
+    def _something_of_it_learns(cls, value: Searchable, info: ValidationInfo) -> Searchable:
+        if info.data.get("trainable") == "head" and value != cls.model_fields["backbone_lr"].default:
+            raise ValueError("must be left out with --trainable head: nothing of the network changes")
+        return value
+
     @field_validator("trainable")
     @classmethod
     def _known_parts(cls, value: str) -> str:

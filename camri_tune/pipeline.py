@@ -252,7 +252,7 @@ def _judge(
     if best is not None:
         notices += few_test_images(best, stages.data.classes)
         classes, rate = len(stages.data.classes), baseline.learning_rate
-        notices += worth_widening(config, stages.important, classes, rate, best.params)
+        notices += worth_widening(config, stages.important, classes, rate, best.params, len(stages.data.train))
         best = replace(best, calibration=judge.calibration(entrants[best.trial].chosen, config.loss))
     finals = _finalists(retrained, order, found, stages)
     threshold = judge.threshold(old, None if best is None else entrants[best.trial], config.tolerance_fraction)

@@ -241,16 +241,27 @@ def recipe_choices(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, 
 
 
 def worth_widening(
-    config: StudyConfig, important: Sequence[int], num_classes: int, base: float, params: Mapping[str, Any]
+    config: StudyConfig,
+    important: Sequence[int],
+    num_classes: int,
+    base: float,
+    params: Mapping[str, Any],
+    images: int,
 ) -> list[str]:
-    """A plain notice of each parameter that came out at an end of the range that was searched."""
+    """A plain notice of each parameter that came out at an end of the range that was searched.
+
+    Of so many training `images` no larger batch can be made.
+    """
     kinds = parameter_names(config.loss, important)
     lines = []
     for name, searched in search_space(config, important, num_classes, base).items():
         if not isinstance(searched, SearchRange):
             continue
         kind = kinds.get(name, name)
-        if (beyond := range_beyond(params[name], searched, SEARCHABLE[kind])) is not None:
+        bounds = SEARCHABLE[kind]
+        if kind == "batch_size":
+            bounds = bounds._replace(high=min(bounds.high, images))
+        if (beyond := range_beyond(params[name], searched, bounds)) is not None:
             lines.append(
                 f"The best {name}, {params[name]:.3g}, lies at the end of what was searched, {text_of(searched)}: "
                 f"better may lie beyond. Another study (--name) with --{kind.replace('_', '-')} '{text_of(beyond)}' "
@@ -259,13 +270,15 @@ def worth_widening(
     return lines
 
 
-def require_searchable(config: StudyConfig) -> None:
-    """Raise InputError where a study says something of a parameter that its loss does not have."""
+def require_searchable(config: StudyConfig, losses: Sequence[Loss] = (), option: str = "--loss") -> None:
+    """Raise InputError where a study says something of a parameter that its loss lacks, or all `losses` of `option`."""
+    asked = losses or [config.loss]
     for name in sorted({name for space in SPACES.values() for name in space}):
-        if getattr(config, name) is not None and name not in SPACES[config.loss]:
+        if getattr(config, name) is not None and not any(name in SPACES[loss] for loss in asked):
             owners = ", ".join(loss for loss, space in SPACES.items() if name in space)
             raise InputError(
-                f"--{name.replace('_', '-')} is no parameter of --loss {config.loss}, but of {owners}: leave it out"
+                f"--{name.replace('_', '-')} is no parameter of {option} {', '.join(asked)}, but of {owners}: leave it "
+                f"out"
             )
 
 

@@ -196,6 +196,8 @@ def legend(table: Table) -> str:
                 f"intervals count them as fewer, by what validation's tracks show."
             )
         more += [f" {name}: {notice}" for notice in about.get("notices", ())]
+    if options := table.facts.get("options"):
+        more.append(f" All with {', '.join(f'{option} {text}' for option, text in options.items())}.")
     return (
         f"Test set, mean ± sd over {table.facts['seeds']} seeds; {chosen}. {table.facts['trials']} trials for each "
         f"method and class. '-': no setting kept mean accuracy at cross-entropy's{table.less}; with a bias it may be "

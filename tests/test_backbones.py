@@ -75,6 +75,22 @@ def test_the_embedding_is_what_the_classifier_was_applied_to(name: str) -> None:
         torch.testing.assert_close(last(embeddings), whole(scaled), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_were_trained_on_another_scale_are_given_that(name: str) -> None:
+    """Torchvision's own, with its weights, undo ImageNet's normalisation (`transform_input`)."""
+    side, _ = TORCHVISION[name]
+    backbone = build_backbone(f"torchvision:{name}", channels=3, image_size=side).eval()
+    build = models.get_model_builder(name)
+    whole = build(weights=None, aux_logits=False, init_weights=False, transform_input=True)
+    whole.fc = nn.Identity()
+    whole.load_state_dict(backbone.network.state_dict())
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    scaled = images / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    scaled /= torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images), whole.eval()(scaled), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_resnet.r160_in1k"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_networks_of_timm_give_embeddings_in_training_and_after(name: str, channels: int) -> None:

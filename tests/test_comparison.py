@@ -610,6 +610,7 @@ def test_an_interrupted_comparison_resumes_and_is_alone_in_its_folder(tmp_path: 
         (["--methods", "camri,foo"], ["--methods", "'foo'", "cosface-i"]),
         (["--protocol", "theirs"], ["--protocol", "'theirs'", "ours, paper"]),
         (["--important", "worst1,eleven"], ["--important", "'eleven'", "0 to 9", "median"]),
+        (["--methods", "ce,camri", "--weight", "3"], ["--weight", "any of --methods ce, camri", "wce", "leave it out"]),
         (["--dataset", ","], ["--dataset", "','", "at least 1"]),
         (["--dataset", "digits,nowhere"], ["'nowhere'", "digits", "folder"]),
     ],

@@ -182,6 +182,13 @@ def test_a_network_and_a_data_set_that_do_not_go_together(
         find_source(StudyConfig.build({"dataset": str(_save(tmp_path, **GOOD)), "model": HEAD, **values}))
 
 
+def test_a_rate_for_a_network_that_does_not_learn_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--backbone-lr .* left out with --trainable head"):
+        StudyConfig.build({"trainable": "head", "backbone_lr": "0.01..1 log"})
+    StudyConfig.build({"trainable": "last:1", "backbone_lr": "0.01..1 log"})
+    StudyConfig.build({"trainable": "head", "backbone_lr": 1})
+
+
 # --- the model of them ------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import json
 import shlex
 import tomllib
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import optuna
 import pytest
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camri_tune.config import SEARCHABLE, WORDS, StudyConfig, read_study_file
+from camri_tune.config import SEARCHABLE, WORDS, Loss, StudyConfig, read_study_file
 from camri_tune.datasets import Dataset
 from camri_tune.errors import InputError
 from camri_tune.ranges import (
@@ -278,14 +278,18 @@ def test_a_notice_names_what_came_out_at_an_end_and_the_option_that_looks_beyond
         "batch_size": 64,  # chosen from a list
         "weight_decay": 0.05,
     }
-    assert worth_widening(config, (3, 5), 10, 4e-3, params) == [
+    assert worth_widening(config, (3, 5), 10, 4e-3, params, 1000) == [
         "The best learning_rate, 0.01, lies at the end of what was searched, 0.0001..0.01 log: better may lie beyond. "
         "Another study (--name) with --learning-rate '0.001..0.1 log' looks there.",
         "The best scale, 25, lies at the end of what was searched, 3.1..25 log: better may lie beyond. "
         "Another study (--name) with --scale '8.8..71 log' looks there.",
     ]
     params = {"learning_rate": 4e-3, "scale": 16.0, "margin_3": 0.0, "margin_5": 0.6}
-    several = worth_widening(StudyConfig(), (3, 5), 10, 4e-3, params)
+    several = worth_widening(StudyConfig(), (3, 5), 10, 4e-3, params, 1000)
+    batch = StudyConfig.build({"batch_size": "16..256 log"})
+    for images, said in ((150, False), (10_000, True)):
+        lines = worth_widening(batch, (3, 5), 10, 4e-3, {**params, "margin_5": 0.3, "batch_size": 256}, images)
+        assert any("batch_size" in line for line in lines) == said, "no batch is larger than the training part"
     assert [("best margin_5" in line, "--margin '0.3..0.9'" in line) for line in several] == [(True, True)]
 
 
@@ -301,7 +305,7 @@ def test_a_notice_names_what_came_out_at_an_end_and_the_option_that_looks_beyond
         ("wce", "w_fp", "crwwce"),
     ],
 )
-def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str, owners: str) -> None:
+def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: Loss, key: str, owners: str) -> None:
     config = StudyConfig.build({"loss": loss, key: 1})
     if not owners:
         require_searchable(config)
@@ -311,6 +315,12 @@ def test_a_parameter_that_the_loss_does_not_have_is_refused(loss: str, key: str,
     option = key.replace("_", "-")
     with pytest.raises(InputError, match=rf"^--{option} is no parameter of --loss {loss}, but of {owners}: leave"):
         require_searchable(config)
+    several: list[Loss] = ["ce", loss]
+    with pytest.raises(InputError, match=rf"^--{option} is no parameter of any of --methods ce, {loss}, but of"):
+        require_searchable(config, several, "any of --methods")
+    for owner in get_args(Loss):
+        if owner in owners.split(", "):
+            require_searchable(config, [*several, owner], "any of --methods")
 
 
 @given(st.lists(st.sampled_from(WORDS["optimizer"]), min_size=1, unique=True))

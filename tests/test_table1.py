@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from camri_tune.config import Loss
+from camri_tune.comparison import _options, _papers, _study_of
+from camri_tune.config import Loss, StudyConfig
 from camri_tune.differences import SeedDifference
 from camri_tune.errors import InputError
 from camri_tune.records import Figure, without_nan
@@ -87,12 +88,12 @@ def test_on_endless_images_the_interval_is_that_over_seeds() -> None:
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.002)
 
 
-def test_a_difference_beyond_what_a_share_can_be_is_not_cut() -> None:
-    """A share ends at 0; a difference, and its interval, may well lie below."""
+def test_a_difference_is_cut_at_a_whole_and_not_where_a_share_is() -> None:
+    """A share ends at 0; a difference, and its interval, may well lie below, and end at -1."""
     difference = SeedDifference.of(hits_of((0.1, 0.9)), hits_of((1.0, 1.0)))
     assert difference.values == pytest.approx((-0.9, -0.1))
     assert difference.interval is not None
-    assert difference.interval.low < -1
+    assert difference.interval.low == -1
 
 
 @pytest.mark.parametrize("old", [hits_of((0.8,), 10), hits_of((0.8, 0.9), 20), hits_of((0.8, 0.9, 0.7), 10)])
@@ -139,9 +140,9 @@ def test_without_any_spread_there_is_no_interval(share: float) -> None:
 
 
 def test_a_difference_in_json() -> None:
-    new, old = hits_of((0.25, 0.75), 40), hits_of((0.0, 0.0), 40)
+    new, old = hits_of((0.375, 0.5, 0.625), 40), hits_of((0.0, 0.0, 0.0), 40)
     written = json.loads(json.dumps(SeedDifference.of(new, old).as_json(), allow_nan=False))
-    assert (written["mean"], written["values"]) == (0.5, [0.25, 0.75])
+    assert (written["mean"], written["values"]) == (0.5, [0.375, 0.5, 0.625])
     assert written["interval"] == pytest.approx(crossed(new, old))
     low, high = written["interval"]
     assert low + high == pytest.approx(1.0)
@@ -304,6 +305,31 @@ def test_a_cell_has_the_papers_figures_by_name() -> None:
     cell = Cell("gtsrb", "worst1", 3, "three", "ce", {}, None, None, (0.76, 0.98))
     assert cell.as_json()["paper"] == {"recall": 0.76, "accuracy": 0.98}
     assert _cell("ce", None).as_json()["paper"] is None
+
+
+def test_the_legend_says_what_all_were_trained_with() -> None:
+    assert "All with" not in legend(_table())
+    given = replace(_table(), facts={**_table().facts, "options": {"--batch-size": "64", "--scale": "4..8 log"}})
+    assert "All with --batch-size 64, --scale 4..8 log." in legend(given)
+
+
+def test_options_that_are_not_the_default_are_told_as_they_can_be_given() -> None:
+    assert _options(StudyConfig()) == {}
+    given = {"batch_size": 64, "scale": "4..8 log", "optimizer": ["adamw", "sgd"], "weights": "w.pt", "image_size": 16}
+    assert _options(StudyConfig.build({"model": "torchvision:resnet18", **given})) == {
+        "--weights": "w.pt",
+        "--image-size": "16",
+        "--optimizer": "adamw,sgd",
+        "--batch-size": "64",
+        "--scale": "4..8 log",
+    }
+
+
+def test_the_papers_figures_stand_beside_its_own_data_alone(tmp_path: Path) -> None:
+    for dataset in ("gtsrb", "cifar10", "awa2"):
+        assert ("worst1", "camri") in _papers(_study_of(dataset, StudyConfig(), tmp_path))
+        for own in (tmp_path / dataset, tmp_path / f"{dataset}.npz"):
+            assert _papers(_study_of(str(own), StudyConfig(), tmp_path)) == {}
 
 
 def test_the_legend_says_who_chose() -> None:
