@@ -52,7 +52,8 @@ def meaning(spec: ModelSpec) -> str:
     else:
         text = f"probabilities are a softmax of the logits over a temperature of {spec.temperature:.4g}, which was "
         text += "fitted on validation (the model card says how well they hold on test)"
-    if not spec.logit_bias:
+    biases = {c: value for c, value in spec.logit_bias.items() if value != 0}
+    if not biases:
         return text
-    added = ", ".join(f"{value:+.4g} to the logit of {named(c, spec.classes)}" for c, value in spec.logit_bias.items())
+    added = ", ".join(f"{value:+.4g} to the logit of {named(c, spec.classes)}" for c, value in biases.items())
     return f"{text}; the class is decided after adding {added}, which they leave out: it need not be the likeliest"

@@ -105,6 +105,7 @@ class ConstrainedObjective:
         # Optuna takes a constraint that is missing for one that is met; a study may have trials of other objectives.
         ours = [t for t in complete if "accuracy" in t.constraints and "accuracy" in t.user_attrs]
         kept = [t for t in ours if all(value <= 0 for value in t.constraints.values())]
+        kept = [t for t in kept if t.user_attrs["accuracy"] >= self.floor - ROUNDING]  # it may have been raised since
         return max(kept, key=lambda t: (t.value or 0.0, t.user_attrs["accuracy"], -t.number), default=None)
 
     def _confusion(self, labels: ArrayLike, predictions: ArrayLike) -> IntArray:

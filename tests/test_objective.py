@@ -115,6 +115,7 @@ def test_who_is_as_good_as_the_floor_keeps_it(right: int) -> None:
     assert objective.best_trial(_study(objective, 1)) is not None
     above = _objective(measure, 1, (right + 5) / 25)
     assert above.best_trial(_study(above, 1)) is None
+    assert above.best_trial(_study(objective, 1)) is None, "a floor that was raised since holds for all trials"
 
 
 def test_a_study_that_goes_on_tries_no_starting_point_twice(tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_what_is_said_of_a_bias_is_that_it_decides() -> None:
     biased = spec.model_copy(update={"logit_bias": BIAS})
     assert "+1.4 to the logit of 1 (stop)" in meaning(biased)
     assert "need not be the likeliest" in meaning(biased)
+    assert meaning(spec.model_copy(update={"logit_bias": {1: 0.0}})) == meaning(spec), "it decides nothing"
 
 
 def test_answers_are_those_of_the_plain_module_to_the_last_bit(folder: Path) -> None:
