@@ -356,11 +356,14 @@ class StudyStore:
     def withdraw(self, stage: Stage, *, keep: int) -> None:
         """Take out of a queue what a run has queued and nobody has taken beyond the first `keep` trials.
 
-        One that is queued again stands where the first that it replaces stood.
+        One that is queued again stands where the first that it replaces stood. What somebody else has queued is not
+        taken out, but in the place of one of these.
         """
         trials = self.optuna_study(stage).get_trials(deepcopy=False)
-        waiting = {t.number: t for t in trials if t.state == OptunaState.WAITING and TICKET in t.user_attrs}
-        for trial in [waiting[number] for number in _standing(trials)[keep:] if number in waiting]:
+        standing, waiting = _standing(trials), {t.number: t for t in trials if t.state == OptunaState.WAITING}
+        keep -= sum(n in waiting and TICKET not in waiting[n].user_attrs for n in standing[keep:])
+        beyond = [waiting[number] for number in standing[max(0, keep) :] if number in waiting]
+        for trial in [t for t in beyond if TICKET in t.user_attrs]:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken and has ended by now
                 self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)
