@@ -103,12 +103,8 @@ def compare(
 
 def _options(config: StudyConfig) -> dict[str, str]:
     """What was asked of all trainings and searches that is not the default, by its option, as it can be given again."""
-    found = {}
-    for name in ["weights", "image_size", *RECIPE_FIELDS, *SEARCHABLE]:
-        value = getattr(config, name)
-        if value != StudyConfig.model_fields[name].default:
-            found[f"--{name.replace('_', '-')}"] = str(value) if isinstance(value, Path) else text_of(value)
-    return found
+    said = map(config.words_of, ["weights", "image_size", *RECIPE_FIELDS, *SEARCHABLE])
+    return {words[0]: words[1] for words in said if words}
 
 
 def _study_of(dataset: str, config: StudyConfig, folder: Path) -> StudyConfig:

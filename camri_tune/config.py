@@ -384,18 +384,21 @@ class StudyConfig(BaseModel):
         places = () if with_places else ("out", "data_dir", "artifacts")
         speed = ("workers", "workers_per_gpu", "device", "launcher", "ray_address", "gpus_per_trial")
         words = ["camri-tune", "run"]
-        for key, field in type(self).model_fields.items():
-            value = getattr(self, key)
-            if key in ("storage", *speed, *places) or value == field.default:
-                continue
-            option = f"--{key.replace('_', '-')}"
-            if key == "floor":
-                words += [word for floor in value for word in (option, floor)]
-                continue
-            if key in SEARCHABLE or key in WORDS:
-                value = text_of(value)
-            words += [option] if value is True else [option, _joined(value) if key == "important" else str(value)]
+        for key in type(self).model_fields:
+            if key not in ("storage", *speed, *places):
+                words += self.words_of(key)
         return shlex.join(words)
+
+    def words_of(self, key: str) -> list[str]:
+        """A field's option and what it is given, as words of a command; none where it is the default."""
+        value, option = getattr(self, key), f"--{key.replace('_', '-')}"
+        if value == type(self).model_fields[key].default:
+            return []
+        if key == "floor":
+            return [word for floor in value for word in (option, floor)]
+        if key in SEARCHABLE or key in WORDS:
+            value = text_of(value)
+        return [option] if value is True else [option, _joined(value) if key == "important" else str(value)]
 
     def in_this_environment(self) -> Self:
         """The same study, its places as $CAMRI_DATA and $CAMRI_STORAGE say where it says nothing. Raises InputError."""

@@ -16,7 +16,7 @@ from camri_tune.progress import Records, Schedule, current_stage, seconds_left
 from camri_tune.records import Baseline, Figure, TrialRecord, named
 from camri_tune.result import Verdict
 from camri_tune.selection import finalists
-from camri_tune.storage import STAGES, StudyStore, storage_url
+from camri_tune.storage import DATABASE, MARK, STAGES, StudyStore, storage_url
 
 _KINDS = {
     "verdict": str,
@@ -272,7 +272,7 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
         taken = False
         if not store.config.folder.is_dir():  # its files are on another machine
             store = store.at(out.resolve() / name)
-            taken = (store.config.folder / "study.db").exists()
+            taken = (store.config.folder / DATABASE).exists()
         # A folder of that name here may be another study's.
         if taken or store.has_anothers_folder():
             raise InputError(
@@ -291,7 +291,12 @@ def find_study(name: str | None, *, out: Path, storage: str | None) -> StudyStor
 
 def studies_in(out: Path) -> list[Path]:
     """Folders of studies in `out`, the one that was worked on last at the end."""
-    return sorted((path.parent for path in out.glob("*/study.db")), key=lambda folder: _changed(folder / "study.db"))
+    return sorted((path.parent for path in out.glob(f"*/{DATABASE}")), key=lambda folder: _changed(folder / DATABASE))
+
+
+def holds_a_study(folder: Path) -> bool:
+    """Whether a study has been at work in its folder: by its mark, which copies may lack, or by what it left."""
+    return any((folder / name).exists() for name in (MARK, DATABASE, "artifacts", RESULT))
 
 
 def _folders_of(name: str | None, out: Path) -> list[Path]:
@@ -303,7 +308,7 @@ def _folders_of(name: str | None, out: Path) -> list[Path]:
     for folder in (out / name, Path(name)):
         if reason := why_no_path(str(folder)):
             raise InputError(f"study {shown(name)} is no folder that can be opened: {reason}; give one in {there}")
-        if (folder / "study.db").is_file():
+        if (folder / DATABASE).is_file():
             return [folder.resolve()]
     raise InputError(f"study {name!r} is not in {there}; name another --out, or the study's --storage")
 

@@ -38,7 +38,7 @@ from camri_tune.export import withdraw
 from camri_tune.files import is_writable_folder, write_text
 from camri_tune.folders import Part
 from camri_tune.images import Images
-from camri_tune.overview import EVIDENCE, RESULT
+from camri_tune.overview import EVIDENCE, RESULT, holds_a_study
 from camri_tune.own_networks import allow
 from camri_tune.pretrained import starting_weights
 from camri_tune.records import BIAS, Baseline, TrialRecord, biases_of, measured_on_validation, named, without_nan
@@ -55,7 +55,7 @@ from camri_tune.selection import (
 )
 from camri_tune.sources import require_there, side_of
 from camri_tune.stages import Crew, Stages, only_run, require_held, show
-from camri_tune.storage import EXPORTED, StudyStore, holds_a_study, storage_url
+from camri_tune.storage import EXPORTED, StudyStore, storage_url
 from camri_tune.torch_data import file_for, write_arrays
 from camri_tune.workers import device_here
 

@@ -48,6 +48,7 @@ MOST_ATTEMPTS = 5  # at one epoch: a training that ends its worker each time wou
 RESUME, INTERRUPTED, WITHDRAWN = "resume", "interrupted", "withdrawn"
 OUT_OF_MEMORY, WORKER_DIED = "out_of_memory", "worker_died"  # of failures for which the settings need not be to blame
 MARK = ".study"  # in a study's folder: the id of the study whose result and model lie there
+DATABASE = "study.db"  # there, unless --storage names another
 TICKET = "ticket"  # of each trial that a run has queued
 EXPORTED = "exported"  # among a study's attributes: what writes its exported model again
 # What a trial that is queued again keeps. Not its scores, its constraint, or the ids of its files: they are another's.
@@ -59,13 +60,8 @@ def storage_url(config: StudyConfig) -> str:
     """The storage that `config` names; SQLite in the study's folder by default."""
     if config.storage:
         return config.storage
-    path = str((config.folder / "study.db").resolve())
+    path = str((config.folder / DATABASE).resolve())
     return sqlalchemy.URL.create("sqlite", database=path).render_as_string(hide_password=False)
-
-
-def holds_a_study(folder: Path) -> bool:
-    """Whether a study has been at work in its folder: by its mark, which copies may lack, or by what it left."""
-    return any((folder / name).exists() for name in (MARK, "study.db", "artifacts", "result.json"))
 
 
 class Claimed(NamedTuple):
@@ -356,14 +352,14 @@ class StudyStore:
     def withdraw(self, stage: Stage, *, keep: int) -> None:
         """Take out of a queue what a run has queued and nobody has taken beyond the first `keep` trials.
 
-        One that is queued again stands where the first that it replaces stood. What somebody else has queued is not
-        taken out, but in the place of one of these.
+        One that is queued again stands where the first that it replaces stood. What somebody else has queued comes
+        before all: it stays, in the place of one of the run's.
         """
         trials = self.optuna_study(stage).get_trials(deepcopy=False)
-        standing, waiting = _standing(trials), {t.number: t for t in trials if t.state == OptunaState.WAITING}
-        keep -= sum(n in waiting and TICKET not in waiting[n].user_attrs for n in standing[keep:])
-        beyond = [waiting[number] for number in standing[max(0, keep) :] if number in waiting]
-        for trial in [t for t in beyond if TICKET in t.user_attrs]:
+        waiting = {t.number: t for t in trials if t.state == OptunaState.WAITING}
+        others = {number for number, trial in waiting.items() if TICKET not in trial.user_attrs}
+        ours = [number for number in _standing(trials) if number not in others]
+        for trial in [waiting[number] for number in ours[max(0, keep - len(others)) :] if number in waiting]:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was taken and has ended by now
                 self._storage.set_trial_user_attr(trial._trial_id, WITHDRAWN, True)
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.FAIL)

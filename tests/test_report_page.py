@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from camri_tune.overview import EVIDENCE, RESULT, find_study, read_overview
 from camri_tune.report import write_report
 from camri_tune.search import parameter_importance
 from camri_tune.study_page import _finalists
+from tests.browsing import opened
 from tests.command import camri_tune, result_of
 from tests.studies import FLOOR, hand_made, trial
 
@@ -73,23 +72,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return out / "d", result_of(done)
 
 
-@contextmanager
-def _opened(browser: "Browser", path: Path, width: int = 1200) -> Iterator["Page"]:
-    """The page in a browser that must neither fetch nor complain."""
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    fetched: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: fetched.append(request.url))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.goto(path.as_uri())
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
-    yield page
-    assert [url for url in fetched if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert complaints == []
-    page.close()
-
-
 _POINTS = """
 (plot) => Object.fromEntries(document.getElementById(plot).calcdata.map((trace) => {
   const points = [...trace[0].node3.node().querySelectorAll("path.point")];
@@ -109,7 +91,7 @@ def _points(page: "Page", plot: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_the_floor_parts_the_trials_on_the_screen(unfinished: Path, browser: "Browser") -> None:
-    with _opened(browser, unfinished) as page:
+    with opened(browser, unfinished) as page:
         plane = page.locator("#recall-accuracy")
         plane.scroll_into_view_if_needed()
         floor = plane.locator(".shapelayer path").last.bounding_box()
@@ -138,7 +120,7 @@ def test_the_floor_parts_the_trials_on_the_screen(unfinished: Path, browser: "Br
 
 
 def test_the_history_climbs_over_trials_that_kept_the_floor(unfinished: Path, browser: "Browser") -> None:
-    with _opened(browser, unfinished) as page:
+    with opened(browser, unfinished) as page:
         points = _points(page, "search-history")
         assert {name: len(found) for name, found in points.items() if found} == {
             "trials above the floor": 3,
@@ -154,7 +136,7 @@ def test_the_history_climbs_over_trials_that_kept_the_floor(unfinished: Path, br
 
 
 def test_what_is_said_before_a_result_is_no_result(unfinished: Path, browser: "Browser") -> None:
-    with _opened(browser, unfinished) as page:
+    with opened(browser, unfinished) as page:
         text = page.locator("body").inner_text()
         assert "This study is not finished, and nothing works on it here." in text
         assert "#2, recall 84.00 %, accuracy 91.00 % on validation: a candidate, not a result" in " ".join(text.split())
@@ -167,7 +149,7 @@ def test_what_is_said_before_a_result_is_no_result(unfinished: Path, browser: "B
 
 
 def test_what_stands_in_a_failure_is_text(unfinished: Path, browser: "Browser") -> None:
-    with _opened(browser, unfinished) as page:
+    with opened(browser, unfinished) as page:
         page.locator("summary").click()
         assert page.get_by_text("</script><img src=x").first.is_visible()
         assert page.title() == "s: camri-tune"
@@ -178,7 +160,7 @@ def test_what_stands_in_a_failure_is_text(unfinished: Path, browser: "Browser") 
 def test_on_a_phone_nothing_is_wider_than_the_screen(
     finished: tuple[Path, dict[str, Any]], browser: "Browser", width: int
 ) -> None:
-    with _opened(browser, finished[0] / "report.html", width) as page:
+    with opened(browser, finished[0] / "report.html", width) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         box = page.locator("#recall-accuracy .main-svg").first.bounding_box()
         assert box is not None
@@ -187,7 +169,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
 
 def test_the_verdict_stands_at_the_top(finished: tuple[Path, dict[str, Any]], browser: "Browser") -> None:
     folder, result = finished
-    with _opened(browser, folder / "report.html") as page:
+    with opened(browser, folder / "report.html") as page:
         assert page.get_by_text(result["sentence"]).is_visible()
         box = page.locator(".verdict").bounding_box()
         assert box is not None
@@ -207,7 +189,7 @@ def test_the_baseline_with_a_bias_stands_between_baseline_and_best(
     finished: tuple[Path, dict[str, Any]], browser: "Browser"
 ) -> None:
     folder, result = finished
-    with _opened(browser, folder / "report.html") as page:
+    with opened(browser, folder / "report.html") as page:
         rows = page.locator("table").first.locator("tr")
         cells = [rows.nth(index).locator("th, td").all_inner_texts() for index in range(rows.count())]
         assert {len(row) for row in cells} == {4}
@@ -231,7 +213,7 @@ def test_the_images_are_those_that_test_decided(finished: tuple[Path, dict[str, 
     place = result["best"]["test"]["accuracy"]["values"]
     assert matrix.trace() / matrix.sum() in place
     kinds = kinds_of_images(evidence.labels, evidence.answers, result["important"])
-    with _opened(browser, folder / "report.html") as page:
+    with opened(browser, folder / "report.html") as page:
         for kind, rows in kinds.items():
             assert page.get_by_role("heading", name=re.compile(f"^{kind}: {len(rows)}$", re.I)).count() == 1
         images = page.locator(".gallery img")
@@ -245,7 +227,7 @@ def test_the_images_are_those_that_test_decided(finished: tuple[Path, dict[str, 
 def test_in_print_every_part_is_open_and_nothing_is_cut(
     finished: tuple[Path, dict[str, Any]], browser: "Browser"
 ) -> None:
-    with _opened(browser, finished[0] / "report.html") as page:
+    with opened(browser, finished[0] / "report.html") as page:
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         page.wait_for_function("document.querySelector('#recall-accuracy .main-svg').clientWidth == 690")
         assert page.locator("details").get_attribute("open") is not None
@@ -268,7 +250,7 @@ def test_without_its_evidence_the_report_says_so(finished: tuple[Path, dict[str,
     kept = (folder / EVIDENCE).rename(folder / "kept")
     try:
         assert camri_tune("report", folder).returncode == 0
-        with _opened(browser, folder / "report.html") as page:
+        with opened(browser, folder / "report.html") as page:
             assert page.get_by_text("were not kept").is_visible()
             assert page.locator(".gallery").count() == 0
     finally:
@@ -286,7 +268,7 @@ def test_names_of_classes_are_text(finished: tuple[Path, dict[str, Any]], browse
     store.set("classes", hostile)
     report = write_report(store)
     for width in (360, 1200):
-        with _opened(browser, report, width) as page:
+        with opened(browser, report, width) as page:
             assert page.locator("img[src=x]").count() == 0
             assert page.get_by_text("<img src=x onerror=alert(8)>").first.is_visible()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -319,7 +301,7 @@ def test_no_model_is_no_best(finished: tuple[Path, dict[str, Any]], browser: "Br
     try:
         path.write_text(json.dumps(none))
         assert camri_tune("report", folder).returncode == 0
-        with _opened(browser, folder / "report.html") as page:
+        with opened(browser, folder / "report.html") as page:
             assert page.get_by_text("No model at all.").is_visible()
             mean = result["baseline"]["test"]["recall"]["mean"]
             assert page.locator(".card").first.get_by_text(f"{100 * mean:.2f} %").is_visible(), "how bad it is"

@@ -21,6 +21,7 @@ from camri_tune.records import Figure
 from camri_tune.report import cell_text, comparison_csv, comparison_markdown, write_comparison
 from camri_tune.table1 import METHODS, TITLES, Cell, Method, Outcome, Protocol, Scores, Table, below, best_of
 from camri_tune.tables import comparison_tables
+from tests.browsing import opened
 from tests.samples import MANY, hits_of
 
 if TYPE_CHECKING:
@@ -281,14 +282,11 @@ _LINES = """element => {
 def test_on_a_phone_the_page_is_no_wider_and_no_figure_is_broken(browser: "Browser", tmp_path: Path) -> None:
     path = tmp_path / "comparison.html"
     path.write_text(comparison_page(_table()), encoding="utf-8")
-    shown = browser.new_page(viewport={"width": 360, "height": 900})
-    shown.goto(path.as_uri())
-    shown.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
-    assert shown.evaluate("document.documentElement.scrollWidth") <= 360
-    figures = shown.get_by_text(re.compile(r"^0\.\d{4} ± 0\.\d{4}"))
-    assert figures.count() > 4
-    assert {figures.nth(place).evaluate(_LINES) for place in range(figures.count())} == {1}
-    shown.close()
+    with opened(browser, path, 360) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+        figures = shown.get_by_text(re.compile(r"^0\.\d{4} ± 0\.\d{4}"))
+        assert figures.count() > 4
+        assert {figures.nth(place).evaluate(_LINES) for place in range(figures.count())} == {1}
 
 
 def test_the_page_stands_alone(page: _Page) -> None:
